@@ -1,0 +1,137 @@
+"""One frozen dataclass <-> one command line; the only place that knows argparse."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+from .config import flag, nearest
+
+Config = TypeVar("Config")
+MAX_RECORD = 10_000_000  # bytes of a JSON to replay
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
+
+
+def parse(kind: type[Config], argv: Sequence[str] | None, about: str) -> Config:
+    """Reads a command line into a configuration.
+
+    kind: a dataclass whose fields come from iclora.config.knob
+    argv: without the script's name; None takes the process's own
+    about: the text of --help above the flags
+    Errors: ValueError in one line for whatever is wrong; SystemExit(0) after --help
+    """
+    given = _given(kind, argv, about)
+    recorded = _recorded(kind, given["config"], given) if "config" in given else {}
+    return kind(**{**recorded, **given})
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Reads the JSON that a script saved beside its output.
+
+    Errors: ValueError if it is missing, damaged or something else
+    """
+    path = Path(path)
+    advice = "--config takes a JSON that was saved beside a picture, such as out/0001.json"
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        if path.stat().st_size > MAX_RECORD:
+            raise ValueError("it is too large")
+        record = json.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        plain = type(error) is ValueError
+        reason = str(error) if plain else getattr(error, "strerror", None) or "it is damaged or no JSON"
+        raise ValueError(f"cannot read {ascii(str(path)[-80:])}: {reason[:80]}; {advice}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{path} holds no configuration; {advice}")
+    return record
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def _given(kind: type, argv: Sequence[str] | None, about: str) -> dict[str, Any]:
+    """Reads the flags that stand on the command line, and no defaults."""
+    parser = _Parser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    types = _types(kind)
+    for field in fields(kind):
+        more = {
+            bool: {"action": "store_true"},
+            tuple: {"action": "extend", "nargs": "+"},  # several after one flag, or the flag several times
+        }.get(types[field.name], {})
+        if types[field.name] is not bool:
+            more["metavar"] = _metavar(field, types[field.name])
+        parser.add_argument(flag(field.name), help=_help(field), **more)
+    found, rest = parser.parse_known_args(argv)
+    if rest:
+        name = rest[0].partition("=")[0]
+        if not name.startswith("-"):
+            raise ValueError(f"{ascii(name[:40])} follows no flag; put texts with spaces in quotes, see --help")
+        flags = [flag(field.name) for field in fields(kind)]
+        raise ValueError(f"{ascii(name[:40])[1:-1]} is unknown; {nearest(name, flags)}see --help for all flags")
+    return {name: _from_text(name, types[name], value) for name, value in vars(found).items()}
+
+
+def _recorded(kind: type, path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the values of a saved JSON, but not those that a flag given beside it makes void."""
+    types, known, recorded = _types(kind), {field.name: field for field in fields(kind)}, {}
+    for name, value in read_record(path)["config"].items():
+        if name not in types:
+            raise ValueError(f"{path} sets {ascii(name[:40])}, which is unknown; {nearest(name, types)}remove it there")
+        undecided = value is None and known[name].default is None
+        if not undecided and not _is(value, types[name]):
+            raise ValueError(f"{path} sets {name} to {str(value)[:40]!a}, which is not {KINDS[types[name]]}; correct it")
+        if not any(other in given for other in known[name].metadata.get("follows", ())):
+            recorded[name] = tuple(value) if isinstance(value, list) else value
+    return recorded
+
+
+def _types(kind: type) -> dict[str, type]:
+    """Names the plain type of every field: int, float, str, bool or tuple (of texts), None left aside."""
+    hints = {name: next((h for h in get_args(hint) if h is not type(None) and h is not ...), hint)
+             if type(None) in get_args(hint) else hint for name, hint in get_type_hints(kind).items()}
+    return {name: tuple if get_args(hint) else hint for name, hint in hints.items()}
+
+
+def _from_text(name: str, kind: type, value: Any) -> Any:
+    """Turns what was typed into the type of its field."""
+    if kind is tuple:
+        return tuple(value)
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{flag(name)} {ascii(value[:40])} is not {KINDS[kind]}; see --help") from None
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Tells whether a JSON value is of the type; whole numbers are numbers, true and false are not."""
+    if kind is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _metavar(field: Field, kind: type) -> str:
+    """Stands for the value in --help."""
+    choices = field.metadata.get("choices", ())
+    if 0 < len(choices) <= 4:
+        return "{" + ",".join(choices) + "}"
+    if kind in (int, float):
+        return "N"
+    return field.name.upper().replace("_", "-")
+
+
+def _help(field: Field) -> str:
+    """Gives the line of --help with the default, where a plain one exists."""
+    text, default = field.metadata["help"], field.default
+    if default not in (None, False, ()):
+        text += f" (default: {default})"
+    return text.replace("%", "%%")

@@ -1,0 +1,233 @@
+"""Panel grids: geometry, stitching and splitting, masks.
+
+Panels are numbered from 1 in reading order. Grids are rows x columns, sizes width x height in pixels.
+Letters: I image tokens of 16x16 pixels, row by row; h, w the composite's height and width in pixels.
+"""
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sampling.images import to_tensor
+
+TOKEN = 16  # pixels a side of one image token: 8 by the autoencoder, 2 by packing
+MAX_PANELS = 64
+MAX_SIDE = 8192  # pixels of the composite
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A grid of equal panels whose edges are token edges.
+
+    panel_width, panel_height: pixels, multiples of 16
+    Errors: ValueError for other sizes (with the nearest valid ones) and for absurd grids
+    """
+
+    rows: int
+    cols: int
+    panel_width: int
+    panel_height: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"grid {self.rows}x{self.cols} has no panels; rows and columns start at 1")
+        if self.panels > MAX_PANELS:
+            raise ValueError(f"grid {self.rows}x{self.cols} has {self.panels} panels; at most {MAX_PANELS} are fine")
+        sides = (self.panel_width, self.panel_height)
+        if any(side < TOKEN or side % TOKEN for side in sides):
+            nearest = " or ".join(f"{wide}x{high}" for wide, high in product(*map(_nearest, sides)))
+            raise ValueError(f"panel size {sides[0]}x{sides[1]} is not in multiples of {TOKEN} pixels; use {nearest}")
+        if max(self.width, self.height) > MAX_SIDE:
+            raise ValueError(
+                f"{self.rows}x{self.cols} panels of {sides[0]}x{sides[1]} make {self.width}x{self.height} pixels; "
+                f"at most {MAX_SIDE} a side are possible, so choose smaller panels or a smaller grid"
+            )
+
+    @property
+    def panels(self) -> int:
+        """Number of panels."""
+        return self.rows * self.cols
+
+    @property
+    def width(self) -> int:
+        """Width of the composite in pixels."""
+        return self.cols * self.panel_width
+
+    @property
+    def height(self) -> int:
+        """Height of the composite in pixels."""
+        return self.rows * self.panel_height
+
+    @property
+    def tokens_wide(self) -> int:
+        """Width of the composite in tokens."""
+        return self.width // TOKEN
+
+    @property
+    def tokens_high(self) -> int:
+        """Height of the composite in tokens."""
+        return self.height // TOKEN
+
+    def box(self, panel: int) -> tuple[int, int, int, int]:
+        """Says where a panel stands: left, top, right, bottom in pixels, the last two exclusive.
+
+        panel: 1 to panels, in reading order
+        Errors: ValueError outside the grid
+        """
+        if not 1 <= panel <= self.panels:
+            raise ValueError(f"panel {panel} is outside the {self.rows}x{self.cols} grid; {_valid(self.panels)}")
+        row, col = divmod(panel - 1, self.cols)
+        left, top = col * self.panel_width, row * self.panel_height
+        return left, top, left + self.panel_width, top + self.panel_height
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """Reads a grid as ROWSxCOLS, "2x3" being two rows of three; Layout checks how large it may be.
+
+    returns: (rows, cols)
+    Errors: ValueError for anything else
+    """
+    found = re.fullmatch(r"\s*([1-9][0-9]{0,3})\s*[xX\u00d7]\s*([1-9][0-9]{0,3})\s*", text)
+    if not found:
+        raise ValueError(f"grid {_shown(text)} is not ROWSxCOLS; write for example 2x2, or 3x1 for three rows")
+    return int(found[1]), int(found[2])
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Reads a panel size in pixels as WIDTHxHEIGHT, or one number for a square; Layout checks what is possible.
+
+    returns: (width, height), the other way round than a grid, as sizes are usually given
+    Errors: ValueError for anything else
+    """
+    found = re.fullmatch(r"\s*([1-9][0-9]{0,5})\s*(?:[xX\u00d7]\s*([1-9][0-9]{0,5})\s*)?", text)
+    if not found:
+        raise ValueError(f"panel size {_shown(text)} is not WIDTHxHEIGHT in pixels; write for example 512 or 512x768")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def parse_mask(text: str, panels: int) -> tuple[int, ...]:
+    """Reads which panels to generate: "2,4", "2-4", "all", or "" for none.
+
+    panels: how many the grid has
+    returns: panel numbers, sorted, each once
+    Errors: ValueError outside the grid or for anything else
+    """
+    if text.strip().lower() == "all":
+        return tuple(range(1, panels + 1))
+    numbers: set[int] = set()
+    for item in text.split(",") if text.strip() else []:
+        found = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
+        if not found:
+            raise ValueError(f"mask {_shown(text)} is not a list of panels; write for example 3, or 2,4 or 2-4 or all")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first < 1 or last > panels or first > last:
+            raise ValueError(f"mask {_shown(text)}: {item.strip()} does not fit the grid; {_valid(panels)}")
+        numbers.update(range(first, last + 1))
+    return tuple(sorted(numbers))
+
+
+def stitch(pictures: Sequence[Image.Image], layout: Layout) -> Image.Image:
+    """Joins all panels into the composite.
+
+    pictures: one for each panel, in reading order, already of panel size
+    Errors: ValueError if their number or a size differs
+    """
+    if len(pictures) != layout.panels:
+        raise ValueError(
+            f"{len(pictures)} panels given, but the {layout.rows}x{layout.cols} grid has {layout.panels}; give them all"
+        )
+    canvas = Image.new("RGB", (layout.width, layout.height))
+    return paste(canvas, dict(enumerate(pictures, start=1)), layout)
+
+
+def split(picture: Image.Image, layout: Layout) -> list[Image.Image]:
+    """Cuts the composite into its panels, in reading order.
+
+    Errors: ValueError if the picture is not of the composite's size
+    """
+    _check_composite(picture, layout)
+    return [picture.crop(layout.box(panel)) for panel in range(1, layout.panels + 1)]
+
+
+def paste(picture: Image.Image, kept: Mapping[int, Image.Image], layout: Layout) -> Image.Image:
+    """Puts panels over a composite, bit for bit; the given composite stays as it was.
+
+    kept: panel number -> picture of panel size
+    Errors: ValueError if a number is outside the grid or a size differs
+    """
+    _check_composite(picture, layout)
+    pasted = picture.copy()
+    for panel, original in kept.items():
+        box = layout.box(panel)
+        _check_panel(panel, original, layout)
+        pasted.paste(original, box)
+    return pasted
+
+
+def compose(kept: Mapping[int, Image.Image], layout: Layout) -> Tensor:
+    """Makes the composite to encode, of the kept panels alone; all else is 0, mid-grey.
+
+    The encoder's view reaches across panel edges, so what is to be generated must not be in the canvas at all.
+
+    kept: panel number -> picture of panel size
+    returns: (1, 3, h, w) image in -1..1
+    Errors: ValueError if a number is outside the grid or a size differs
+    """
+    canvas = torch.zeros(1, 3, layout.height, layout.width)
+    for panel, picture in kept.items():
+        left, top, right, bottom = layout.box(panel)
+        _check_panel(panel, picture, layout)
+        canvas[:, :, top:bottom, left:right] = to_tensor(picture)
+    return canvas
+
+
+def token_mask(masked: Iterable[int], layout: Layout) -> Tensor:
+    """Marks the tokens of the panels to generate.
+
+    masked: panel numbers
+    returns: (1, I, 1) 1.0 where generated, 0.0 where kept
+    Errors: ValueError if a number is outside the grid
+    """
+    mask = torch.zeros(layout.tokens_high, layout.tokens_wide)
+    for panel in masked:
+        left, top, right, bottom = (edge // TOKEN for edge in layout.box(panel))
+        mask[top:bottom, left:right] = 1
+    return mask.reshape(1, -1, 1)  # (1, I, 1)
+
+
+def _nearest(side: int) -> tuple[int, ...]:
+    """Gives the valid side, or the two around an invalid one."""
+    below = max(TOKEN, side // TOKEN * TOKEN)
+    return (below,) if side <= below else (below, below + TOKEN)
+
+
+def _valid(panels: int) -> str:
+    """Says which panel numbers exist."""
+    return f"panels are numbered 1 to {panels} in reading order"
+
+
+def _shown(text: str) -> str:
+    """Quotes what the user typed, shortened and in printable characters."""
+    return ascii(text if len(text) <= 40 else text[:37] + "...")
+
+
+def _check_composite(picture: Image.Image, layout: Layout) -> None:
+    """Refuses a composite of another size."""
+    if picture.size != (layout.width, layout.height):
+        raise ValueError(
+            f"composite is {picture.width}x{picture.height}, but its panels make {layout.width}x{layout.height}; fit it"
+        )
+
+
+def _check_panel(panel: int, picture: Image.Image, layout: Layout) -> None:
+    """Refuses a panel that a paste would crop or convert silently."""
+    size = (layout.panel_width, layout.panel_height)
+    if picture.size != size or picture.mode != "RGB":
+        raise ValueError(
+            f"panel {panel} is {picture.width}x{picture.height} {picture.mode}, not {size[0]}x{size[1]} RGB; "
+            "read it with open_picture and fit it first"
+        )

@@ -1,0 +1,291 @@
+"""The FLUX.1 transformer (MMDiT): two streams of tokens, text and image, that attend to each other.
+
+Letters: B batch, T text tokens, I image tokens (target and references), L = T + I, D width, H heads,
+K head width, A position axes. Parameter names are those of the released checkpoints, so loading is strict
+and needs no renaming. Small parts first, the whole model last.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .position import rotary_angles, rotate
+
+EPS = 1e-6  # of every LayerNorm and RMSNorm
+SINUSOID = 256  # channels of the time and guidance sinusoids
+LAST_BIT = 1.75e-9  # see sinusoid_frequencies
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """The shape of a FLUX.1 transformer; model.weights reads it off a checkpoint's tensors."""
+
+    in_channels: int  # 64: 16 latent channels times a 2x2 patch
+    out_channels: int
+    vec_in_dim: int  # width of the pooled CLIP vector
+    context_in_dim: int  # width of the T5 tokens
+    hidden_size: int  # D
+    mlp_hidden: int
+    num_heads: int
+    depth: int  # double blocks
+    depth_single_blocks: int
+    axes_dim: tuple[int, ...]  # rotary channels for index, row, column; they sum to K
+    guidance_embed: bool  # dev has it, schnell does not
+    theta: float = 10_000
+
+    def __post_init__(self):
+        if self.num_heads * sum(self.axes_dim) != self.hidden_size:
+            raise ValueError(
+                f"rotary axes {self.axes_dim} times {self.num_heads} heads do not make the width {self.hidden_size}"
+            )
+
+
+def sinusoid_frequencies(device: torch.device) -> Tensor:
+    """Give the 128 frequencies, 1 down to 1/10000, with the same bits on every machine.
+
+    The official code calls exp in float32. Maths libraries round its last bit differently, and at guidance
+    3.5 (times 1000) that bit moves an angle by 1e-4 and the model's output by 2e-5. So exp runs in float64
+    on the float32 exponent, and LAST_BIT settles the near-ties as the reference run did.
+    """
+    half = SINUSOID // 2
+    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
+    return (exponent.double().exp() * (1 + LAST_BIT)).float().to(device)
+
+
+def timestep_embedding(t: Tensor, exact: bool = False) -> Tensor:
+    """Spread a scalar per sample over sines and cosines of geometrically spaced frequencies.
+
+    Official FLUX multiplies by 1000 in the dtype of t: in bfloat16 a guidance of 3.5 becomes 3504. That
+    rounding is what the released models are sampled with, hence the default; exact multiplies in float32.
+
+    t: (B,) time in 0..1, or guidance
+    Returns (B, 256) in the dtype of t: cosines, then sines
+    Source: black-forest-labs/flux@802fb47 modules/layers.py timestep_embedding
+    """
+    x = (1000.0 * t.float() if exact else 1000.0 * t).float()
+    angle = x[:, None] * sinusoid_frequencies(t.device)  # (B, 128)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).to(t.dtype)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_dim: int, hidden: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, EPS)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.query_norm = RMSNorm(width)
+        self.key_norm = RMSNorm(width)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate for one (single block) or two (double block) branches, from the vector vec."""
+
+    def __init__(self, hidden: int, branches: int):
+        super().__init__()
+        self.chunks = 3 * branches
+        self.lin = nn.Linear(hidden, self.chunks * hidden)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)  # each (B, 1, D)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+    """Let every token attend to every token, with rotated queries and keys.
+
+    q, k, v: (B, H, L, K)
+    Returns (B, L, D)
+    """
+    out = F.scaled_dot_product_attention(rotate(q, *pe), rotate(k, *pe), v)
+    return rearrange(out, "B H L K -> B L (H K)")
+
+
+class SelfAttention(nn.Module):
+    """The attention weights of one stream; the double block joins two of them."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.norm = QKNorm(hidden // heads)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "B L (three H K) -> three B H L K", three=3, H=self.heads)
+        return self.norm.query_norm(q), self.norm.key_norm(k), v
+
+
+def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image have their own weights and meet in one attention."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_heads
+        self.img_mod = Modulation(hidden, branches=2)
+        self.img_attn = SelfAttention(hidden, heads)
+        self.img_mlp = mlp(hidden, config.mlp_hidden)
+        self.txt_mod = Modulation(hidden, branches=2)
+        self.txt_attn = SelfAttention(hidden, heads)
+        self.txt_mlp = mlp(hidden, config.mlp_hidden)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        # each stream makes its queries, keys and values
+        img_q, img_k, img_v = self.img_attn.qkv_heads(modulated_norm(img, img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self.txt_attn.qkv_heads(modulated_norm(txt, txt_shift1, txt_scale1))
+
+        # one attention over both, text first
+        q = torch.cat((txt_q, img_q), dim=2)  # (B, H, L, K)
+        k = torch.cat((txt_k, img_k), dim=2)
+        v = torch.cat((txt_v, img_v), dim=2)
+        txt_out, img_out = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
+
+        # back into the image stream
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_out))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
+
+        # and into the text stream
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_out))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and image as one sequence; attention and MLP run side by side between two fused Linears."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        hidden = config.hidden_size
+        self.heads = config.num_heads
+        self.widths = (3 * hidden, config.mlp_hidden)
+        self.modulation = Modulation(hidden, branches=1)
+        self.linear1 = nn.Linear(hidden, sum(self.widths))  # q, k, v and the MLP's input
+        self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # attention's output and the MLP's
+        self.norm = QKNorm(hidden // self.heads)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
+        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe)
+        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(up, approximate="tanh")), dim=-1)))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, hidden: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(modulated_norm(x, shift, scale))
+
+
+class Flux(nn.Module):
+    """FLUX.1: noisy latent tokens, text and time in; velocity (noise - data) out.
+
+    exact_conditioning: multiply time and guidance by 1000 in float32 instead of the model's dtype; the two
+        differ in bfloat16 only (see timestep_embedding)
+    """
+
+    def __init__(self, config: FluxConfig, exact_conditioning: bool = False):
+        super().__init__()
+        self.config = config
+        self.exact_conditioning = exact_conditioning
+        hidden = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, hidden)
+        self.time_in = MLPEmbedder(SINUSOID, hidden)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
+        if config.guidance_embed:
+            self.guidance_in = MLPEmbedder(SINUSOID, hidden)
+        self.txt_in = nn.Linear(config.context_in_dim, hidden)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
+        self.final_layer = LastLayer(hidden, config.out_channels)
+
+    def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """Sum the embeddings of time, guidance and pooled text into the vector that modulates every block.
+
+        timesteps: (B,) in 0..1
+        y: (B, V) pooled text
+        guidance: (B,) raw scale such as 3.5; None for models without it
+        Returns vec: (B, D)
+        Errors: ValueError if a model with guidance gets none
+        """
+        dtype, exact = self.img_in.weight.dtype, self.exact_conditioning
+
+        def sinusoid(t: Tensor) -> Tensor:
+            return timestep_embedding(t if exact else t.to(dtype), exact).to(dtype)
+
+        vec = self.time_in(sinusoid(timesteps))
+        if self.config.guidance_embed:
+            if guidance is None:
+                raise ValueError("this model embeds guidance; pass guidance, e.g. 3.5 for every sample")
+            vec = vec + self.guidance_in(sinusoid(guidance))
+        return vec + self.vector_in(y.to(dtype))
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity of every image token.
+
+        img: (B, I, 64) packed latent tokens; references, if any, after the target
+        img_ids: (B, I, 3) float32 positions
+        txt: (B, T, C) T5 tokens
+        txt_ids: (B, T, 3) zeros
+        timesteps: (B,) 1 is noise, 0 is data
+        y: (B, V) pooled CLIP text
+        guidance: (B,) raw scale; ignored by models without it
+        Returns (B, I, 64), one row per token given, references included
+        """
+        dtype = self.img_in.weight.dtype
+        vec = self.conditioning(timesteps, y, guidance)  # (B, D)
+        pe = rotary_angles(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        img = self.img_in(img.to(dtype))  # (B, I, D)
+        txt = self.txt_in(txt.to(dtype))  # (B, T, D)
+
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, pe)
+
+        x = torch.cat((txt, img), dim=1)  # (B, L, D)
+        for block in self.single_blocks:
+            x = block(x, vec, pe)
+
+        return self.final_layer(x[:, txt.shape[1] :], vec)  # (B, I, 64)

@@ -1,0 +1,81 @@
+"""Positions: grid ids for image tokens, UnoPE offsets for reference images, and rotary embedding (RoPE).
+
+Letters: B batch, L tokens, H heads, K head width, A position axes (3: index, row, column), h and w in tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MODES = ("d", "h", "w", "o")  # diagonal, height only, width only, no offset
+
+
+def grid_ids(h: int, w: int) -> Tensor:
+    """Give the position of every token of an image, in row-major order.
+
+    h, w: height and width in tokens (16 pixels each)
+    Returns ids: (h*w, 3) float32; columns 0, row, column
+    Source: black-forest-labs/flux@802fb47 sampling.py prepare
+    """
+    ids = torch.zeros(h, w, 3)
+    ids[..., 1] = torch.arange(h)[:, None]
+    ids[..., 2] = torch.arange(w)[None, :]
+    return ids.reshape(h * w, 3)
+
+
+def reference_ids(
+    target: tuple[int, int], references: Sequence[tuple[int, int]], mode: str = "d", scale: float = 1
+) -> list[Tensor]:
+    """Place reference images past the target, so that they share no row or column with it (UnoPE).
+
+    Reference N starts where the target and the references before it end: the offset accumulates, in every
+    mode. (Equation 8 writes w^(N-1), a superscript: the size of the latent before, not a product.)
+
+    target: (h, w) of the target image in tokens
+    references: (h, w) of each reference in tokens; may be empty
+    mode: "d" offsets rows and columns (the paper's choice), "h" rows, "w" columns, "o" nothing
+    scale: multiplies every offset; 1 is the paper
+    Returns one (h*w, 3) float32 tensor a reference
+    Errors: ValueError for an unknown mode
+    Source: arXiv:2504.02160 equation 8; bytedance/UNO@d305981 uno/flux/sampling.py:135
+    """
+    if mode not in MODES:
+        raise ValueError(f"position mode {mode!r} is unknown; use one of {', '.join(MODES)}")
+    row, column = target
+    placed = []
+    for h, w in references:
+        offset = torch.tensor([0.0, row if mode in "dh" else 0, column if mode in "dw" else 0])
+        placed.append(grid_ids(h, w) + offset * scale)
+        row, column = row + h, column + w
+    return placed
+
+
+def rotary_angles(ids: Tensor, axes_dim: Sequence[int], theta: float = 10_000) -> tuple[Tensor, Tensor]:
+    """Turn positions into the cosines and sines that rotate queries and keys.
+
+    Angles are computed in float64 whatever the dtype of ids: in float32 they are off by 6e-5 at position
+    1000, and in bfloat16 they are useless. ids themselves must be exact, so never store them below float32.
+
+    ids: (B, L, A) positions
+    axes_dim: head channels that each axis turns; they sum to K
+    Returns cos, sin: (B, 1, L, K/2) float32, with room for the heads
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angles.append(ids[..., axis, None].double() * frequency)  # (B, L, dim/2)
+    angle = torch.cat(angles, dim=-1).unsqueeze(1)  # (B, 1, L, K/2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each adjacent pair of channels (2j, 2j+1) by its angle, in float32.
+
+    x: (B, H, L, K) queries or keys after QK-norm
+    cos, sin: (B, 1, L, K/2) from rotary_angles
+    Returns (B, H, L, K) in the dtype of x
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
+    return turned.flatten(-2).to(x.dtype)

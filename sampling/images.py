@@ -1,0 +1,293 @@
+"""Pictures on disk <-> PIL <-> tensors; the only place where pixels become tensors.
+
+Letters: h, w in pixels. A picture is a PIL image in mode RGB; an image is a tensor in -1..1.
+"""
+import io
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
+from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # others never reach their decoder, Ghostscript included
+MAX_PIXELS = 100_000_000  # read off the header, before a pixel is decoded
+MAX_ASPECT = 32  # long side over short side
+FIT_RULES = ("crop", "pad", "stretch")
+GREY = (128, 128, 128)  # what "pad" adds: the 8-bit value next to 0.0, the neutral middle of -1..1
+
+_TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down first"
+_ENDS = {"PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Reads one picture file as 8-bit RGB, upright and opaque; of an animation the first frame.
+
+    path: PNG, JPEG, WEBP, BMP, GIF or TIFF. EXIF orientation is applied, transparency is laid on white, CMYK, palette,
+        1-bit, grey and 16-bit pictures are converted; colour profiles are not applied
+    Errors: ValueError, one line with the name, if the file is missing, damaged, cut short, too large or too narrow
+    """
+    with _strict_pillow(), _reading(path) as file:
+        with Image.open(file, formats=FORMATS) as header:
+            kind = header.format
+            _check_size(header.size)
+            header.verify()  # the checksum of every PNG chunk; decoding alone skips those of the pixels
+        _check_end(kind, file)
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as picture, _quiet_libtiff() if kind == "TIFF" else nullcontext():
+            picture.load()
+            return _to_rgb(ImageOps.exif_transpose(picture))
+
+
+def fit(picture: Image.Image, width: int, height: int, rule: str = "crop") -> Image.Image:
+    """Brings a picture to width x height with Lanczos; one of that size already is returned as it is.
+
+    width, height: pixels
+    rule: "crop" scales to cover and cuts the centre, "pad" scales to fit inside and adds mid-grey bars, "stretch"
+        scales each side by itself
+    Errors: ValueError if the rule has another name or the picture is not RGB
+    """
+    _check_rgb(picture)
+    if rule not in FIT_RULES:
+        raise ValueError(f"fit rule {rule!r} is unknown; choose one of {', '.join(FIT_RULES)}")
+    if picture.size == (width, height):
+        return picture
+    if rule == "stretch":
+        return picture.resize((width, height), Image.Resampling.LANCZOS)
+    wide, high = picture.size
+    wider = wide * height > high * width
+    if rule == "crop":  # resizing from a box spares the intermediate picture, which a narrow input would make huge
+        box_wide = high * width / height if wider else wide
+        box_high = high if wider else wide * height / width
+        left, top = (wide - box_wide) / 2, (high - box_high) / 2
+        box = (left, top, min(wide, left + box_wide), min(high, top + box_high))
+        return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    inner_wide = width if wider else max(1, round(wide * height / high))
+    inner_high = max(1, round(high * width / wide)) if wider else height
+    inner = picture.resize((inner_wide, inner_high), Image.Resampling.LANCZOS)
+    padded = Image.new("RGB", (width, height), GREY)
+    padded.paste(inner, ((width - inner_wide) // 2, (height - inner_high) // 2))
+    return padded
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Turns an RGB picture into an image: 0..255 -> -1..1, float32.
+
+    returns: (1, 3, h, w) image
+    Errors: ValueError if the picture is not RGB
+    """
+    _check_rgb(picture)
+    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
+    return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, h, w)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Turns one image into an RGB picture, rounded and clamped; the exact inverse of to_tensor.
+
+    image: (1, 3, h, w) or (3, h, w) in -1..1, any float type, any device
+    Errors: ValueError if the shape is another or a value is NaN or infinite
+    """
+    if image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image has shape {tuple(image.shape)}; one image is (3, h, w) or (1, 3, h, w)")
+    image = image.detach().to("cpu", torch.float32)
+    if not torch.isfinite(image).all():
+        raise ValueError("the model gave NaN or infinite pixels; try --dtype float32, or another checkpoint or LoRA")
+    pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_png(picture: Image.Image, path: str | Path, text: dict[str, str] | None = None) -> None:
+    """Writes a new PNG with text chunks; the same picture and text give the same bytes.
+
+    text: keyword -> text, such as the prompt; sorted by keyword, no time or path is added
+    Errors: as write_new
+    """
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in sorted((text or {}).items()):
+        chunks.add_text(keyword, value)
+    bare = picture.copy()
+    bare.info = {}  # else a profile or resolution of the source file is written along
+    buffer = io.BytesIO()
+    bare.save(buffer, "PNG", pnginfo=chunks, compress_level=6)
+    write_new(path, buffer.getvalue())
+
+
+def read_png_text(path: str | Path) -> dict[str, str]:
+    """Reads the text chunks of a PNG.
+
+    Errors: ValueError, one line with the name, if the file is not a whole PNG
+    """
+    with _strict_pillow(), _reading(path) as file, Image.open(file, formats=("PNG",)) as picture:
+        _check_size(picture.size)
+        return {keyword: str(value) for keyword, value in picture.text.items()}
+
+
+def write_new(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all, and never over an existing one.
+
+    path: in an existing folder; the temporary file is beside it and gone afterwards, whatever happens
+    Errors: FileExistsError if the name is taken; ValueError if the folder is missing, read-only or full
+    """
+    path = Path(path)
+    temporary = path.parent / f".{secrets.token_hex(8)}.part"
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _name_exclusively(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise FileExistsError(f"{_shown(path)} exists and is not overwritten; choose another name") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write {_shown(path)}: {reason}; free space there or choose another --out") from error
+
+
+def _name_exclusively(temporary: Path, path: Path) -> None:
+    """Gives a finished temporary file its name unless that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # exFAT and mounted cloud drives have no hard links: reserve the name, then rename onto it
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            path.unlink()
+            raise
+
+
+class _Refusal(ValueError):
+    """Why a file is refused and what to do, in words for the user; the name of the file goes before it."""
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[io.BufferedReader]:
+    """Opens a regular file and turns whatever its decoding raises into one line that names it."""
+    try:
+        if not Path(path).exists():
+            raise _Refusal("there is no such file; check the name")
+        if not Path(path).is_file():
+            raise _Refusal("it is a folder or a device; name one picture file")
+        if Path(path).stat().st_size == 0:
+            raise _Refusal("it is empty; export the picture again")
+        with open(path, "rb") as file:
+            yield file
+    except _Refusal as error:
+        raise ValueError(f"cannot read {_shown(path)}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"cannot read {_shown(path)}: {_TOO_LARGE}") from error
+    except Image.UnidentifiedImageError as error:
+        reason = f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or cut short or damaged at its start"
+        raise ValueError(f"cannot read {_shown(path)}: {reason}; save it again as PNG") from error
+    # Decoders of untrusted bytes raise OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError,
+    # struct.error, zlib.error, MemoryError and more; for the user all of them mean that this file is no good.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"cannot read {_shown(path)}: {reason}; save it again as PNG") from error
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Pillow without tolerance for truncated files, and without its warnings and log lines on stderr."""
+    logger, silence = logging.getLogger("PIL"), logging.NullHandler()
+    tolerance, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    logger.addHandler(silence)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeHandler(silence)
+        ImageFile.LOAD_TRUNCATED_IMAGES = tolerance
+
+
+@contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """Silences file descriptor 2, where libtiff writes what Pillow raises as well."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    """Refuses pictures that would fill the memory or that no panel can show."""
+    wide, high = size
+    if wide * high > MAX_PIXELS:
+        raise _Refusal(f"{wide}x{high} is {_TOO_LARGE}")
+    if max(wide, high) > MAX_ASPECT * min(wide, high):
+        raise _Refusal(f"{wide}x{high} is narrower than {MAX_ASPECT}:1; crop it first")
+
+
+def _check_end(kind: str | None, file: io.BufferedReader) -> None:
+    """Refuses a PNG or GIF without its end marker; the other decoders miss a missing end themselves.
+
+    file: for PNG as verify() leaves it, behind the letters IEND
+    """
+    if kind == "PNG":
+        file.seek(-8, os.SEEK_CUR)
+    elif kind == "GIF":
+        file.seek(-1, os.SEEK_END)
+    if kind in _ENDS and file.read(len(_ENDS[kind])) != _ENDS[kind]:
+        raise _Refusal("it is cut short or damaged at its end; save it again as PNG")
+
+
+def _check_rgb(picture: Image.Image) -> None:
+    """Refuses what would lose transparency or depth silently."""
+    if picture.mode != "RGB":
+        raise ValueError(f"picture has mode {picture.mode}, not RGB; read it with open_picture, which converts")
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """Converts any mode to opaque 8-bit RGB, without the metadata."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = _to_eight_bit(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    picture.info = {}
+    return picture
+
+
+def _to_eight_bit(picture: Image.Image) -> Image.Image:
+    """Scales 16-bit, 32-bit and float grey to 8 bits instead of clipping it to white.
+
+    White is 65535 for 16 bits. Wider types don't say what white is: it is the smallest of 1 (float), 255, 65535 and
+    the picture's own maximum that clips nothing.
+    """
+    values = np.asarray(picture).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise _Refusal("it holds NaN or infinite values; save it again as 8-bit PNG")
+    whites = [65535.0] if picture.mode.startswith("I;16") else [255.0, 65535.0, float(values.max())]
+    if picture.mode == "F":
+        whites.insert(0, 1.0)
+    white = next(white for white in whites if values.max() <= white)
+    scaled = np.clip(values / white * 255, 0, 255).round().astype(np.uint8)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled[values == transparent] = 255
+    return Image.fromarray(scaled)
+
+
+def _shown(path: str | Path) -> str:
+    """A file name fit for one line of a terminal."""
+    name = str(path)
+    return name if name.isprintable() else ascii(name)

@@ -1,0 +1,48 @@
+"""Panel-conditioned sampling: SDEdit's replacement, as In-Context LoRA uses it for masked panels.
+
+Letters: B batch, I image tokens.
+"""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .flow import interpolate
+
+
+def keep_known(known: Tensor, noise: Tensor, mask: Tensor) -> Callable[[Tensor, float], Tensor]:
+    """Make the after_step of euler that holds the kept tokens on their own path from noise to data.
+
+    The noise is drawn once for the whole run, so the path is a straight line and ends exactly at `known`.
+
+    known: (B, I, 64) clean tokens; what stands under the mask is never read
+    noise: (B, I, 64) the noise that the run started from
+    mask: (1, I, 1) 1 where tokens are generated, 0 where they are kept
+    Source: arXiv:2410.23775 section 3.4; the same as the inpainting of diffusers, mflux and ComfyUI
+    """
+    generated = mask.bool()
+
+    def after_step(x: Tensor, t_next: float) -> Tensor:
+        return x.where(generated, interpolate(known, noise, t_next).to(x.dtype))
+
+    return after_step
+
+
+def drafted_start(times: list[float], strength: float) -> list[float]:
+    """Cut the schedule to its last floor(steps x strength) steps: SDEdit proper, which starts from a draft.
+
+    times: the full schedule of steps + 1 entries
+    strength: in 0..1; 1 keeps every step and the draft is forgotten
+    Errors: ValueError if strength is outside 0..1 or leaves no step
+    Source: arXiv:2108.01073 (SDEdit)
+    """
+    steps = len(times) - 1
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength} is outside 0 to 1; 1 ignores the drafts, 0.5 keeps half of them")
+    left = math.floor(steps * strength + 1e-9)  # 10 x 0.3 is a little less than 3 in binary
+    if left < 1:
+        raise ValueError(
+            f"strength {strength} leaves 0 of {steps} steps; use at least {1 / steps:.3g}, or more steps"
+        )
+    return times[steps - left :]

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from golden import AE, DECODE, EXACT, case, far
+from model.autoencoder import decode_tiled
+from model.weights import load_autoencoder
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return load_autoencoder(AE)
+
+
+@torch.no_grad()
+def test_encode_equals_the_official_autoencoder(autoencoder):
+    golden = case("ae")
+    assert far(torch.cat(autoencoder.moments(golden["image"]), dim=1), golden["moments"]) < EXACT
+    assert far(autoencoder.encode(golden["image"]), golden["latent_mean"]) < EXACT
+
+
+@torch.no_grad()
+def test_decode_equals_the_official_autoencoder(autoencoder):
+    golden = case("ae")
+    assert far(autoencoder.decode(golden["z"]), golden["decoded"]) < DECODE
+
+
+@torch.no_grad()
+def test_a_posterior_sample_is_fixed_by_its_seed_and_spreads_around_the_mean(autoencoder):
+    golden = case("ae")
+    mean, logvar = autoencoder.moments(golden["image"])
+    draws = [autoencoder.encode(golden["image"], torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    spread = (draws[0] - golden["latent_mean"]) / 0.3611 / torch.exp(0.5 * logvar)
+    assert abs(float(spread.std()) - 1) < 0.1 and abs(float(spread.mean())) < 0.1
+
+
+@torch.no_grad()
+def test_one_tile_is_the_whole_picture(autoencoder):
+    z = case("ae")["z"]
+    assert far(decode_tiled(autoencoder, z, tile=8, overlap=2), autoencoder.decode(z)) < 1e-6
+
+
+def test_tiles_cover_the_picture_and_fade_into_each_other(autoencoder):
+    """With a decoder that only enlarges, tiling must give back exactly what it is given."""
+
+    class Enlarge:
+        def decode(self, z):
+            return torch.nn.functional.interpolate(z[:, :3], scale_factor=8, mode="nearest")
+
+    z = torch.randn(1, 16, 13, 21)
+    assert far(decode_tiled(Enlarge(), z, tile=6, overlap=2), Enlarge().decode(z)) < 1e-6
+
+
+def test_an_overlap_as_large_as_the_tile_is_refused(autoencoder):
+    with pytest.raises(ValueError, match="must be smaller than the tile"):
+        decode_tiled(autoencoder, torch.zeros(1, 16, 8, 8), tile=4, overlap=4)

@@ -1,0 +1,230 @@
+"""Text encoders from every layout, on tiny random ones made here."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.text import infer_clip_config, infer_t5_config, load_text_encoders
+from model.weights import ModelFiles
+
+PROMPTS = ["a red fox sits on a hill", ""]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def make_tokenizers(root, t5_limit=12):
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)] + [(c, -3.0) for c in LETTERS]
+    limit = {} if t5_limit is None else {"model_max_length": t5_limit}
+    T5Tokenizer(vocab=vocabulary, extra_ids=0, **limit).save_pretrained(root / "tokenizer_2")
+    # byte-pair pieces in CLIP's form; the end of text is not the highest id, so that argmax would miss it
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(c + "</w>" for c in LETTERS)]
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (root / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    assert CLIPTokenizer.from_pretrained(root / "tokenizer").eos_token_id == 1
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A hub folder with tiny encoders, and their networks as transformers made them."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    root = tmp_path_factory.mktemp("hub")
+    make_tokenizers(root)
+    torch.manual_seed(0)
+    sizes = dict(d_model=40, d_kv=16, d_ff=48, num_layers=2, num_heads=3, relative_attention_num_buckets=8)
+    t5 = T5EncoderModel(T5Config(vocab_size=30, feed_forward_proj="gated-gelu", **sizes)).eval()
+    t5.save_pretrained(root / "text_encoder_2")
+    sizes = dict(hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ids = dict(bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    clip = CLIPTextModel(CLIPTextConfig(vocab_size=54, max_position_embeddings=20, **sizes, **ids)).eval()
+    clip.save_pretrained(root / "text_encoder")
+    return root, t5, clip
+
+
+def files(root, **parts) -> ModelFiles:
+    paths = dict(clip="text_encoder", t5="text_encoder_2", clip_tokenizer="tokenizer", t5_tokenizer="tokenizer_2")
+    paths |= dict(flux="flux1-dev.safetensors", autoencoder="ae.safetensors") | parts
+    return ModelFiles(**{part: root / path for part, path in paths.items()}, root=root, name="tiny")
+
+
+def encode(root, prompts=PROMPTS, **parts):
+    return load_text_encoders(files(root, **parts), dtype=torch.float32).encode(prompts, 16)
+
+
+@pytest.fixture
+def copy(hub, tmp_path):
+    return shutil.copytree(hub[0], tmp_path / "copy")
+
+
+def test_encoding_is_what_transformers_gives_without_masks(hub):
+    root, t5, clip = hub
+    encoders = load_text_encoders(files(root), dtype=torch.float32)
+    txt, vec = encoders.encode(PROMPTS, 16)
+    padded = dict(padding="max_length", truncation=True, return_tensors="pt")
+    t5_ids = encoders.t5_tokenizer(PROMPTS, max_length=16, **padded).input_ids
+    clip_ids = encoders.clip_tokenizer(PROMPTS, max_length=20, **padded).input_ids
+    assert t5_ids[1].tolist() == [1] + [0] * 15 and clip_ids[1].tolist() == [0] + [1] * 19
+    with torch.no_grad():
+        torch.testing.assert_close(txt, t5(t5_ids).last_hidden_state)
+        torch.testing.assert_close(vec, clip(clip_ids).pooler_output)
+    assert txt.shape == (2, 16, 40) and vec.shape == (2, 128)
+    assert not vec[0].allclose(vec[1])
+
+
+def test_hub_folder_shards_and_single_files_give_identical_outputs(hub, copy):
+    _, t5, _ = hub
+    want = encode(copy)
+    shutil.rmtree(copy / "text_encoder_2")
+    t5.save_pretrained(copy / "text_encoder_2", max_shard_size="20KB")
+    assert len(list((copy / "text_encoder_2").glob("model-*.safetensors"))) > 2
+    sharded = encode(copy)
+    t5.save_pretrained(copy / "whole")
+    tensors = load_file(copy / "whole" / "model.safetensors")
+    both = tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"].clone()}
+    save_file(both | {"lm_head.weight": torch.zeros(2, 2)}, copy / "t5xxl_fp16.safetensors")
+    tensors = load_file(copy / "text_encoder" / "model.safetensors")
+    released = {"text_model." + key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+    released["text_model.embeddings.position_ids"] = torch.arange(20)[None]
+    released["text_projection.weight"] = torch.zeros(2, 2)
+    save_file(released, copy / "clip_l.safetensors")
+    shutil.rmtree(copy / "text_encoder")
+    shutil.rmtree(copy / "text_encoder_2")
+    config = {"relative_attention_num_buckets": 8, "layer_norm_epsilon": 1e-6}
+    (copy / "text_encoder_2").mkdir()
+    (copy / "text_encoder_2" / "config.json").write_text(json.dumps(config))
+    single = encode(copy, clip="clip_l.safetensors", t5="t5xxl_fp16.safetensors")
+    for got in (sharded, single):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_the_two_t5_embeddings_are_one_tensor_in_memory(hub):
+    t5 = load_text_encoders(files(hub[0]), dtype=torch.bfloat16).t5
+    assert t5.encoder.embed_tokens.weight is t5.shared.weight
+    assert {p.dtype for p in t5.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in t5.parameters())
+
+
+def test_t5_never_computes_in_float16(hub):
+    encoders = load_text_encoders(files(hub[0]), dtype=torch.float16)
+    assert {p.dtype for p in encoders.t5.parameters()} == {torch.bfloat16}
+    assert {part.dtype for part in encoders.encode(PROMPTS, 16)} == {torch.float16}
+
+
+def test_config_beside_the_file_gives_what_shapes_do_not_show(copy):
+    config = copy / "text_encoder" / "config.json"
+    want = encode(copy)[1]
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"num_attention_heads": 4}))
+    assert not torch.allclose(encode(copy)[1], want)
+    config.write_text(json.dumps(settings | {"num_attention_heads": 10**9}))
+    with pytest.raises(ValueError, match="text_encoder/config.json has num_attention_heads = 1000000000"):
+        encode(copy)
+    config.write_text('{"num_attention_heads": ')
+    with pytest.raises(ValueError, match="config.json is not a JSON object"):
+        encode(copy)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_names_with_a_foreign_prefix_are_refused_not_ignored(copy, part):
+    path = copy / part / "model.safetensors"
+    save_file({"module." + key: tensor for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=f"{part}/model.safetensors holds no network that is known here"):
+        encode(copy)
+
+
+def test_a_missing_tensor_is_counted_and_named(copy):
+    path = copy / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(key for key in tensors if key.endswith("final_layer_norm.bias"))]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"model.safetensors lacks 1 of 36 tensors \(.*final_layer_norm.bias\)$"):
+        encode(copy)
+
+
+def test_fp8_t5_is_refused_by_name(copy):
+    path = copy / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}, path)
+    with pytest.raises(ValueError, match="holds fp8 weights, not a T5 text encoder; use .*t5xxl_fp16.safetensors"):
+        encode(copy)
+    save_file(tensors | {"scaled_fp8": torch.zeros(0)}, path)
+    with pytest.raises(ValueError, match="holds scaled fp8 weights"):
+        encode(copy)
+
+
+def test_lost_words_are_reported_for_each_encoder(hub):
+    encoders = load_text_encoders(files(hub[0]), dtype=torch.float32)
+    assert encoders.lost("a fox", 16) == []
+    t5, clip = encoders.lost("red fox on hills of blue snow and more to come", 10)
+    # T5: 36 letters, 11 starts of words, the end of text; kept are _red_fox_ and the end. CLIP: letters, start and end
+    assert t5.startswith("T5 reads only the start of the prompt: 38 of 48 tokens are lost, from 'on hills of blue")
+    assert clip.startswith("CLIP reads only the start, which is usual for joint prompts") and "18 of 38" in clip
+
+
+def test_words_before_the_cut_do_not_count_as_lost(hub):
+    encoders = load_text_encoders(files(hub[0]), dtype=torch.float32)
+    prompt = "abc def ghi jkl"  # with the end of text, T5 keeps the tokens of: _abc_def_g
+    (line,) = encoders.lost(prompt, 11)
+    assert "from 'ghi jkl ...' on" in line
+
+
+def test_text_length_defaults_to_the_tokenizers_own(hub, tmp_path):
+    assert load_text_encoders(files(hub[0]), dtype=torch.float32).encode(["a"], None)[0].shape[1] == 12
+    make_tokenizers(tmp_path, t5_limit=None)
+    for part in ("text_encoder", "text_encoder_2"):
+        shutil.copytree(hub[0] / part, tmp_path / part)
+    with pytest.raises(ValueError, match="the T5 tokenizer has no model_max_length; give the text length"):
+        load_text_encoders(files(tmp_path), dtype=torch.float32).encode(["a"], None)
+
+
+def test_prompts_that_cannot_be_encoded_are_refused(hub, copy):
+    encoders = load_text_encoders(files(hub[0]), dtype=torch.float32)
+    with pytest.raises(ValueError, match="no prompt"):
+        encoders.encode([], 16)
+    with pytest.raises(ValueError, match=r"the prompt 'a \\udcff' has bytes that are no text"):
+        encoders.encode(["a \udcff"], 16)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        encoders.encode(["a"], 0)
+    encoders.encode(["\x00 \u4e2d\u6587 \U0001f600 </s> <pad>"], 16)
+    path = copy / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({key: t[:20].clone() if t.shape[0] == 30 else t for key, t in tensors.items()}, path)
+    with pytest.raises(ValueError, match="T5 tokenizer makes token 29, but the T5 encoder knows 20"):
+        encode(copy, ["zebra"])
+
+
+@pytest.mark.parametrize("file", ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"])
+def test_a_damaged_tokenizer_is_one_line(copy, file):
+    path = copy / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + b"\xff{") if "json" in file else path.unlink()
+    with pytest.raises(ValueError, match="the tokenizer in .*tokenizer.* cannot be read") as error:
+        encode(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_loading_asks_nothing_of_the_network_and_prints_nothing(hub, monkeypatch, capfd):
+    def refuse(*_):
+        raise AssertionError("connected")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    encoders = load_text_encoders(files(hub[0]), dtype=torch.float32)
+    encoders.lost("a fox " * 50, 12)
+    encoders.encode(["a fox " * 50], 12)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_released_sizes_are_inferred():
+    attention, mlp = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
+    shapes = {f"encoder.block.{i}.layer.0.layer_norm.weight": (4096,) for i in range(24)}
+    shapes |= {"shared.weight": (32128, 4096), attention + "q.weight": (4096, 4096), mlp + "wi_0.weight": (10240, 4096)}
+    shapes |= {attention + "relative_attention_bias.weight": (32, 64)}
+    t5 = infer_t5_config(shapes)
+    assert (t5["d_kv"], t5["num_heads"], t5["num_layers"], t5["feed_forward_proj"]) == (64, 64, 24, "gated-gelu")
+    shapes = {f"encoder.layers.{i}.mlp.fc1.weight": (3072, 768) for i in range(12)}
+    shapes |= {"embeddings.token_embedding.weight": (49408, 768), "embeddings.position_embedding.weight": (77, 768)}
+    assert infer_clip_config(shapes)["num_attention_heads"] == 12

@@ -1,0 +1,63 @@
+"""Write trained networks as a model folder in the layout of the FLUX.1-dev hub repository, in bfloat16."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel, T5EncoderModel
+
+from model.autoencoder import AutoEncoder
+from model.checkpoint import save_safetensors
+from model.flux import Flux
+
+from .captions import joint_caption
+from .world import draw, random_set
+
+EXAMPLES = {(1, 2): 11, (2, 1): 22, (2, 2): 33, (3, 1): 44}  # grid -> seed
+EXAMPLE_SIDE = 256  # pixels; fitted to the panel size of any model
+
+
+def bfloat16(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + name: p.detach().to(torch.bfloat16) for name, p in module.state_dict().items()}
+
+
+def write_model(
+    folder: Path, flux: Flux, autoencoder: AutoEncoder, clip: CLIPModel, t5: T5EncoderModel, clip_tokenizer: Path,
+    t5_tokenizer: Path,
+) -> None:  # fmt: skip
+    """Write every file of the model, and the example sets."""
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    save_safetensors(bfloat16(flux), folder / "flux1-tiny.safetensors")
+    save_safetensors(bfloat16(autoencoder), folder / "ae.safetensors")
+    text = {name: p for name, p in bfloat16(clip.text_model, "text_model.").items() if "position_ids" not in name}
+    save_safetensors(text, folder / "text_encoder" / "model.safetensors")
+    write_config(clip.config.text_config, "CLIPTextModel", folder / "text_encoder")
+    kept = {name: p for name, p in bfloat16(t5).items() if name != "encoder.embed_tokens.weight"}
+    save_safetensors(kept, folder / "text_encoder_2" / "model.safetensors")
+    write_config(t5.config, "T5EncoderModel", folder / "text_encoder_2")
+    for source, name in ((clip_tokenizer, "tokenizer"), (t5_tokenizer, "tokenizer_2")):
+        for file in source.iterdir():
+            shutil.copyfile(file, folder / name / file.name)
+    write_examples(folder / "examples")
+
+
+def write_config(config, architecture: str, folder: Path) -> None:
+    settings = {**config.to_diff_dict(), "architectures": [architecture], "dtype": "bfloat16"}
+    settings.pop("transformers_version", None)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def write_examples(folder: Path) -> None:
+    """Draw one example set a grid, with its caption: <rows>x<cols>/1.png ... and caption.txt."""
+    for (rows, cols), seed in EXAMPLES.items():
+        rng = np.random.default_rng(seed)
+        panels = random_set(rng, rows, cols, subjects=1, held_out=True)
+        place = folder / f"{rows}x{cols}"
+        place.mkdir(parents=True, exist_ok=True)
+        for i, panel in enumerate(panels, 1):
+            draw(panel, EXAMPLE_SIDE).save(place / f"{i}.png", optimize=True)
+        (place / "caption.txt").write_text(joint_caption(panels, rows, cols) + "\n")

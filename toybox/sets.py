@@ -1,0 +1,77 @@
+"""The sets that pretraining sees: composites of every grid with their captions, drawn once and kept on disk."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.checkpoint import save_safetensors
+
+from .captions import joint_caption
+from .world import Panel, draw, random_set
+
+PANEL = 64
+CHUNK = 250  # sets a job
+CAPTIONS = 3  # phrasings a set
+MARKERS = (("image", 0.6), ("position", 0.25), ("scene", 0.15))
+
+# rows, columns -> share of the sets, chance of 1, 2, 3, 4 subjects
+GRIDS = {
+    (1, 1): (0.25, (0.45, 0.30, 0.15, 0.10)),
+    (1, 2): (0.12, (0.70, 0.30)),
+    (2, 1): (0.12, (0.70, 0.30)),
+    (2, 2): (0.39, (0.75, 0.25)),
+    (3, 1): (0.12, (0.75, 0.25)),
+}
+
+
+def composite(panels: tuple[Panel, ...], rows: int, cols: int, size: int = PANEL) -> np.ndarray:
+    """Draw a set as one picture: (rows*size, cols*size, 3) uint8."""
+    drawn = [np.asarray(draw(panel, size)) for panel in panels]
+    return np.concatenate([np.concatenate(drawn[r * cols : (r + 1) * cols], axis=1) for r in range(rows)], axis=0)
+
+
+def draw_chunk(job: tuple[int, int, int, int]) -> tuple[np.ndarray, list[list[str]]]:
+    """Draw CHUNK sets of one grid with their captions; the job is (rows, columns, chunk number, seed)."""
+    rows, cols, chunk, seed = job
+    rng = np.random.default_rng([seed, rows, cols, chunk])
+    chances = GRIDS[rows, cols][1]
+    kinds, weights = zip(*MARKERS, strict=True)
+    pictures, captions = [], []
+    for _ in range(CHUNK):
+        panels = random_set(rng, rows, cols, 1 + int(rng.choice(len(chances), p=chances)))
+        pictures.append(composite(panels, rows, cols).transpose(2, 0, 1))
+        captions.append(
+            [joint_caption(panels, rows, cols, rng, str(rng.choice(kinds, p=weights))) for _ in range(CAPTIONS)]
+        )
+    return np.stack(pictures), captions
+
+
+def draw_sets(folder: Path, total: int, seed: int, processes: int) -> None:
+    """Draw the sets of every grid that the folder does not hold yet.
+
+    total: sets over all grids, split as GRIDS says
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for (rows, cols), (share, _) in GRIDS.items():
+        path = folder / f"sets-{rows}x{cols}.safetensors"
+        if path.exists():
+            continue
+        jobs = [(rows, cols, chunk, seed) for chunk in range(max(1, round(total * share / CHUNK)))]
+        with multiprocessing.Pool(processes) as pool:
+            pictures, captions = zip(*pool.imap(draw_chunk, jobs), strict=True)
+        tensor = torch.from_numpy(np.concatenate(pictures))
+        save_safetensors({"pictures": tensor}, path, {"captions": json.dumps([c for part in captions for c in part])})
+
+
+def load_sets(folder: Path, grid: tuple[int, int]) -> tuple[Tensor, list[list[str]]]:
+    """Give the pictures (N, 3, h, w) uint8 of a grid and their N lists of captions."""
+    path = folder / f"sets-{grid[0]}x{grid[1]}.safetensors"
+    with safe_open(path, "pt") as file:
+        captions = json.loads(file.metadata()["captions"])
+    return load_file(path)["pictures"], captions

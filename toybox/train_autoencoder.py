@@ -1,0 +1,118 @@
+"""Stage 1: the autoencoder, on panels, on crops across panel borders and on whole composites."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.autoencoder import AutoEncoder, AutoEncoderConfig
+
+from .training import Stage, run
+
+# GroupNorm has 32 groups, so 32 channels would be normalised one by one and lose the picture's tint: measured, 16 dB.
+CONFIG = AutoEncoderConfig(ch=64, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
+SMALL = 32  # pixels of a crop in the first half of the steps
+LARGE = 64
+KL = 1e-4  # weight of the divergence from a unit Gaussian, a mean over latent values
+
+
+def batch_of(pool: Tensor, stage: Stage, step: int, generator: torch.Generator) -> Tensor:
+    """Draw a batch from random 2x2 composites: small crops first, then large ones and now and then the whole.
+
+    A third of the large crops are whole panels; the rest cross the borders. Some panels are filled with 0, as
+    the masked ones are when the kept panels of a set are encoded.
+
+    pool: (N, 3, 64, 64) uint8 panels
+    Returns (B, 3, h, w) float32 in -1..1
+    """
+    small, whole = step < stage.steps // 2, step % 8 == 7
+    count = 3 * stage.batch if small else max(1, stage.batch // 4) if whole else stage.batch
+    panels = pool[torch.randint(len(pool), (count, 4), generator=generator)].float() / 127.5 - 1
+    panels = panels * (torch.rand(count, 4, 1, 1, 1, generator=generator) > 0.1)
+    top, bottom = torch.cat((panels[:, 0], panels[:, 1]), -1), torch.cat((panels[:, 2], panels[:, 3]), -1)
+    composite = torch.cat((top, bottom), -2)  # (B, 3, 128, 128)
+    if whole and not small:
+        return composite
+    side = SMALL if small else LARGE
+    corners = torch.randint(0, composite.shape[-1] - side + 1, (count, 2), generator=generator)
+    corners[: 0 if small else count // 3] = 0
+    crops = zip(composite, corners.tolist(), strict=True)
+    return torch.stack([picture[:, y : y + side, x : x + side] for picture, (y, x) in crops])
+
+
+def losses(model: AutoEncoder, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Absolute error of pixels and of their differences, and the divergence of the posterior.
+
+    The Gaussian that latents are held to is the one that scale_factor and shift_factor map to mean 0, variance 1.
+    """
+    mean, logvar = model.moments(image)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    decoded = model.decoder(mean + torch.exp(0.5 * logvar) * noise)
+    pixel = (decoded - image).abs().mean()
+    edge = sum((decoded.diff(dim=d) - image.diff(dim=d)).abs().mean() for d in (-1, -2))
+    scale = model.config.scale_factor
+    z, variance = scale * (mean - model.config.shift_factor), scale**2 * logvar.exp()
+    kl = 0.5 * (z.square() + variance - variance.log() - 1).mean()
+    mse = F.mse_loss(decoded.detach().clamp(-1, 1), image)
+    return {
+        "loss": pixel + 0.5 * edge + KL * kl,
+        "psnr": -10 * torch.log10(mse / 4),
+        "z_std": z.detach().std(),
+        "posterior_std": variance.detach().sqrt().mean(),
+    }
+
+
+def new_autoencoder() -> AutoEncoder:
+    """Build an autoencoder that starts almost linear, with latents far above the posterior's noise."""
+    model = AutoEncoder(CONFIG)
+    for name, p in model.named_parameters():
+        if ".conv2." in name or ".proj_out." in name:
+            nn.init.zeros_(p)
+    out, channels = model.encoder.conv_out, CONFIG.z_channels
+    with torch.no_grad():
+        out.weight[:channels] *= 8
+        out.weight[channels:] *= 0.1
+        out.bias[channels:] = -5
+    return model
+
+
+def is_hidden(name: str, p: Tensor) -> bool:
+    """Tell the kernels that Muon trains from the first and last ones, norms and biases."""
+    return p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
+
+
+def train(
+    stage: Stage, pool: Tensor, folder: Path, seed: int, device: str = "cpu", init: AutoEncoder | None = None
+) -> AutoEncoder:
+    """Train the autoencoder and set its latents to unit variance; gives the averaged weights on the CPU."""
+    torch.manual_seed(seed)
+    model = (init or new_autoencoder()).to(device, memory_format=torch.channels_last)
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        image = batch_of(pool, stage, step, generator)
+        return losses(model, image.to(device, memory_format=torch.channels_last), generator)
+
+    average = run(stage, model, loss_at, folder, seed, is_hidden).to("cpu", memory_format=torch.contiguous_format)
+    return unit_variance(average, pool[:512])
+
+
+@torch.no_grad()
+def unit_variance(model: AutoEncoder, pool: Tensor) -> AutoEncoder:
+    """Fold one number into encoder and decoder so that scaled latents have variance 1; pictures do not change."""
+    z = model.encode(pool.float() / 127.5 - 1)
+    factor = float(z.std())
+    out, into = model.encoder.conv_out, model.decoder.conv_in
+    channels = model.config.z_channels
+    shift = model.config.shift_factor
+    # raw' - shift = (raw - shift) / factor; only at the decoder's zero padding does this change anything
+    out.weight[:channels] /= factor
+    out.bias[:channels] = (out.bias[:channels] - shift) / factor + shift
+    out.bias[channels:] -= 2 * torch.log(torch.tensor(factor))
+    _rescale_input(into, factor, shift)
+    return model
+
+
+def _rescale_input(conv: nn.Conv2d, factor: float, shift: float) -> None:
+    conv.bias += (conv.weight * (shift - factor * shift)).sum(dim=(1, 2, 3))
+    conv.weight *= factor

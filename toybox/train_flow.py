@@ -1,0 +1,139 @@
+"""Stages 3 and 4: the transformer; first T5 learns along with it, then T5 is frozen and its features are kept."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from model.autoencoder import AutoEncoder
+from model.flux import Flux, FluxConfig
+from model.position import grid_ids
+from sampling.flow import interpolate
+from sampling.latents import pack
+
+from .training import Stage, run
+
+CONFIG = FluxConfig(
+    in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=128, mlp_hidden=512, num_heads=4,
+    depth=2, depth_single_blocks=6, axes_dim=(4, 14, 14), guidance_embed=True,
+)  # fmt: skip
+DROPPED = 0.05  # share of the captions replaced by the empty one
+GUIDANCE = (1.0, 5.0)  # drawn uniformly, so that every value is in distribution and changes nothing yet
+
+
+def new_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """Build a T5 1.1 encoder with random weights, for a tokenizer."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=CONFIG.context_in_dim, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        )
+    )  # fmt: skip
+
+
+def new_flux(config: FluxConfig = CONFIG) -> Flux:
+    """Build a transformer with random weights whose blocks start as the identity, as DiT's do."""
+    flux = Flux(config)
+    for name, p in flux.named_parameters():
+        if ".lin." in name or "_mod." in name or "adaLN" in name or name.startswith("final_layer.linear"):
+            nn.init.zeros_(p)
+    return flux
+
+
+def is_hidden(name: str, p: Tensor) -> bool:
+    """Tell the matrices inside blocks, which Muon trains, from embeddings, modulation, norms and biases."""
+    return p.ndim == 2 and "_blocks." in name and "mod" not in name.split(".", 3)[-1]
+
+
+class Data:
+    """Latents and token ids of every grid, ready for training.
+
+    latents: by grid, (N, 16, h, w) float16
+    ids, vec: by grid, T5 ids (N, phrasings, T) and CLIP vectors (N, phrasings, V)
+    features: by grid, T5 features (N, phrasings, T, C) bfloat16, once T5 is frozen
+    """
+
+    def __init__(self, latents: dict, ids: dict, vec: dict, empty: tuple[Tensor, Tensor]):
+        self.latents, self.ids, self.vec = latents, ids, vec
+        self.empty_ids, self.empty_vec = empty
+        self.features: dict | None = None
+        self.empty_features: Tensor | None = None
+        self.grids = list(latents)
+
+    @torch.no_grad()
+    def freeze_text(self, t5: T5EncoderModel, batch: int = 256) -> None:
+        def encode(ids: Tensor) -> Tensor:
+            device = t5.shared.weight.device
+            parts = [t5(input_ids=part.to(device)).last_hidden_state for part in ids.flatten(0, -2).split(batch)]
+            return torch.cat([part.bfloat16().cpu() for part in parts]).unflatten(0, ids.shape[:-1])
+
+        self.features = {grid: encode(ids) for grid, ids in self.ids.items()}
+        self.empty_features = encode(self.empty_ids[None])[0]
+
+
+@torch.no_grad()
+def encode_pictures(autoencoder: AutoEncoder, pictures: Tensor, batch: int = 16) -> Tensor:
+    """Encode pictures (N, 3, h, w) uint8 into latents (N, 16, h/8, w/8) float16."""
+    return torch.cat([autoencoder.encode(part.float() / 127.5 - 1).half() for part in pictures.split(batch)])
+
+
+def flow_loss(flux: Flux, z: Tensor, txt: Tensor, vec: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity at logit-normal times.
+
+    z: (B, 16, h, w) latents
+    txt: (B, T, C), vec: (B, V)
+    Source: arXiv:2403.03206 (logit-normal times)
+    """
+    data = pack(z)  # (B, I, 64)
+    noise = torch.randn(data.shape, generator=generator).to(z)
+    t = torch.sigmoid(torch.randn(len(z), generator=generator)).to(z)
+    guidance = torch.empty(len(z)).uniform_(*GUIDANCE, generator=generator).to(z)
+    ids = grid_ids(z.shape[2] // 2, z.shape[3] // 2).to(z).expand(len(z), -1, -1)
+    txt_ids = ids.new_zeros(len(z), txt.shape[1], 3)
+    v = flux(interpolate(data, noise, t[:, None, None]), ids, txt, txt_ids, t, vec, guidance)
+    return (v - (noise - data)).square().mean()
+
+
+def train(
+    stage: Stage, flux: Flux, t5: T5EncoderModel, data: Data, weights: dict, folder: Path, seed: int, joint: bool,
+    device: str = "cpu",
+) -> tuple[Flux, T5EncoderModel]:  # fmt: skip
+    """Train the transformer, with T5 (joint) or on its kept features; gives the averaged weights.
+
+    weights: by grid, how often it is drawn
+    """
+    flux, t5 = flux.to(device), t5.to(device)
+    if not joint and data.features is None:
+        data.freeze_text(t5)
+    chances = torch.tensor([weights[grid] for grid in data.grids])
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        grid = data.grids[int(torch.multinomial(chances, 1, generator=generator))]
+        z, vec = data.latents[grid], data.vec[grid]
+        count = batch_size(stage.batch, z, data.ids[grid].shape[-1])
+        chosen = torch.randint(len(z), (count,), generator=generator)
+        phrasing = torch.randint(vec.shape[1], (count,), generator=generator)
+        dropped = torch.rand(count, generator=generator) < DROPPED
+        vec = data.empty_vec.where(dropped[:, None], vec[chosen, phrasing])
+        if joint:
+            ids = data.empty_ids.where(dropped[:, None], data.ids[grid][chosen, phrasing])
+            txt = t5(input_ids=ids.to(device)).last_hidden_state
+        else:
+            txt = data.features[grid][chosen, phrasing]
+            txt = data.empty_features.where(dropped[:, None, None], txt).float().to(device)
+        loss = flow_loss(flux, z[chosen].float().to(device), txt, vec.to(device), generator)
+        losses = {"loss": loss}
+        if grid == (2, 2):
+            losses["2x2"] = loss.detach()
+        return losses
+
+    module = nn.ModuleDict({"flux": flux, "t5": t5} if joint else {"flux": flux})
+    average = run(stage, module, loss_at, folder, seed, is_hidden)
+    return average["flux"], average["t5"] if joint else t5
+
+
+def batch_size(base: int, z: Tensor, text: int) -> int:
+    """Sets in a batch of this grid, so that every batch has about the tokens of `base` 2x2 sets."""
+    tokens = z.shape[2] * z.shape[3] // 4
+    return round(base * (64 + text) / (tokens + text))

@@ -1,0 +1,182 @@
+"""The one training loop of the toybox: steps, learning rate, EMA, and checkpoints that survive any kill.
+
+A checkpoint is a single safetensors file that is replaced whole, so it is either the old one or the new one.
+Every random number of step n comes from a generator seeded by (seed, n): a resumed run needs no RNG state and
+repeats an uninterrupted one.
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from model.checkpoint import save_safetensors
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of pretraining: how long, how fast, and what is averaged."""
+
+    name: str
+    steps: int
+    batch: int
+    lr: float  # of AdamW
+    muon_lr: float = 0.0  # of Muon, for hidden matrices; 0 leaves everything to AdamW
+    warmup: int = 100
+    decay_from: float = 0.0  # share of the steps after which the rate falls to 0 along a cosine; 1 never
+    ema: float = 0.999
+    clip: float = 1.0
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Give the generator that makes every random choice of one step."""
+    return torch.Generator("cpu").manual_seed(seed * 1_000_003 + step)
+
+
+def rate(stage: Stage, step: int) -> float:
+    """The factor on the learning rate: linear warm-up, flat, then a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(1, stage.warmup))
+    start = stage.decay_from * stage.steps
+    if step < start:
+        return warm
+    done = (step - start) / max(1, stage.steps - start)
+    return warm * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal: every direction of a matrix learns at the same speed.
+
+    torch.optim.Muon takes 2-D weights only and computes in bfloat16, which a CPU without bfloat16 units does at
+    a quarter of its float32 speed; this one takes convolutions too and stays in the weight's dtype.
+    Source: Jordan et al. 2024, Muon; the factor 0.2 sqrt(max side) of arXiv:2502.16982 matches AdamW's rates
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(buffer, group["momentum"]).flatten(1))
+                scale = 0.2 * max(update.shape) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+
+
+def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
+    """Move the singular values of a matrix towards 1 with the quintic Newton-Schulz iteration of Muon."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def optimizers(module: nn.Module, stage: Stage, is_hidden: Callable[[str, Tensor], bool]) -> list:
+    """Muon for the hidden matrices where the stage asks for it, AdamW for the rest."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if stage.muon_lr and is_hidden(name, p)]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    made = [torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    if hidden:
+        made.append(Muon(hidden, lr=stage.muon_lr))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return made
+
+
+def run(
+    stage: Stage,
+    module: nn.Module,
+    loss_at: Callable[[int, torch.Generator], dict[str, Tensor]],
+    folder: Path,
+    seed: int = 0,
+    is_hidden: Callable[[str, Tensor], bool] = lambda name, p: False,
+    every: float = 60,
+    report: Callable[[str], None] = print,
+) -> nn.Module:
+    """Train a module to the end of its stage, from its last checkpoint if there is one.
+
+    loss_at: (step, generator) -> losses by name; "loss" is minimised, the others are shown
+    folder: where `<stage>.safetensors` is kept; a stage that is finished there is loaded, not run
+    every: seconds between checkpoints
+    Returns the averaged (EMA) copy of the module
+    """
+    path = folder / f"{stage.name}.safetensors"
+    average = copy.deepcopy(module).requires_grad_(False)
+    steppers = optimizers(module, stage, is_hidden)
+    start = restore(path, module, average, steppers) if path.exists() else 0
+    shown: dict[str, float] = {}
+    began = saved = time.monotonic()
+    for step in range(start, stage.steps):
+        factor = rate(stage, step)
+        for optimizer in steppers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+        losses = loss_at(step, step_generator(seed, step))
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(module.parameters(), stage.clip)
+        for optimizer in steppers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        decay = min(stage.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, p in zip(average.parameters(), module.parameters(), strict=True):
+                mean.lerp_(p, 1 - decay)
+        for name, value in losses.items():
+            shown[name] = 0.98 * shown.get(name, float(value.detach())) + 0.02 * float(value.detach())
+        done = step + 1 - start
+        if done % 50 == 0 or step + 1 == stage.steps:
+            speed = done / (time.monotonic() - began)
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            left = (stage.steps - step - 1) / speed / 60
+            report(f"{stage.name} {step + 1}/{stage.steps}  {figures}  {speed:.2f} steps/s  {left:.1f} min left")
+        if time.monotonic() - saved > every or step + 1 == stage.steps:
+            store(path, step + 1, module, average, steppers)
+            saved = time.monotonic()
+    return average
+
+
+def store(path: Path, step: int, module: nn.Module, average: nn.Module, steppers: list) -> None:
+    """Write weights, their average and the optimizers' state as one file, whole or not at all."""
+    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in average.state_dict().items()}
+    for i, optimizer in enumerate(steppers):
+        for p, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{p}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_safetensors({k: v.detach().contiguous().clone() for k, v in tensors.items()}, path,
+                     {"step": json.dumps(step)})  # fmt: skip
+
+
+def restore(path: Path, module: nn.Module, average: nn.Module, steppers: list) -> int:
+    """Load what store wrote; gives the number of steps done."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        step = int(json.loads(file.metadata()["step"]))
+    for prefix, target in (("model.", module), ("ema.", average)):
+        target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    for i, optimizer in enumerate(steppers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer.{i}."):
+                _, _, p, name = key.split(".", 3)
+                state.setdefault(int(p), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return step
