@@ -87,7 +87,8 @@ def _recorded(kind: type, path: str, given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path} sets {ascii(name[:40])}, which is unknown; {nearest(name, types)}remove it there")
         undecided = value is None and known[name].default is None
         if not undecided and not _is(value, types[name]):
-            raise ValueError(f"{path} sets {name} to {str(value)[:40]!a}, which is not {KINDS[types[name]]}; correct it")
+            shown = ascii(str(value)[:40])
+            raise ValueError(f"{path} sets {name} to {shown}, which is not {KINDS[types[name]]}; correct it there")
         if not any(other in given for other in known[name].metadata.get("follows", ())):
             recorded[name] = tuple(value) if isinstance(value, list) else value
     return recorded
@@ -122,6 +123,8 @@ def _is(value: Any, kind: type) -> bool:
 def _metavar(field: Field, kind: type) -> str:
     """Stands for the value in --help."""
     choices = field.metadata.get("choices", ())
+    if "metavar" in field.metadata:
+        return field.metadata["metavar"]
     if 0 < len(choices) <= 4:
         return "{" + ",".join(choices) + "}"
     if kind in (int, float):
@@ -132,6 +135,6 @@ def _metavar(field: Field, kind: type) -> str:
 def _help(field: Field) -> str:
     """Gives the line of --help with the default, where a plain one exists."""
     text, default = field.metadata["help"], field.default
-    if default not in (None, False, ()):
+    if default is not None and default is not False and default != ():
         text += f" (default: {default})"
     return text.replace("%", "%%")

@@ -21,6 +21,7 @@ def knob(default: Any, help: str, **more: Any) -> Any:
     """Makes one field of a configuration.
 
     help: one line for --help; the default is added to it unless that is None, False or empty
+    metavar: stands for the value in --help
     choices: the valid texts
     valid: (least, most) of a number
     path: True if it says where something lies, which is kept out of pictures
@@ -38,50 +39,55 @@ class SampleConfig:
     """
 
     grid: str | None = knob(
-        None, f"rows x columns of the set, 3x1 being three rows (default: the preset's, else {GRID})", follows=("preset",)
+        None, f"the set's rows and columns, 3x1 being three rows (default: the preset's, else {GRID})",
+        metavar="ROWSxCOLS", follows=("preset",),
     )
-    mask: str = knob("all", "panels to generate, numbered in reading order: 3 or 2,4 or 2-4; the others are kept")
+    mask: str = knob("all", "panels to generate, in reading order: 3 or 2,4 or 2-4; the others are kept")
     panels: tuple[str, ...] = knob(
-        (), "pictures: the kept panels in reading order, or those of the whole grid (default: a bundled example)",
-        path=True, follows=("set",),
+        (), "the kept panels in reading order, or those of the whole grid (default: a bundled example)",
+        metavar="PICTURE", path=True, follows=("set",),
     )
     set: str | None = knob(
-        None, "a folder instead of --panels: 1.png, 2.png, ... and, if there is one, caption.txt", path=True,
-        follows=("panels",),
+        None, "a folder instead of --panels, with 1.png, 2.png, ... and, if there is one, caption.txt",
+        metavar="DIR", path=True, follows=("panels",),
     )
     prompt: str | None = knob(
-        None, "the joint caption of all panels; with --panel-prompt the sentence before them", follows=("set", "panel_prompt")
+        None, "the joint caption of all panels; beside --panel-prompt the sentence before them",
+        metavar="TEXT", follows=("set", "panel_prompt"),
     )
-    panel_prompt: tuple[str, ...] = knob((), "what each panel shows, one text for each, kept ones too")
+    panel_prompt: tuple[str, ...] = knob((), "what each panel shows, one text for each, kept ones too", metavar="TEXT")
     preset: str | None = knob(
-        None, f"a published task with its grid, size and markers: {', '.join(TASKS)}", choices=tuple(TASKS)
+        None, f"a published task, for its grid, size and markers: {', '.join(TASKS)}", choices=tuple(TASKS)
     )
-    model: str = knob("tiny", "a folder under weights/, or the path of a model folder or transformer file", path=True)
+    model: str = knob(
+        "tiny", "a folder under weights/, or the path of a model folder or of a transformer file",
+        metavar="NAME|PATH", path=True,
+    )
     steps: int | None = knob(None, "Euler steps (default: 20; schnell 4)", valid=(1, 1000), follows=("model",))
     guidance: float | None = knob(
-        None, "guidance that the model was distilled with (default: 3.5; schnell has none)", valid=(0, 100),
-        follows=("model",),
+        None, "strength of the text, as distilled into the model (default: 3.5; schnell has none)",
+        valid=(0, 100), follows=("model",),
     )
-    seed: int = knob(0, "seed of the first picture; the next ones count up", valid=(0, LAST_SEED))
+    seed: int = knob(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
     num: int = knob(1, "how many pictures to make", valid=(1, 10_000))
     panel_size: str | None = knob(
-        None, "pixels of a panel, 512 or 512x768 (default: the preset's, else 64 for tiny and 512 for others)",
-        follows=("preset", "model"),
+        None, "pixels, 512 or 512x768 (default: the preset's, else 512, for tiny 64)",
+        metavar="WIDTHxHEIGHT", follows=("preset", "model"),
     )
     strength: float = knob(
-        1.0, "below 1, masked panels start from drafts, which the given set holds, and only the last part of the "
-        "steps is made", valid=(0, 1),
+        1.0, "below 1, masked panels start from the given ones as drafts, for that part of the steps", valid=(0, 1)
     )
-    fit: str = knob("crop", "how pictures are brought to the panel size", choices=("crop", "pad", "stretch"))
-    device: str = knob("auto", "auto takes cuda if there is one", choices=("auto", "cpu", "cuda", "mps"))
+    fit: str = knob("crop", "how pictures come to the panel size", choices=("crop", "pad", "stretch"))
+    device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(
-        None, "of the weights (default: bfloat16; float32 for tiny on a CPU)", choices=("float32", "bfloat16", "float16"),
-        follows=("model",),
+        None, "of the weights (default: bfloat16; for tiny on a CPU float32)",
+        choices=("float32", "bfloat16", "float16"), follows=("model",),
     )
-    tile: bool = knob(False, "decode in overlapping tiles, which needs less memory and gives slightly other pixels")
-    out: str = knob("out", "folder for the files; nothing there is overwritten", path=True, saved=False)
+    tile: bool = knob(False, "decode in overlapping tiles: less memory, slightly other pixels")
+    out: str = knob("out", "folder for the files; nothing in it is overwritten", metavar="DIR", path=True, saved=False)
     config: str | None = knob(
-        None, "replay a JSON that was saved beside a picture; flags given as well win", path=True, saved=False
+        None, "replay the JSON saved beside a picture; flags given as well win",
+        metavar="FILE.json", path=True, saved=False,
     )
 
     def __post_init__(self) -> None:

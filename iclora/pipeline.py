@@ -5,13 +5,11 @@ Letters: I image tokens of the composite, T text tokens, C width of the T5 token
 """
 
 import gc
-import hashlib
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
+from model.flux import FluxConfig
 from model.position import grid_ids
 from model.text import load_text_encoders
 from model.weights import (
@@ -31,31 +30,17 @@ from model.weights import (
     weight_files,
 )
 from sampling.flow import euler, interpolate, times
-from sampling.images import fit, open_picture, to_picture
+from sampling.images import to_picture
 from sampling.inpaint import drafted_start, keep_known
 from sampling.latents import noise, pack, unpack
 
 from .config import ModelRow, SampleConfig, model_row, settle
+from .data import PanelSet, Source, read_set, read_source
 from .layout import Layout, compose, parse_grid, parse_mask, parse_size, paste, split, token_mask
-from .prompts import MAX_CHARACTERS, Task, build, clean, lint, markers_for, preset
+from .prompts import Task, build, clean, lint, markers_for, preset
 
 Note = Callable[[str], None]  # takes one line for the user
 Progress = Callable[[int, int], None]  # steps done, steps in all
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One panel read from a file.
-
-    picture: of panel size
-    drafted: True if a masked panel starts from it, False if it is kept
-    """
-
-    path: Path
-    sha256: str
-    picture: Image.Image
-    drafted: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +55,7 @@ class Plan:
     config: SampleConfig
     files: ModelFiles
     weights: tuple[Path, ...]
+    shape: FluxConfig
     row: ModelRow
     layout: Layout
     masked: tuple[int, ...]
@@ -91,15 +77,6 @@ class Result:
     composite: Image.Image
     panels: Mapping[int, Image.Image]
     seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Found:
-    """Panel files and perhaps a caption, as given or as bundled."""
-
-    paths: tuple[Path, ...] = ()
-    caption: str | None = None
-    bundled: bool = False
 
 
 # from a configuration to a plan
@@ -137,9 +114,9 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
         set=config.set and os.path.abspath(config.set),
         prompt=prompt,
         panel_prompt=(),
-        model=os.path.abspath(config.model) if os.path.dirname(config.model) else config.model,
+        model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),
     )
-    return Plan(config, files, tuple(weight_files(files)), row, layout, masked, sources)
+    return Plan(config, files, tuple(weight_files(files)), shape, row, layout, masked, sources)
 
 
 def pick_device(name: str) -> str:
@@ -155,7 +132,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def find_panels(config: SampleConfig, layout: Layout, masked: Sequence[int], note: Note) -> Found:
+def find_panels(config: SampleConfig, layout: Layout, masked: Sequence[int], note: Note) -> PanelSet:
     """Says which panel files are meant: the given ones, else, where some or a caption are needed, the bundled example.
 
     Errors: ValueError if both ways of giving them are used, or none where some are needed and no example has this grid
@@ -165,11 +142,11 @@ def find_panels(config: SampleConfig, layout: Layout, masked: Sequence[int], not
     if config.set is not None:
         return read_set(Path(config.set))
     if config.panels:
-        return Found(tuple(map(Path, config.panels)))
+        return PanelSet(tuple(map(Path, config.panels)))
     pictures = len(masked) < layout.panels or config.strength < 1
     caption = config.prompt is None and not config.panel_prompt
     if not pictures and not caption:
-        return Found()
+        return PanelSet()
     grid = f"{layout.rows}x{layout.cols}"
     examples = examples_folder()
     bundled = sorted(folder.name for folder in examples.glob("*x*"))
@@ -179,40 +156,13 @@ def find_panels(config: SampleConfig, layout: Layout, masked: Sequence[int], not
     found = read_set(examples / grid)
     if not pictures:
         note(f"no prompt given: the caption of the bundled {grid} example is used: {found.caption}")
-        return Found(caption=found.caption, bundled=True)
+        return PanelSet(caption=found.caption, bundled=True)
     own = "with its caption: " + str(found.caption) if caption else "with the given prompt"
     note(f"no panels given: the bundled {grid} example is used, {own}")
     return replace(found, bundled=True)
 
 
-def read_set(folder: Path) -> Found:
-    """Lists the pictures 1.png, 2.png, ... 10.png of a folder in the order of their numbers, and reads caption.txt.
-
-    Errors: ValueError if the folder or the pictures are missing, a number stands twice, or the caption is no text
-    """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {ascii(str(folder)[-80:])}; --set takes one with 1.png, 2.png, ...")
-    numbered: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if re.fullmatch("[0-9]{1,4}", path.stem) and path.suffix.lower() in PICTURES:
-            other = numbered.setdefault(int(path.stem), path)
-            if other is not path:
-                raise ValueError(f"{folder} holds {other.name} and {path.name}, the same number twice; remove one")
-    if not numbered:
-        raise ValueError(f"{folder} holds no pictures named 1.png, 2.png, ...; rename them, or list them with --panels")
-    caption = folder / "caption.txt"
-    try:
-        with open(caption, encoding="utf-8-sig") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-    except FileNotFoundError:
-        text = None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"cannot read {caption}: {reason}; correct or remove it") from None
-    return Found(tuple(numbered[number] for number in sorted(numbered)), text and clean(text))
-
-
-def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, found: Found, note: Note) -> str:
+def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, found: PanelSet, note: Note) -> str:
     """Makes the one prompt of all panels: from the panel prompts, else as given, else as found.
 
     Errors: ValueError if there is none, or the panel prompts are not one for each panel
@@ -231,7 +181,7 @@ def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, found
     elif found.caption is not None:
         prompt = found.caption
     else:
-        raise ValueError("there is no prompt; give --prompt, one --panel-prompt for each panel, or caption.txt in the set")
+        raise ValueError("there is no prompt; give --prompt, or --panel-prompt for each panel, or caption.txt in --set")
     if task and not prompt.startswith(task.tag):
         note(f"captions of {config.preset} begin with {task.tag}; this one does not")
     for finding in lint(prompt, *grid):
@@ -240,7 +190,7 @@ def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, found
 
 
 def read_sources(
-    config: SampleConfig, layout: Layout, masked: Sequence[int], found: Found, note: Note
+    config: SampleConfig, layout: Layout, masked: Sequence[int], found: PanelSet, note: Note
 ) -> dict[int, Source]:
     """Reads and fits the panels that are kept or drafted; the other files are not even opened.
 
@@ -262,40 +212,33 @@ def read_sources(
         some = f"the {len(kept)} kept ones ({', '.join(map(str, kept))})" if kept else "none, as all are generated,"
         raise ValueError(
             f"{len(found.paths)} panels given; mask {','.join(map(str, masked))} in a {config.grid} grid takes {some} "
-            f"or all {layout.panels}"
+            f"or all {layout.panels}; --mask says which are generated"
         )
     used = assigned if drafts else {panel: path for panel, path in assigned.items() if panel in kept}
-    if ignored := [f"{panel} ({assigned[panel].name})" for panel in assigned if panel not in used and not found.bundled]:
+    ignored = [f"{panel} ({path.name})" for panel, path in assigned.items() if panel not in used]
+    if ignored and not found.bundled:
         note(f"masked panels are generated, so the given ones are ignored: {', '.join(ignored)}; --strength uses them")
     size = layout.panel_width, layout.panel_height
-    return {panel: _read_source(path, size, config.fit, panel in masked) for panel, path in used.items()}
-
-
-def _read_source(path: Path, size: tuple[int, int], rule: str, drafted: bool) -> Source:
-    picture = fit(open_picture(path), *size, rule)
-    return Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture, drafted)
+    return {panel: read_source(path, size, config.fit, panel in masked) for panel, path in used.items()}
 
 
 # from a plan to pictures
 
 
-@dataclass
 class Pipeline:
     """The networks of one plan, loaded one after the other; sample() can be called with many seeds.
 
     T5 and the transformer are large, so the text is encoded and its encoders are freed before the transformer loads.
+
+    note: is told which words of the prompt are lost
     """
 
-    plan: Plan
-    note: Note
-    seconds: dict[str, float] = field(default_factory=dict)
-
     @torch.inference_mode()
-    def __post_init__(self) -> None:
-        plan, device = self.plan, self.plan.config.device
-        dtype = getattr(torch, plan.config.dtype)
+    def __init__(self, plan: Plan, note: Note):
+        self.plan, self.seconds = plan, {}
+        device, dtype = plan.config.device, getattr(torch, plan.config.dtype)
         with timed(self.seconds, "text"):
-            self.txt, self.vec = encode_text(plan, dtype, self.note)
+            self.txt, self.vec = encode_text(plan, dtype, note)
         with timed(self.seconds, "panels"):
             self.autoencoder = load_autoencoder(plan.files.autoencoder, device)
             self.mask = token_mask(plan.masked, plan.layout).to(device)  # (1, I, 1)
@@ -311,7 +254,8 @@ class Pipeline:
         progress: called after every step
         """
         plan, config, layout, seconds = self.plan, self.plan.config, self.plan.layout, dict(self.seconds)
-        eps = pack(noise(layout.height, layout.width, seed)).to(config.device)  # (1, I, 64), drawn once
+        dtype = getattr(torch, config.dtype)  # rounds the noise as the official sampler does; x itself is float32
+        eps = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)  # (1, I, 64), drawn once
         ts = drafted_start(times(config.steps, tokens=eps.shape[1], shift=plan.row.shift), config.strength)
         keep = keep_known(self.data, eps, self.mask)
 
@@ -347,6 +291,7 @@ def encode_text(plan: Plan, dtype: torch.dtype, note: Note) -> tuple[Tensor, Ten
     """Encodes the prompt with encoders that are gone afterwards.
 
     returns: txt (1, T, C), vec (1, V)
+    Errors: ValueError if the transformer was made for other encoders
     """
     encoders = load_text_encoders(plan.files, plan.config.device, dtype)
     for line in encoders.lost(plan.config.prompt, plan.row.text):
@@ -356,6 +301,12 @@ def encode_text(plan: Plan, dtype: torch.dtype, note: Note) -> tuple[Tensor, Ten
     gc.collect()  # transformers' modules hold each other in cycles
     if plan.config.device == "cuda":
         torch.cuda.empty_cache()
+    widths, wanted = (txt.shape[-1], vec.shape[-1]), (plan.shape.context_in_dim, plan.shape.vec_in_dim)
+    if widths != wanted:
+        raise ValueError(
+            f"the T5 and CLIP encoders beside {plan.files.name} give widths {widths[0]} and {widths[1]}, but its "
+            f"transformer takes {wanted[0]} and {wanted[1]}; use the encoders that belong to it"
+        )
     return txt, vec
 
 

@@ -203,7 +203,9 @@ def decode_tiled(autoencoder: AutoEncoder, z: Tensor, tile: int = 64, overlap: i
     Errors: ValueError unless 0 <= overlap < tile
     """
     if not 0 <= overlap < tile:
-        raise ValueError(f"tiles of {tile} cells cannot overlap by {overlap}; the overlap must be smaller than the tile")
+        raise ValueError(
+            f"tiles of {tile} cells cannot overlap by {overlap}; the overlap must be smaller than the tile"
+        )
     rows, columns = (_tile_spans(size, tile, overlap) for size in z.shape[2:])
     image = weight = None
     for top, bottom in rows:

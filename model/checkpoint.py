@@ -252,16 +252,21 @@ def fill(module: nn.Module, checkpoint: Checkpoint, device: str | torch.device, 
     if any(problems):
         raise ValueError(f"{checkpoint.name} {'; '.join(filter(None, problems))}")
     maps: dict[Path, Tensor] = {}
-    read = {stored: _read(stored, torch.device(device), dtype, maps) for stored in dict.fromkeys(tensors.values())}
+    scratch = torch.empty(max(stored.size for stored in tensors.values()), dtype=torch.uint8)  # one, reused: see _read
+    device = torch.device(device)
+    read = {stored: _read(stored, device, dtype, maps, scratch) for stored in dict.fromkeys(tensors.values())}
     module.load_state_dict({key: read[stored] for key, stored in tensors.items()}, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def _read(stored: Stored, device: torch.device, dtype: torch.dtype, maps: dict[Path, Tensor]) -> Tensor:
+def _read(
+    stored: Stored, device: torch.device, dtype: torch.dtype, maps: dict[Path, Tensor], scratch: Tensor
+) -> Tensor:
     """One tensor: a view of the mapped file if nothing has to change, else read and converted.
 
     Mappings are private: writing to a weight changes this process's copy of a page, never the file. What is
-    converted is not read through a mapping, whose pages would stay in memory beside the result.
+    converted is not read through a mapping, whose pages would stay in memory beside the result, nor into buffers
+    of its own, which would leave holes in the heap as large as themselves.
     """
     own = FLOATS[stored.dtype]
     if own is dtype and device.type == "cpu" and stored.start % own.itemsize == 0:
@@ -270,12 +275,12 @@ def _read(stored: Stored, device: torch.device, dtype: torch.dtype, maps: dict[P
             maps[stored.path] = torch.from_file(str(stored.path), shared=False, size=size, dtype=torch.uint8)
         data = maps[stored.path][stored.start : stored.start + stored.size]
         return data.view(own).view(stored.shape)
-    data = torch.empty(stored.size, dtype=torch.uint8)
+    data = scratch[: stored.size]
     with open(stored.path, "rb") as file:
         file.seek(stored.start)
         if file.readinto(data.numpy()) != stored.size:
             raise ValueError(f"{stored.path} became shorter while it was read; download it again")
-    return data.view(own).view(stored.shape).to(device, dtype)
+    return data.view(own).view(stored.shape).to(device, dtype, copy=True)
 
 
 def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -61,12 +61,13 @@ def rotary_angles(ids: Tensor, axes_dim: Sequence[int], theta: float = 10_000) -
     axes_dim: head channels that each axis turns; they sum to K
     Returns cos, sin: (B, 1, L, K/2) float32, with room for the heads
     """
+    position = ids.to("cpu" if ids.device.type == "mps" else ids.device, torch.float64)  # mps has no float64
     angles = []
     for axis, dim in enumerate(axes_dim):
-        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
-        angles.append(ids[..., axis, None].double() * frequency)  # (B, L, dim/2)
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim)
+        angles.append(position[..., axis, None] * frequency)  # (B, L, dim/2)
     angle = torch.cat(angles, dim=-1).unsqueeze(1)  # (B, 1, L, K/2)
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .checkpoint import WANTED, Checkpoint, file_in, fill, open_checkpoint, save
 from .flux import Flux, FluxConfig
 
 __all__ = ["ModelFiles", "find_model", "infer_autoencoder_config", "infer_flux_config", "load_autoencoder", "load_flux"]
-__all__ += ["save_safetensors"]
+__all__ += ["examples_folder", "read_flux_config", "save_safetensors", "weight_files"]
 
 Config = TypeVar("Config")
 INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}  # channels per token of models that need more than noise
@@ -111,6 +111,24 @@ def _models() -> list[str]:
         for path in place.glob(f"*/{part}")
     )
     return sorted({path.parent.name for path in transformers})
+
+
+def examples_folder() -> Path:
+    """Find the example panel sets that come with the bundled tiny model. Errors: ValueError if they are gone"""
+    for place in _places():
+        if (folder := place / "tiny" / "examples").is_dir():
+            return folder
+    raise ValueError("weights/tiny/examples is missing; restore weights/tiny from the repository")
+
+
+def weight_files(files: ModelFiles) -> list[Path]:
+    """List the files that hold a model's tensors, shards included; all headers are checked on the way.
+
+    Errors: ValueError for damaged files, by name
+    """
+    parts = ((files.flux, "transformer"), (files.autoencoder, "autoencoder"), (files.clip, "clip"), (files.t5, "t5"))
+    opened = [open_checkpoint(path, wanted) for path, wanted in parts]
+    return list(dict.fromkeys(stored.path for checkpoint in opened for stored in checkpoint.tensors.values()))
 
 
 def _first(root: Path, *patterns: str) -> Path | None:
@@ -209,6 +227,11 @@ def infer_autoencoder_config(shapes: dict[str, tuple[int, ...]]) -> AutoEncoderC
         num_res_blocks=count_blocks(shapes, "encoder.down.0.block"),
         z_channels=latent,
     )
+
+
+def read_flux_config(path: str | Path) -> FluxConfig:
+    """Read the configuration of a transformer off its header alone; path and errors as for load_flux."""
+    return infer(infer_flux_config, open_checkpoint(path, "transformer"))
 
 
 def load_flux(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, T5EncoderModel
+from transformers import T5EncoderModel
 
 from model.autoencoder import AutoEncoder
 from model.checkpoint import save_safetensors
@@ -20,22 +20,27 @@ EXAMPLES = {(1, 2): 11, (2, 1): 22, (2, 2): 33, (3, 1): 44}  # grid -> seed
 EXAMPLE_SIDE = 256  # pixels; fitted to the panel size of any model
 
 
-def bfloat16(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    return {prefix + name: p.detach().to(torch.bfloat16) for name, p in module.state_dict().items()}
+def bfloat16(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().to(torch.bfloat16) for name, p in module.state_dict().items()}
 
 
 def write_model(
-    folder: Path, flux: Flux, autoencoder: AutoEncoder, clip: CLIPModel, t5: T5EncoderModel, clip_tokenizer: Path,
+    folder: Path, flux: Flux, autoencoder: AutoEncoder, clip: nn.Module, t5: T5EncoderModel, clip_tokenizer: Path,
     t5_tokenizer: Path,
 ) -> None:  # fmt: skip
-    """Write every file of the model, and the example sets."""
+    """Write every file of the model, and the example sets.
+
+    clip: CLIP's text tower
+    clip_tokenizer, t5_tokenizer: folders to copy
+    """
     for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     save_safetensors(bfloat16(flux), folder / "flux1-tiny.safetensors")
     save_safetensors(bfloat16(autoencoder), folder / "ae.safetensors")
-    text = {name: p for name, p in bfloat16(clip.text_model, "text_model.").items() if "position_ids" not in name}
+    text = {"text_model." + name.removeprefix("text_model."): p for name, p in bfloat16(clip).items()}
+    text = {name: p for name, p in text.items() if "position_ids" not in name}
     save_safetensors(text, folder / "text_encoder" / "model.safetensors")
-    write_config(clip.config.text_config, "CLIPTextModel", folder / "text_encoder")
+    write_config(clip.config, "CLIPTextModel", folder / "text_encoder")
     kept = {name: p for name, p in bfloat16(t5).items() if name != "encoder.embed_tokens.weight"}
     save_safetensors(kept, folder / "text_encoder_2" / "model.safetensors")
     write_config(t5.config, "T5EncoderModel", folder / "text_encoder_2")

@@ -52,26 +52,31 @@ def draw_chunk(job: tuple[int, int, int, int]) -> tuple[np.ndarray, list[list[st
     return np.stack(pictures), captions
 
 
+def sets_of(grid: tuple[int, int], total: int) -> int:
+    """Sets of one grid among a total over all grids; whole chunks."""
+    return CHUNK * max(1, round(total * GRIDS[grid][0] / CHUNK))
+
+
 def draw_sets(folder: Path, total: int, seed: int, processes: int) -> None:
     """Draw the sets of every grid that the folder does not hold yet.
 
     total: sets over all grids, split as GRIDS says
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for (rows, cols), (share, _) in GRIDS.items():
+    for rows, cols in GRIDS:
         path = folder / f"sets-{rows}x{cols}.safetensors"
         if path.exists():
             continue
-        jobs = [(rows, cols, chunk, seed) for chunk in range(max(1, round(total * share / CHUNK)))]
+        jobs = [(rows, cols, chunk, seed) for chunk in range(sets_of((rows, cols), total) // CHUNK)]
         with multiprocessing.Pool(processes) as pool:
             pictures, captions = zip(*pool.imap(draw_chunk, jobs), strict=True)
         tensor = torch.from_numpy(np.concatenate(pictures))
         save_safetensors({"pictures": tensor}, path, {"captions": json.dumps([c for part in captions for c in part])})
 
 
-def load_sets(folder: Path, grid: tuple[int, int]) -> tuple[Tensor, list[list[str]]]:
-    """Give the pictures (N, 3, h, w) uint8 of a grid and their N lists of captions."""
+def load_sets(folder: Path, grid: tuple[int, int], count: int) -> tuple[Tensor, list[list[str]]]:
+    """Give the first N = count pictures (N, 3, h, w) uint8 of a grid and their lists of captions."""
     path = folder / f"sets-{grid[0]}x{grid[1]}.safetensors"
     with safe_open(path, "pt") as file:
         captions = json.loads(file.metadata()["captions"])
-    return load_file(path)["pictures"], captions
+    return load_file(path)["pictures"][:count], captions[:count]

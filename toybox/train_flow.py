@@ -1,12 +1,16 @@
 """Stages 3 and 4: the transformer; first T5 learns along with it, then T5 is frozen and its features are kept."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from model.autoencoder import AutoEncoder
+from model.checkpoint import save_safetensors
 from model.flux import Flux, FluxConfig
 from model.position import grid_ids
 from sampling.flow import interpolate
@@ -47,35 +51,65 @@ def is_hidden(name: str, p: Tensor) -> bool:
 
 
 class Data:
-    """Latents and token ids of every grid, ready for training.
+    """Latents and encoded captions of every grid, ready for training.
 
     latents: by grid, (N, 16, h, w) float16
-    ids, vec: by grid, T5 ids (N, phrasings, T) and CLIP vectors (N, phrasings, V)
+    ids: by grid, T5 ids (N, phrasings, T)
+    vec: by grid, CLIP vectors (N, phrasings, V)
     features: by grid, T5 features (N, phrasings, T, C) bfloat16, once T5 is frozen
     """
 
-    def __init__(self, latents: dict, ids: dict, vec: dict, empty: tuple[Tensor, Tensor]):
-        self.latents, self.ids, self.vec = latents, ids, vec
-        self.empty_ids, self.empty_vec = empty
+    def __init__(self, latents: dict, captions: dict, t5_tokenizer, clip_tokenizer, clip: nn.Module, length: int):
+        self.latents, self.grids = latents, list(latents)
+        everything = {**captions, "empty": [[""]]}
+        pad = dict(padding="max_length", truncation=True)
+        self.ids = {
+            grid: torch.tensor([t5_tokenizer(group, max_length=length, **pad).input_ids for group in groups])
+            for grid, groups in everything.items()
+        }
+        clip_ids = {
+            grid: torch.tensor([clip_tokenizer(group, **pad).input_ids for group in groups])
+            for grid, groups in everything.items()
+        }
+        self.vec = encode_text(lambda ids: clip(input_ids=ids).pooler_output, clip_ids, clip)
         self.features: dict | None = None
-        self.empty_features: Tensor | None = None
-        self.grids = list(latents)
 
-    @torch.no_grad()
-    def freeze_text(self, t5: T5EncoderModel, batch: int = 256) -> None:
-        def encode(ids: Tensor) -> Tensor:
-            device = t5.shared.weight.device
-            parts = [t5(input_ids=part.to(device)).last_hidden_state for part in ids.flatten(0, -2).split(batch)]
-            return torch.cat([part.bfloat16().cpu() for part in parts]).unflatten(0, ids.shape[:-1])
-
-        self.features = {grid: encode(ids) for grid, ids in self.ids.items()}
-        self.empty_features = encode(self.empty_ids[None])[0]
+    def freeze_text(self, t5: T5EncoderModel) -> None:
+        self.features = encode_text(lambda ids: t5(input_ids=ids).last_hidden_state.bfloat16(), self.ids, t5)
 
 
 @torch.no_grad()
-def encode_pictures(autoencoder: AutoEncoder, pictures: Tensor, batch: int = 16) -> Tensor:
-    """Encode pictures (N, 3, h, w) uint8 into latents (N, 16, h/8, w/8) float16."""
-    return torch.cat([autoencoder.encode(part.float() / 127.5 - 1).half() for part in pictures.split(batch)])
+def encode_text(encode: Callable[[Tensor], Tensor], ids: dict, module: nn.Module, batch: int = 256) -> dict:
+    """Run an encoder over all captions: ids (N, phrasings, T) by grid to (N, phrasings, ...) by grid, on the CPU."""
+    device = next(module.parameters()).device
+    return {
+        grid: torch.cat([encode(part.to(device)).cpu() for part in of_grid.flatten(0, 1).split(batch)]).unflatten(
+            0, of_grid.shape[:2]
+        )
+        for grid, of_grid in ids.items()
+    }
+
+
+@torch.no_grad()
+def prepare_latents(autoencoder: AutoEncoder, pictures: dict, folder: Path, batch: int = 16) -> dict:
+    """Encode the pictures of every grid, or load them if this autoencoder has encoded that many before.
+
+    pictures: by grid, (N, 3, h, w) uint8
+    Returns by grid (N, 16, h/8, w/8) float16
+    """
+    mark = hashlib.sha256(b"".join(p.numpy().tobytes() for p in autoencoder.parameters())).hexdigest()
+    latents = {}
+    for (rows, cols), of_grid in pictures.items():
+        path = folder / f"latents-{rows}x{cols}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                if file.metadata().get("autoencoder") == mark and len(file.get_slice("z")[:, 0, 0, 0]) == len(of_grid):
+                    latents[rows, cols] = file.get_tensor("z")
+                    continue
+        parts = [autoencoder.encode(part.float() / 127.5 - 1).half() for part in of_grid.split(batch)]
+        latents[rows, cols] = torch.cat(parts)
+        save_safetensors({"z": latents[rows, cols]}, path, {"autoencoder": mark})
+    return latents
 
 
 def flow_loss(flux: Flux, z: Tensor, txt: Tensor, vec: Tensor, generator: torch.Generator) -> Tensor:
@@ -115,13 +149,13 @@ def train(
         chosen = torch.randint(len(z), (count,), generator=generator)
         phrasing = torch.randint(vec.shape[1], (count,), generator=generator)
         dropped = torch.rand(count, generator=generator) < DROPPED
-        vec = data.empty_vec.where(dropped[:, None], vec[chosen, phrasing])
+        vec = data.vec["empty"][0].where(dropped[:, None], vec[chosen, phrasing])
         if joint:
-            ids = data.empty_ids.where(dropped[:, None], data.ids[grid][chosen, phrasing])
+            ids = data.ids["empty"][0].where(dropped[:, None], data.ids[grid][chosen, phrasing])
             txt = t5(input_ids=ids.to(device)).last_hidden_state
         else:
             txt = data.features[grid][chosen, phrasing]
-            txt = data.empty_features.where(dropped[:, None, None], txt).float().to(device)
+            txt = data.features["empty"][0].where(dropped[:, None, None], txt).float().to(device)
         loss = flow_loss(flux, z[chosen].float().to(device), txt, vec.to(device), generator)
         losses = {"loss": loss}
         if grid == (2, 2):
@@ -129,7 +163,7 @@ def train(
         return losses
 
     module = nn.ModuleDict({"flux": flux, "t5": t5} if joint else {"flux": flux})
-    average = run(stage, module, loss_at, folder, seed, is_hidden)
+    average = run(stage, module, loss_at, folder, seed + joint, is_hidden)  # other numbers than in the other stage
     return average["flux"], average["t5"] if joint else t5
 
 

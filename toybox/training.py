@@ -64,26 +64,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(buffer, group["momentum"]).flatten(1))
-                scale = 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for alike in by_shape.values():
+                self._step_alike(alike, group)
+
+    def _step_alike(self, params: list[nn.Parameter], group: dict) -> None:
+        """Update parameters of one shape together: one batched iteration instead of many small ones."""
+        grads = [p.grad for p in params]
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        nesterov = [g.lerp(m, group["momentum"]).flatten(1) for g, m in zip(grads, buffers, strict=True)]
+        update = orthogonal(torch.stack(nesterov))
+        scale = 0.2 * max(update.shape[1:]) ** 0.5
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        changes = [u.view_as(p) for u, p in zip(update, params, strict=True)]
+        torch._foreach_add_(params, changes, alpha=-group["lr"] * scale)
 
 
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """Move the singular values of a matrix towards 1 with the quintic Newton-Schulz iteration of Muon."""
+    """Move the singular values of matrices (N, rows, columns) towards 1 with Muon's quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)
+    x = g.mT if g.shape[1] > g.shape[2] else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+    return x.mT if g.shape[1] > g.shape[2] else x
 
 
 def optimizers(module: nn.Module, stage: Stage, is_hidden: Callable[[str, Tensor], bool]) -> list:
@@ -137,8 +146,7 @@ def run(
             optimizer.zero_grad(set_to_none=True)
         decay = min(stage.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            for mean, p in zip(average.parameters(), module.parameters(), strict=True):
-                mean.lerp_(p, 1 - decay)
+            torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
         for name, value in losses.items():
             shown[name] = 0.98 * shown.get(name, float(value.detach())) + 0.02 * float(value.detach())
         done = step + 1 - start

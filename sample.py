@@ -1,0 +1,207 @@
+"""Makes a set of pictures that belong together; panels that you keep come back unchanged, the others follow them.
+
+  python sample.py --grid 2x2 --mask 3                        a bundled example, panel 3 made from the other three
+  python sample.py --grid 1x2 --mask all --prompt "..."       from text alone
+  python sample.py --mask 2,4 --panels a.png b.png --panel-prompt "..." "..." "..." "..."
+  python sample.py --config out/0001.json                     the same picture again
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iclora.cli import parse, read_record
+from iclora.config import SampleConfig, saved
+
+if TYPE_CHECKING:  # torch loads after the command line was found to be right
+    from iclora.pipeline import Plan, Result
+
+HASHED = 10**9  # bytes; larger files of weights are recorded by name and size only
+NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns the exit status: 0 done, 2 a mistake (one line on stderr), 130 interrupted."""
+    try:
+        run(parse(SampleConfig, argv, __doc__))
+    except SystemExit:  # after --help
+        return 0
+    except KeyboardInterrupt:
+        return complain("interrupted; pictures that were finished are saved", 130)
+    except (ValueError, OSError) as error:
+        return complain(str(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        return complain("memory ran out; try --tile, a smaller --panel-size, fewer panels, or --device cpu", 2)
+    return 0
+
+
+def run(config: SampleConfig) -> None:
+    """Makes the pictures that are asked for and saves each as soon as it is finished."""
+    folder = Path(config.out)
+    check_folder(folder)
+    from iclora.pipeline import Pipeline, resolve
+
+    plan = resolve(config, note)
+    record = describe(plan)
+    if config.config:
+        compare(record, read_record(config.config), config.config)
+    pipeline = Pipeline(plan, note)
+    for number in range(plan.config.num):
+        seed = plan.config.seed + number
+        with Bar(f"picture {number + 1} of {plan.config.num}") as bar:
+            result = pipeline.sample(seed, bar)
+        for path in save(result, plan, seed, record, folder):
+            print(os.fsencode(path).decode(errors="backslashreplace"))
+
+
+def describe(plan: "Plan") -> dict[str, Any]:
+    """Lists what made the pictures besides the configuration, to be compared on replay."""
+    import torch
+
+    files = [fingerprint(path, plan.files.root) for path in plan.weights]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {
+        "model": {"name": plan.files.name, "defaults": plan.row.name, "files": files},
+        "inputs": [
+            {"panel": panel, "use": "draft" if source.drafted else "kept", "file": str(source.path),
+             "sha256": source.sha256}
+            for panel, source in plan.sources.items()
+        ],
+        "versions": versions,
+    }
+
+
+def fingerprint(path: Path, root: Path) -> dict[str, Any]:
+    """Gives the name in the model's folder, the size and, up to 1 GB, the sha256 of a file."""
+    name, size = path.relative_to(root).as_posix(), path.stat().st_size
+    if size > HASHED:
+        return {"file": name, "bytes": size, "sha256": None}
+    with open(path, "rb") as file:
+        return {"file": name, "bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def compare(record: dict[str, Any], old: dict[str, Any], name: str) -> None:
+    """Notes where a replay starts from other pictures, weights or versions than the recorded run."""
+
+    def hashes(record: dict[str, Any]) -> list[tuple]:
+        return [(entry["panel"], entry["sha256"]) for entry in record["inputs"]]
+
+    try:
+        others = {
+            "pictures": hashes(old) != hashes(record),
+            "weights": old["model"]["files"] != record["model"]["files"],
+            "versions or threads": old["versions"] != record["versions"],
+        }
+    except (KeyError, TypeError, AttributeError):
+        others = {"things, as it is not a whole record": True}
+    if changed := [what for what, differs in others.items() if differs]:
+        note(f"the result may differ from {name}, which was made with other {' and other '.join(changed)}")
+
+
+def save(result: "Result", plan: "Plan", seed: int, record: dict[str, Any], folder: Path) -> list[Path]:
+    """Saves one set under the next free number: composite, generated panels, JSON; all of them or none.
+
+    returns: the paths
+    Errors: ValueError if the folder cannot be written
+    """
+    config = replace(plan.config, seed=seed, num=1)
+    text = {"prompt": config.prompt, "config": json.dumps({"model": plan.files.name, **saved(config, paths=False)})}
+    record = {"config": saved(config), **record, "seconds": dict(result.seconds)}
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [int(found[1]) for name in os.listdir(folder) if (found := re.match(r"(\d{4,9})[.-]", name))]
+    for number in count(max(taken, default=0) + 1):
+        try:
+            return save_as(f"{number:04d}", result, text, record, folder)
+        except FileExistsError:  # another process was faster
+            continue
+    raise ValueError(f"{folder} has no free number")
+
+
+def save_as(stem: str, result: "Result", text: dict[str, str], record: dict[str, Any], folder: Path) -> list[Path]:
+    """Saves one set under a given number. The composite is first, so it reserves the number.
+
+    Errors: FileExistsError if a name is taken, ValueError if the folder cannot be written; no file is left then
+    """
+    from sampling.images import save_png, write_new
+
+    names = {panel: f"{stem}-panel-{panel}.png" for panel in result.panels}
+    record = {**record, "outputs": {"composite": f"{stem}.png", "panels": names}}
+    written: list[Path] = []
+    try:
+        for name, picture in ((f"{stem}.png", result.composite), *((names[p], result.panels[p]) for p in names)):
+            save_png(picture, folder / name, text)
+            written.append(folder / name)
+        write_new(folder / f"{stem}.json", (json.dumps(record, indent=2) + "\n").encode())
+        return [*written, folder / f"{stem}.json"]
+    except BaseException:  # Ctrl-C included
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a place for the files that cannot work, without making anything there yet.
+
+    Errors: ValueError or OSError
+    """
+    try:
+        os.lstat(folder)  # an impossible name fails here
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not exists.is_dir():
+        raise ValueError(f"--out {folder}: {exists} is not a folder; choose another")
+    if not os.access(exists, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder}: {exists} cannot be written to; choose another")
+
+
+class Bar:
+    """A progress bar on stderr, where that is a terminal: step, seconds per step, time left."""
+
+    WIDTH = 24
+
+    def __init__(self, label: str):
+        self.label = label
+
+    def __enter__(self) -> "Bar":
+        self.start = time.perf_counter()
+        return self
+
+    def __call__(self, step: int, steps: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        each = (time.perf_counter() - self.start) / step
+        done = self.WIDTH * step // steps
+        left = round(each * (steps - step))
+        line = f"{self.label} [{'#' * done:.<{self.WIDTH}}] step {step}/{steps}, {each:.2f} s a step"
+        sys.stderr.write(f"\r{line}, {left // 60}:{left % 60:02d} left\x1b[K")
+        sys.stderr.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+
+def note(line: str) -> None:
+    """Tells the user something that is no mistake."""
+    print(f"note: {' '.join(line.split())}", file=sys.stderr)
+
+
+def complain(line: str, status: int) -> int:
+    """Writes one line and gives the exit status."""
+    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
