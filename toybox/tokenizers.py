@@ -12,7 +12,7 @@ T5_LENGTH = 80  # tokens a prompt is padded or cut to; the longest caption of th
 CLIP_LENGTH = 77
 SMALLER = {**{c: c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}, "\t": " ", "\n": " "}
 MARKER = re.compile(r"\[[A-Z0-9-]+\]")
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+LETTERS = "9876543210zyxwvutsrqponmlkjihgfedcba"  # a stands last: at the start of a word it is the word "a"
 ALPHABET = f"{LETTERS} {' '.join(LETTERS)} . , : ; ! ? ' \" ( ) [ ] < > - "
 
 

@@ -1,0 +1,178 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from model.weights import find_model, load_autoencoder, load_flux
+from toybox import pretrain, sets, train_autoencoder, train_flow
+from toybox.captions import joint_caption
+from toybox.sets import GRIDS, draw_chunk
+from toybox.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
+from toybox.training import Stage, orthogonal, rate, run
+from toybox.world import random_set
+
+
+class Stop(Exception):
+    pass
+
+
+def quadratic(stop_at=None):
+    """A model, and a loss that depends on the step's own random numbers and may stop the run as a kill would."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def loss_at(step, generator):
+        if step == stop_at:
+            raise Stop
+        x = torch.randn(16, 6, generator=generator)
+        return {"loss": (model(x) - x.sum(dim=1, keepdim=True)).square().mean()}
+
+    return model, loss_at
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, muon):
+    stage = Stage("toy", steps=30, batch=16, lr=0.01, muon_lr=muon, warmup=3)
+    settings = dict(is_hidden=lambda name, p: p.ndim == 2, every=0, report=lambda line: None)
+    model, loss_at = quadratic()
+    whole = run(stage, model, loss_at, tmp_path / "a", **settings).state_dict()
+    for stop_at in (7, 19, None):
+        model, loss_at = quadratic(stop_at)
+        try:
+            resumed = run(stage, model, loss_at, tmp_path / "b", **settings).state_dict()
+        except Stop:
+            assert stop_at is not None
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_training_reduces_the_loss_and_averages_the_weights(tmp_path):
+    model, loss_at = quadratic()
+
+    @torch.no_grad()
+    def loss_now():
+        return float(loss_at(0, torch.Generator().manual_seed(1))["loss"])
+
+    before = loss_now()
+    average = run(Stage("toy", 200, 16, lr=0.05, muon_lr=0.05), model, loss_at, tmp_path,
+                  is_hidden=lambda name, p: p.ndim == 2, report=lambda line: None)  # fmt: skip
+    assert loss_now() < before / 2
+    assert not torch.equal(average[0].weight, model[0].weight)
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero():
+    stage = Stage("s", steps=100, batch=1, lr=1, warmup=10, decay_from=0.5)
+    assert rate(stage, 0) == 0.1 and rate(stage, 40) == 1 and 0.4 < rate(stage, 75) < 0.6 and rate(stage, 99) < 0.01
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (1, 8, 8)])
+def test_muon_moves_singular_values_towards_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape) @ torch.diag(torch.logspace(-1, 1, shape[2]))))
+    assert 0.3 < float(values.min()) and float(values.max()) < 1.3
+
+
+@pytest.fixture(scope="module")
+def captions():
+    return [text for grid in GRIDS for group in draw_few(grid)[1] for text in group]
+
+
+def draw_few(grid, count=4):
+    kept, sets.CHUNK = sets.CHUNK, count
+    try:
+        return draw_chunk((*grid, 0, 1))
+    finally:
+        sets.CHUNK = kept
+
+
+def test_drawn_sets_are_fixed_by_their_seed_and_have_their_grids_size():
+    for rows, cols in GRIDS:
+        pictures, texts = draw_few((rows, cols))
+        assert pictures.shape == (4, 3, 64 * rows, 64 * cols) and len(texts) == 4
+        again, same = draw_few((rows, cols))
+        assert (pictures == again).all() and texts == same
+
+
+def test_t5_reads_words_and_markers_as_single_pieces(captions, tmp_path):
+    from toybox.captions import vocabulary
+
+    words = [word for word in vocabulary() if not word.startswith("[")]
+    tokenizer = make_t5_tokenizer([*captions, " ".join(words)], tmp_path)
+    text = "[IMAGE1] A Red cat, [IMAGE2] on the beach."
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+    assert pieces == ["[IMAGE1]", *(f"\u2581{w}" for w in ("a", "red", "cat")), ",", "[IMAGE2]",
+                      *(f"\u2581{w}" for w in ("on", "the", "beach")), ".", "</s>"]  # fmt: skip
+    assert tokenizer.unk_token_id not in tokenizer("zebra 42 quux").input_ids
+    assert max(len(ids) for ids in tokenizer(captions).input_ids) <= T5_LENGTH == tokenizer.model_max_length
+
+
+def test_clip_pads_with_the_end_of_text_which_is_its_last_id(captions, tmp_path):
+    tokenizer = make_clip_tokenizer(captions, tmp_path)
+    ids = tokenizer("a red cat", padding="max_length", truncation=True).input_ids
+    assert len(ids) == 77 and ids[-1] == tokenizer.eos_token_id == len(tokenizer) - 1 and ids[0] == len(tokenizer) - 2
+    assert ids.index(tokenizer.eos_token_id) == 4
+
+
+def test_the_base_never_sees_a_held_out_subject_and_examples_are_held_out():
+    import numpy as np
+
+    from toybox.world import is_held_out
+
+    rng = np.random.default_rng(0)
+    seen = [random_set(rng, *grid, 1)[0].placed[0].subject for grid in GRIDS for _ in range(40)]
+    assert not any(map(is_held_out, seen))
+
+
+def test_flow_batches_cost_about_the_same_for_every_grid():
+    for rows, cols in GRIDS:
+        z = torch.zeros(1, 16, 8 * rows, 8 * cols)
+        count = train_flow.batch_size(40, z, T5_LENGTH)
+        assert abs(count * (16 * rows * cols + T5_LENGTH) / (40 * (64 + T5_LENGTH)) - 1) < 0.02
+
+
+def test_a_fresh_flux_starts_as_zero_velocity():
+    flux = train_flow.new_flux(dataclasses.replace(train_flow.CONFIG, depth=1, depth_single_blocks=1))
+    z, txt, vec = torch.randn(2, 16, 8, 8), torch.randn(2, 5, 128), torch.randn(2, 128)
+    generator = torch.Generator().manual_seed(0)
+    loss = train_flow.flow_loss(flux, z, txt, vec, generator)
+    loss.backward()
+    assert 1.5 < float(loss) < 2.5 and all(p.grad is not None for p in flux.final_layer.parameters())
+
+
+@torch.no_grad()
+def test_rescaling_latents_to_unit_variance_changes_no_picture_inside():
+    torch.manual_seed(0)
+    model = train_autoencoder.new_autoencoder()
+    pool = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    image = pool.float() / 127.5 - 1
+    before = model.decode(model.encode(image))
+    model = train_autoencoder.unit_variance(model, pool)
+    assert abs(float(model.encode(image).std()) - 1) < 0.01
+    after = model.decode(model.encode(image))
+    assert float((after - before).abs()[..., 24:40, 24:40].mean()) < 0.02
+
+
+@pytest.mark.slow
+def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "CHUNK", 8)
+    short = dict(autoencoder=(4, 1), clip=(2, 4), text=(2, 2), flow=(2, 2))
+    stages = {name: Stage(name, steps, batch, 1e-3, 1e-3) for name, (steps, batch) in short.items()}
+    monkeypatch.setattr(pretrain, "STAGES", stages)
+    monkeypatch.setattr(pretrain, "SETS", 40)
+    for name, more in (("one", []), ("two", ["--init", str(tmp_path / "one")])):
+        argv = ["--work", str(tmp_path / f"work-{name}"), "--out", str(tmp_path / name), "--processes", "1", *more]
+        assert pretrain.main(argv) == 0
+        files = find_model(str(tmp_path / name))
+        assert load_flux(files.flux).config == train_flow.CONFIG
+        assert load_autoencoder(files.autoencoder).config == train_autoencoder.CONFIG
+
+
+def test_captions_fit_the_tokenizer_for_every_marker_kind():
+    import numpy as np
+
+    from toybox.captions import length
+
+    rng = np.random.default_rng(3)
+    for kind in ("image", "position", "scene"):
+        panels = random_set(rng, 2, 2, 2)
+        assert length(joint_caption(panels, 2, 2, rng, kind)) < T5_LENGTH
