@@ -117,8 +117,12 @@ def save(result: "Result", plan: "Plan", seed: int, record: dict[str, Any], fold
     config = replace(plan.config, seed=seed, num=1)
     text = {"prompt": config.prompt, "config": json.dumps({"model": plan.files.name, **saved(config, paths=False)})}
     record = {"config": saved(config), **record, "seconds": dict(result.seconds)}
-    folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(found[1]) for name in os.listdir(folder) if (found := re.match(r"(\d{4,9})[.-]", name))]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = os.listdir(folder)
+    except OSError as error:
+        raise unusable(folder, error) from None
+    taken = [int(found[1]) for name in names if (found := re.match(r"(\d{4,9})[.-]", name))]
     for number in count(max(taken, default=0) + 1):
         try:
             return save_as(f"{number:04d}", result, text, record, folder)
@@ -152,17 +156,24 @@ def save_as(stem: str, result: "Result", text: dict[str, str], record: dict[str,
 def check_folder(folder: Path) -> None:
     """Refuses a place for the files that cannot work, without making anything there yet.
 
-    Errors: ValueError or OSError
+    Errors: ValueError
     """
     try:
-        os.lstat(folder)  # an impossible name fails here
+        os.lstat(folder)
     except (FileNotFoundError, NotADirectoryError):
         pass
+    except (OSError, ValueError) as error:  # an impossible name; ValueError: a NUL in it
+        raise unusable(folder, error) from None
     exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not exists.is_dir():
         raise ValueError(f"--out {folder}: {exists} is not a folder; choose another")
     if not os.access(exists, os.W_OK | os.X_OK):
         raise ValueError(f"--out {folder}: {exists} cannot be written to; choose another")
+
+
+def unusable(folder: Path, error: Exception) -> ValueError:
+    """Says what the system has against a folder."""
+    return ValueError(f"--out {str(folder)[-80:]}: {getattr(error, 'strerror', None) or error}; choose another")
 
 
 class Bar:
@@ -194,13 +205,19 @@ class Bar:
 
 def note(line: str) -> None:
     """Tells the user something that is no mistake."""
-    print(f"note: {' '.join(line.split())}", file=sys.stderr)
+    print(f"note: {plain(line)}", file=sys.stderr)
 
 
 def complain(line: str, status: int) -> int:
     """Writes one line and gives the exit status."""
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    print(f"error: {plain(line)}", file=sys.stderr)
     return status
+
+
+def plain(text: str) -> str:
+    """Makes one line that commands no terminal, as names in a downloaded file might."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 if __name__ == "__main__":

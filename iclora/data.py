@@ -1,6 +1,7 @@
 """Panel sets on disk."""
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def read_set(folder: Path) -> PanelSet:
 
     Errors: ValueError if the folder or the pictures are missing, a number stands twice, or the caption is no text
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False where Path.is_dir raises: a name too long
         raise ValueError(f"there is no folder {ascii(str(folder)[-80:])}; --set takes one with 1.png, 2.png, ...")
     numbered: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):

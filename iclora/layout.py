@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from sampling.images import to_tensor
+from sampling.latents import TOKEN
 
-TOKEN = 16  # pixels a side of one image token: 8 by the autoencoder, 2 by packing
 MAX_PANELS = 64
-MAX_SIDE = 8192  # pixels of the composite
+MAX_TOKENS = 65_536  # of the composite: 4096x4096 pixels, seven times the largest published task
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Layout:
         if any(side < TOKEN or side % TOKEN for side in sides):
             nearest = " or ".join(f"{wide}x{high}" for wide, high in product(*map(_nearest, sides)))
             raise ValueError(f"panel size {sides[0]}x{sides[1]} is not in multiples of {TOKEN} pixels; use {nearest}")
-        if max(self.width, self.height) > MAX_SIDE:
+        if self.tokens_wide * self.tokens_high > MAX_TOKENS:
             raise ValueError(
-                f"{self.rows}x{self.cols} panels of {sides[0]}x{sides[1]} make {self.width}x{self.height} pixels; "
-                f"at most {MAX_SIDE} a side are possible, so choose smaller panels or a smaller grid"
+                f"{self.rows}x{self.cols} panels of {sides[0]}x{sides[1]} make {self.width}x{self.height} pixels, "
+                f"{self.tokens_wide * self.tokens_high} tokens; at most {MAX_TOKENS} are possible, so choose smaller "
+                "panels or a smaller grid"
             )
 
     @property

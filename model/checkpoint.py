@@ -99,8 +99,9 @@ class Checkpoint:
 
 def kind(tensors: dict[str, Stored]) -> str:
     """Say what a file holds: a key of WANTED if it can be read here, else words for a message."""
+    names = "\n".join(key.removeprefix(PREFIX) for key in tensors)
     for what, pattern in KINDS:
-        if any(re.search(pattern, key.removeprefix(PREFIX)) for key in tensors):
+        if re.search(pattern, names, re.MULTILINE):
             fp8 = any(stored.dtype.startswith("F8") for stored in tensors.values())
             return "fp8 weights" if fp8 and what in WANTED else what
     return "no network that is known here"
@@ -209,6 +210,8 @@ def _entry(path: Path, offset: int, entry: dict) -> Stored:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object from a file. Errors: ValueError naming the file"""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; download it again")
     try:
         data = path.read_bytes() if path.stat().st_size <= MAX_JSON else b""
         return _json_object(data)

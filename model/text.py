@@ -6,6 +6,7 @@ Configurations are inferred from tensor shapes; a config.json, where there is on
 Loading is our own and strict: transformers 5 loads nothing, without an error, from CLIP names with a prefix.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from .checkpoint import fill, open_checkpoint, read_json
 from .weights import ModelFiles, count_blocks, dimensions, infer
 
 UNLIMITED = 1_000_000  # a tokenizer without a limit says 1e30
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 WORDS = 6  # shown of what a prompt loses
 CLIP_PREFIX = "text_model."  # on the names in released files, but not in today's transformers
 CLIP_EXTRAS = r"^(vision_model|visual_projection|text_projection|logit_scale)\b|position_ids$"
@@ -95,9 +97,8 @@ class TextEncoders:
         return min(positions, self.clip_tokenizer.model_max_length)
 
     def _ids(self, name: str, tokenizer, embedding: nn.Embedding, prompts: list[str], length: int) -> Tensor:
-        _check_unicode(prompts)
         padded = {"padding": "max_length", "truncation": True, "max_length": length}
-        ids = tokenizer(prompts, **padded, return_tensors="pt").input_ids
+        ids = _tokenize(tokenizer, prompts, **padded, return_tensors="pt").input_ids
         if (most := int(ids.max())) >= embedding.num_embeddings:
             raise ValueError(
                 f"the {name} tokenizer makes token {most}, but the {name} encoder knows {embedding.num_embeddings}; "
@@ -110,22 +111,25 @@ def _embedding(clip: nn.Module) -> nn.Embedding:
     return next(module for name, module in clip.named_modules() if name.endswith("token_embedding"))
 
 
-def _check_unicode(prompts: list[str]) -> None:
+def _tokenize(tokenizer, prompts: list[str], **settings):
     for prompt in prompts:
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise ValueError(f"the prompt {prompt[:40]!a} has bytes that are no text; write it in UTF-8") from None
+    try:
+        return tokenizer(prompts, **settings)
+    except Exception as error:  # as below; some damage shows only now
+        raise ValueError(_unreadable(tokenizer.name_or_path, error)) from None
 
 
 def _lost(tokenizer, prompt: str, limit: int) -> str:
     """Tokens lost and the first words of them, or nothing. The last token kept is always the end of text."""
-    _check_unicode([prompt])
-    tokens = tokenizer(prompt, return_offsets_mapping=True, verbose=False)
-    number = len(tokens.input_ids)
+    tokens = _tokenize(tokenizer, [prompt], return_offsets_mapping=True, verbose=False)
+    number = len(tokens.input_ids[0])
     if number <= limit:
         return ""
-    start = tokens.offset_mapping[limit - 1][0]
+    start = tokens.offset_mapping[0][limit - 1][0]
     word = re.search(r"\S{0,20}$", prompt[:start])[0]  # of a word that is cut, its start
     first = " ".join((word + prompt[start:]).split()[:WORDS])[:80]
     return f"{number - limit} of {number} tokens are lost, from '{first} ...' on"
@@ -152,11 +156,23 @@ def load_text_encoders(
 
 
 def _tokenizer(kind: type, folder: Path):
+    """Read a tokenizer; transformers would make up a vocabulary where files are odd, and take any limit."""
+    files = [path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))]
+    if odd := [path for path in files if not path.is_file()]:
+        raise ValueError(f"{odd[0]} is no file; download the folder {folder.name}/ again")
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); download the folder again") from None
+        raise ValueError(_unreadable(folder, error)) from None
+    limit = tokenizer.model_max_length
+    if type(limit) is not int or limit < 2:
+        raise ValueError(f"{folder} has model_max_length = {limit!r:.80}, which is no text length; download it again")
+    return tokenizer
+
+
+def _unreadable(folder: str | Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120]
+    return f"the tokenizer in {folder} cannot be read ({reason}); download the folder again"
 
 
 def _load_t5(files: ModelFiles, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
@@ -245,7 +261,7 @@ def _settings(path: Path, subfolder: str, wanted: dict[str, Callable]) -> dict[s
     wanted: by name, the test that a value must pass
     """
     file = (path if path.is_dir() else path.parent / subfolder) / "config.json"
-    given = read_json(file) if file.is_file() else {}
+    given = read_json(file) if os.path.lexists(file) else {}
     if isinstance(given.get("text_config"), dict):  # of a whole CLIP
         given = given["text_config"]
     settings = {key: given[key] for key in wanted if key in given}

@@ -102,8 +102,10 @@ def flags() -> Iterator[Case]:
     wrong = {
         "--grid": ["", "0x1", "1x0", "2", "x", "2*2", "2x2x2", "-1x2", "1e3x1", "65x1", "9x9", "9999x9999", "2x2\0",
                    "9" * 5000 + "x1", "\udcff"],
-        "--mask": ["", " ", "0", "3", "1-3", "2-1", "1,,2", ",", "abc", "1.5", "-1", "1-2-3", "9" * 30, "1;2", "\udc80"],
-        "--panel-size": ["", "0", "-64", "15", "17", "16x", "x16", "16x16x16", "8208", "999999", "1000000", "1e2", "nan"],
+        "--mask": ["", " ", "0", "3", "1-3", "2-1", "1,,2", ",", "abc", "1.5", "-1", "1-2-3", "9" * 30,
+                   "1;2", "\udc80"],
+        "--panel-size": ["", "0", "-64", "15", "17", "16x", "x16", "16x16x16", "8208", "999999", "1000000",
+                         "1e2", "nan"],
         "--steps": ["", "0", "-1", "1001", "1e3", "1.5", "nan", "inf", "9" * 5000, "0x10", "two", "1\0"],
         "--seed": ["", "-1", str(LAST_SEED + 1), "1e9", "9" * 400, "nan", "\udc80"],
         "--num": ["", "0", "-5", "10001", "1.0", "9" * 100],
@@ -114,28 +116,34 @@ def flags() -> Iterator[Case]:
         "--device": ["", "gpu", "cuda:9", "tpu", "meta"],
         "--preset": ["", "film", "x" * 10_000, "film-storyboard\n"],
     }
-    lines = [["--stpes", "3"], ["--ste", "3"], ["stray"], ["a.png", "b.png"], ["--tile=yes"], ["--help=1"], ["-x"],
-             ["--"], ["--", "x"], ["@args"], ["--\udcff"], ["--" + "x" * 100_000], ["-1"], ["\0"], ["--model", "tiny", "x"]]
+    lines = [
+        ["--stpes", "3"], ["--ste", "3"], ["stray"], ["a.png", "b.png"], ["--tile=yes"], ["--help=1"], ["-x"], ["-1"],
+        ["--", "x"], ["@args"], ["--\udcff"], ["--" + "x" * 100_000], ["\0"], ["--model", "tiny", "x"],
+    ]
     for name in valueless:
         yield Case(f"{name} without a value", lambda folder, model, name=name: [*SMALL, name])
     for name, values in wrong.items():
         for value in values:
             yield Case(f"{name} {value[:20]!a}", small(f"{name}={value}"))
     for line in lines:
-        if line != ["--"]:
-            yield Case(f"the arguments {ascii(line)[:30]}", small(*line))
+        yield Case(f"the arguments {ascii(line)[:30]}", small(*line))
     yield Case("a seed without room for two pictures", small("--seed", str(LAST_SEED), "--num", "2"))
     yield Case("a composite that is too wide", small("--grid", "1x64", "--panel-size", "512"))
 
 
 def prompts() -> Iterator[Case]:
-    bad = {"a NUL": "a\0b", "an escape": "\x1b[31mred", "a lone surrogate": "a \ud800 b", "bytes that are no UTF-8":
-           b"\xff\xfe a".decode(errors="surrogateescape"), "control characters": "".join(map(chr, range(1, 32))),
-           "a C1 control": "a \x9b b", "a delete": "\x7f", "20,001 characters": "a" * 20_001, "a megabyte": "a b " * 2**18,
-           "random bytes": JUNK.decode(errors="surrogateescape")}
-    odd = {"nothing": "", "spaces": " \n ", "emoji": "\U0001f41f" * 50, "combining marks": "e" + "\u0301" * 2000,
-           "the tokenizers' own words": "</s><pad><|endoftext|><unk>", "private use": "\ue000\U0010ffff\ufeff\u202e",
-           "20,000 characters": "red fish " * 2222, "only markers": "[IMAGE1][IMAGE2][IMAGE3]"}
+    bad = {
+        "a NUL": "a\0b", "an escape": "\x1b[31mred", "a C1 control": "a \x9b b", "a delete": "\x7f",
+        "control characters": "".join(map(chr, range(1, 32))), "a lone surrogate": "a \ud800 b",
+        "bytes that are no UTF-8": b"\xff\xfe a".decode(errors="surrogateescape"),
+        "random bytes": JUNK.decode(errors="surrogateescape"),
+        "20,001 characters": "a" * 20_001, "a megabyte": "a b " * 2**18,
+    }
+    odd = {
+        "nothing": "", "spaces": " \n ", "emoji": "\U0001f41f" * 50, "combining marks": "e" + "\u0301" * 2000,
+        "the tokenizers' own words": "</s><pad><|endoftext|><unk>", "private use": "\ue000\U0010ffff\ufeff\u202e",
+        "20,000 characters": "red fish " * 2222, "only markers": "[IMAGE1][IMAGE2][IMAGE3]",
+    }
     for name, text in bad.items():
         yield Case(f"a prompt of {name}", small("--prompt", text))
         yield Case(f"a panel prompt of {name}", small("--panel-prompt", "a", text))
@@ -167,10 +175,10 @@ def png(width: int, height: int, *extra: bytes, depth: int = 8, colour: int = 2,
 
 def pictures() -> Iterator[Case]:
     whole = {kind: picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")}
-    for kind, count in {"PNG": 24, "JPEG": 16, "WEBP": 5, "GIF": 5, "BMP": 5, "TIFF": 5}.items():
-        for part in (-1, *parts(count, kind)):
+    for kind, cuts, flips in (("PNG", 16, 16), ("JPEG", 12, 4), *((kind, 3, 1) for kind in list(whole)[2:])):
+        for part in (-1, *parts(cuts, kind)):
             yield Case(f"{kind} cut at {part}", panel(cut(part)(whole[kind])))
-        for i, part in enumerate(parts(count, kind + "flip")):
+        for i, part in enumerate(parts(flips, kind + "flip")):
             yield Case(f"{kind} flipped at {part}", panel(flip(part, i % 8)(whole[kind])), doubtful=kind != "PNG")
     for place in (0, 8, 12, 16, 24, 29, 33, 37, len(whole["PNG"]) - 12, len(whole["PNG"]) - 1):
         yield Case(f"PNG flipped at byte {place}", panel(flipped(whole["PNG"], place, 4)))
@@ -187,17 +195,22 @@ def pictures() -> Iterator[Case]:
         "GIF that claims 65,535 a side": bytes(gif), "BMP that claims 100,000 a side": bytes(bmp),
         "PNG of no size": png(0, 0), "PNG of no height": png(40, 0), "PNG narrower than 32:1": picture("PNG", (400, 2)),
         "PNG with too few pixels": png(40, 24), "PNG of a wrong depth": png(4, 4, depth=7),
-        "PNG of a wrong colour type": png(4, 4, colour=5), "PNG with a text bomb": png(5, 5, chunk(b"zTXt", b"a\0\0" + bomb)),
-        "PNG with an unknown critical chunk": png(5, 5, chunk(b"ABCD", b"")), "PNG without pixels": whole["PNG"][:33],
-        "nothing": b"", "text": b"a red fish\n", "random bytes": JUNK, "zeros": bytes(5000), "a PDF": b"%PDF-1.4\n%%EOF",
-        "a web page": b"<!DOCTYPE html><title>404</title>", "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9",
+        "PNG of a wrong colour type": png(4, 4, colour=5), "PNG without pixels": whole["PNG"][:33],
+        "PNG with a text bomb": png(5, 5, chunk(b"zTXt", b"a\0\0" + bomb)),
+        "nothing": b"", "text": b"a red fish\n", "random bytes": JUNK, "zeros": bytes(5000),
+        "a web page": b"<!DOCTYPE html><title>404</title>", "a PDF": b"%PDF-1.4\n%%EOF",
+        "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9",
         "an SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "PNG's first bytes alone": whole["PNG"][:8],
     }
     for name, data in others.items():
         yield Case(f"a panel that is {name}", panel(data))
-    doubtful = {"too many pixels": png(5, 5, pixels=b"\0" * 200_000_000), "a profile bomb":
-                png(5, 5, chunk(b"iCCP", b"a\0\0" + bomb)), "10,000 chunks": png(5, 5, *[chunk(b"tEXt", b"a\0b")] * 10_000)}
-    for name, data in doubtful.items():
+    odd = {
+        "too many pixels": png(5, 5, pixels=b"\0" * 200_000_000),
+        "a profile bomb": png(5, 5, chunk(b"iCCP", b"a\0\0" + bomb)),
+        "10,000 chunks": png(5, 5, *[chunk(b"tEXt", b"a\0b")] * 10_000),
+        "an unknown critical chunk": png(5, 5, chunk(b"ABCD", b"")),
+    }
+    for name, data in odd.items():
         yield Case(f"PNG with {name}", panel(data), doubtful=True)
 
 
@@ -225,13 +238,17 @@ def special(what: str, name: str, argv: Callable[[Path], list[str]]) -> Callable
 
 
 def panels() -> Iterator[Case]:
+    def from_set(folder: Path) -> list[str]:
+        return [*SMALL[:-2], "--set", str(folder / "set")]  # without --prompt, so that the caption is needed
+
     good = picture("PNG")
     for what in SPECIAL:
         yield Case(f"a panel that is {what}", special(what, "a.png", lambda f: [*SMALL, "--panels", str(f / "a.png")]))
-        yield Case(f"a set that is {what}", special(what, "set", lambda f: [*SMALL, "--set", str(f / "set")]))
-        yield Case(f"a set whose panel is {what}", special(what, "set/1.png", lambda f: [*SMALL, "--set", str(f / "set")]))
-        caption = special(what, "set/caption.txt", lambda f: [*SMALL[:-2], "--set", str(f / "set")])
-        yield Case(f"a set whose caption is {what}", caption)
+        yield Case(f"a set that is {what}", special(what, "set", from_set))
+        prompted = special(what, "set/1.png", lambda f: [*from_set(f), "--prompt", PROMPT])
+        yield Case(f"a set whose panel is {what}", prompted)
+        caption = special(what, "set/caption.txt", from_set)
+        yield Case(f"a set whose caption is {what}", lambda f, m, c=caption: put(f / "set/1.png", good) and c(f, m))
     for name in ("a\0b", "a" * 300, "a/" * 3000, "a\nb", "\udcff", "", ".", "/dev/stdin/x"):
         yield Case(f"a panel named {ascii(name)[:20]}", small("--panels", name))
         yield Case(f"a set named {ascii(name)[:20]}", small(f"--set={name}"))
@@ -240,15 +257,19 @@ def panels() -> Iterator[Case]:
     yield Case("one draft for 2 panels", lambda f, m: [*SMALL, "--strength", "0.5", "--panels", put(f / "a.png", good)])
     yield Case("panels and a set", lambda f, m: [*SMALL, "--set", str(f), "--panels", put(f / "1.png", good)])
     yield Case("a grid without an example", lambda f, m: [*SMALL, "--grid", "5x7"])
-    sets = {"the same number twice": {"1.png": good, "01.png": good}, "other names": {"a.png": good},
-            "a binary caption": {"1.png": good, "caption.txt": JUNK}, "an empty picture": {"1.png": b""},
-            "a caption of a megabyte": {"1.png": good, "caption.txt": b"red fish " * 2**17},
-            "a caption with a NUL": {"1.png": good, "caption.txt": b"a\0b"}, "5 panels": {f"{i}.png": good for i in range(5)}}
+    sets = {
+        "the same number twice": {"1.png": good, "01.png": good}, "other names": {"a.png": good},
+        "a binary caption": {"1.png": good, "caption.txt": JUNK},
+        "an empty picture": {"1.png": b"", "caption.txt": b"a"},
+        "a caption of a megabyte": {"1.png": good, "caption.txt": b"red fish " * 2**17},
+        "a caption with a NUL": {"1.png": good, "caption.txt": b"a\0b"},
+        "5 panels": {"caption.txt": b"a", **{f"{i}.png": good for i in range(5)}},
+    }
     for name, files in sets.items():
         def make(folder: Path, model: Path, files: dict[str, bytes] = files) -> list[str]:
             for file, data in files.items():
                 put(folder / "set" / file, data)
-            return [*SMALL[:-2], "--set", str(folder / "set")]
+            return from_set(folder)
 
         yield Case(f"a set with {name}", make)
 
@@ -258,48 +279,49 @@ def panels() -> Iterator[Case]:
 
 def records() -> Iterator[Case]:
     whole = json.dumps({"config": RECORD}, indent=2).encode()
-    for part in (-1, *parts(14, "record")):
-        yield Case(f"record cut at {part}", config(cut(part)(whole)))
-    for i, part in enumerate(parts(14, "record flip")):
-        yield Case(f"record flipped at {part}", config(flip(part, i % 8)(whole)), doubtful=True)
+    for part in (-1, *parts(9, "record")):
+        yield Case(f"a record cut at {part}", config(cut(part)(whole)))
+    for i, part in enumerate(parts(9, "record flip")):
+        yield Case(f"a record flipped at {part}", config(flip(part, i % 8)(whole)), doubtful=True)
     contents = {
         "nothing": b"", "a list": b"[]", "null": b"null", "a text": b'"config"', "a number": b"1", "no config": b"{}",
-        "a list as config": b'{"config": []}', "nesting without end": DEEP, "nesting inside": b'{"config": {"prompt": ' + DEEP,
-        "closed nesting": b'{"config": {"panels": ' + DEEP + b"]" * len(DEEP) + b"}}", "random bytes": JUNK,
-        "a picture": picture("PNG"), "UTF-16": whole.decode().encode("utf-16"), "12 megabytes": whole + b" " * 12_000_000,
-        "two objects": whole + whole, "a number of 5,000 digits": b'{"config": {"seed": ' + b"9" * 5000 + b"}}",
+        "a list as config": b'{"config": []}', "random bytes": JUNK, "a picture": picture("PNG"),
+        "nesting without end": DEEP, "nesting inside": b'{"config": {"prompt": ' + DEEP,
+        "closed nesting": b'{"config": {"panels": ' + DEEP + b"]" * len(DEEP) + b"}}", "two objects": whole + whole,
+        "UTF-16": whole.decode().encode("utf-16"), "12 megabytes": whole + b" " * 12_000_000,
+        "a number of 5,000 digits": b'{"config": {"seed": ' + b"9" * 5000 + b"}}",
     }
     for name, data in contents.items():
         yield Case(f"a record of {name}", config(data))
     for what in SPECIAL:
         yield Case(f"a record that is {what}", special(what, "a.json", lambda f: ["--config", str(f / "a.json")]))
-    wrong = {text: 1 for text in ("grid", "mask", "set", "prompt", "preset", "model", "panel_size", "fit", "device")}
-    wrong |= {number: "1" for number in ("steps", "guidance", "seed", "num", "strength")}
-    wrong |= {"panels": "a.png", "panel_prompt": [1], "tile": 0, "dtype": ["float32"], "unknown": 1, "": None}
-    for name, value in wrong.items():
-        yield Case(f"a record with {name} {value!r}", recorded(**{name: value}))
-    values = [("steps", True), ("steps", 1.0), ("steps", 10**4000), ("seed", -1), ("seed", 2**70), ("num", 0), ("mask", None),
-              ("guidance", float("nan")), ("guidance", float("inf")), ("strength", float("-inf")), ("guidance", 10**4000),
-              ("model", {}), ("model", None), ("model", "a\0b"), ("model", "\ud800"), ("tile", None), ("panels", [None]),
-              ("panels", ["\0"]), ("panels", ["\ud800.png"]), ("panels", [""]), ("set", "\0"), ("prompt", "\ud800"),
-              ("prompt", "a" * 100_000), ("grid", "\ud800"), ("grid", []), ("mask", "9"), ("preset", "\0"), ("device", "meta"),
-              ("panel_prompt", ["a"]), ("panel_size", "a" * 100_000), ("strength", 0), ("unknown\n" * 50, 1)]
-    for name, value in values:
-        shown = f"{name} {value!a:.20}" if not isinstance(value, int) or value < 10**9 else f"huge {name}"
-        yield Case(f"a record with {shown}"[:60].replace("\n", " "), recorded(**{name: value}))
-    for name in ("out", "config"):
-        yield Case(f"a record with {name} 1", recorded(**{name: 1}))
-
-
+    wrong = [(text, 1) for text in ("grid", "mask", "set", "prompt", "preset", "model", "panel_size", "fit", "device")]
+    wrong += [(number, "1") for number in ("steps", "guidance", "seed", "num", "strength")]
+    wrong += [(path, 1) for path in ("out", "config")]
+    wrong += [
+        ("panels", "a.png"), ("panels", [None]), ("panels", ["\0"]), ("panels", ["\ud800.png"]), ("panels", [""]),
+        ("panel_prompt", [1]), ("panel_prompt", ["a"]), ("set", "\0"), ("prompt", "\ud800"), ("prompt", "a" * 100_000),
+        ("steps", True), ("steps", 1.0), ("steps", 10**4000), ("seed", -1), ("seed", 2**70), ("num", 0),
+        ("guidance", float("nan")), ("guidance", float("inf")), ("guidance", 10**4000), ("strength", float("-inf")),
+        ("model", {}), ("model", None), ("model", "a\0b"), ("model", "\ud800"), ("dtype", ["float32"]), ("tile", 0),
+        ("tile", None), ("strength", 0), ("grid", "\ud800"), ("grid", []), ("mask", None), ("mask", "9"),
+        ("preset", "\0"), ("device", "meta"), ("panel_size", "a" * 100_000), ("unknown", 1), ("", None),
+        ("unknown\n" * 50, 1),
+    ]
+    for name, value in wrong:
+        shown = value if not isinstance(value, int) or value < 10**9 else f"of {len(str(value))} digits"
+        yield Case(f"a record with {name[:12]!a} {shown!a:.20}", recorded(**{name: value}))
 
 
 # where the files go
 
 
 def folders() -> Iterator[Case]:
-    names = {"a file": "file", "below a file": "file/out", "a device": "/dev/null", "below a device": "/dev/full/out",
-             "a dangling link": "link", "below a dangling link": "link/out", "a link to itself": "loop", "a fifo": "fifo",
-             "a name too long": "a" * 300, "a path too long": "a/" * 3000, "a NUL": "a\0b"}
+    names = {
+        "a file": "file", "below a file": "file/out", "a device": "/dev/null", "below a device": "/dev/full/out",
+        "a dangling link": "link", "below a dangling link": "link/out", "a link to itself": "loop", "a fifo": "fifo",
+        "a name too long": "a" * 300, "a path too long": "a/" * 3000, "a NUL": "a\0b",
+    }
     for what, name in names.items():
         def make(folder: Path, model: Path, name: str = name) -> list[str]:
             put(folder / "file", b"mine")

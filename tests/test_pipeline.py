@@ -14,7 +14,7 @@ from golden import FLUX
 from iclora.config import SampleConfig
 from iclora.data import read_set
 from iclora.pipeline import Pipeline, resolve
-from model.autoencoder import decode_tiled
+from model.autoencoder import AutoEncoder, decode_tiled
 from model.weights import examples_folder, find_model
 from sampling.images import fit, open_picture, to_picture
 from sampling.latents import noise, pack, unpack
@@ -230,6 +230,15 @@ def test_nothing_of_a_masked_panel_leaks_into_the_result(tmp_path):
     before = make(mask="2", panels=given, prompt=PROMPT)
     Image.new("RGB", (64, 64), "red").save(given[1])
     assert make(mask="2", panels=given, prompt=PROMPT).composite.tobytes() == before.composite.tobytes()
+
+
+def test_what_is_encoded_is_zero_under_the_mask_and_drafts_are_encoded_apart(tmp_path, monkeypatch):
+    seen, encode = [], AutoEncoder.encode
+    monkeypatch.setattr(AutoEncoder, "encode", lambda self, image: seen.append(image.clone()) or encode(self, image))
+    make(mask="2", panels=pictures(tmp_path, 2), prompt=PROMPT, strength=0.5)
+    drafts, kept = seen
+    assert not kept[..., 32:].any() and kept[..., :32].any()
+    assert not drafts[..., :32].any() and drafts[..., 32:].any()
 
 
 def test_the_kept_panels_do_influence_the_generated_one(tmp_path):

@@ -1,16 +1,18 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from model.weights import find_model, load_autoencoder, load_flux
 from toybox import pretrain, sets, train_autoencoder, train_flow
-from toybox.captions import joint_caption
+from toybox.captions import joint_caption, length, vocabulary
+from toybox.export import EXAMPLES
 from toybox.sets import GRIDS, draw_chunk
 from toybox.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
-from toybox.training import Stage, orthogonal, rate, run
-from toybox.world import random_set
+from toybox.training import Stage, Work, orthogonal, rate, run
+from toybox.world import is_held_out, random_set
 
 
 class Stop(Exception):
@@ -36,14 +38,36 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, muon):
     stage = Stage("toy", steps=30, batch=16, lr=0.01, muon_lr=muon, warmup=3)
     settings = dict(is_hidden=lambda name, p: p.ndim == 2, every=0, report=lambda line: None)
     model, loss_at = quadratic()
-    whole = run(stage, model, loss_at, tmp_path / "a", **settings).state_dict()
+    whole = run(stage, model, loss_at, Work(tmp_path / "a"), **settings).state_dict()
     for stop_at in (7, 19, None):
         model, loss_at = quadratic(stop_at)
         try:
-            resumed = run(stage, model, loss_at, tmp_path / "b", **settings).state_dict()
+            resumed = run(stage, model, loss_at, Work(tmp_path / "b"), **settings).state_dict()
         except Stop:
             assert stop_at is not None
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    stage = Stage("toy", steps=3, batch=16, lr=0.01)
+    model, loss_at = quadratic()
+    run(stage, model, loss_at, Work(tmp_path), report=lambda line: None)
+    for other in (Work(tmp_path, seed=1), Work(tmp_path, origin="tiny")):
+        with pytest.raises(ValueError, match="belongs to a run whose (seed|origin) is .* give another --work"):
+            run(stage, model, loss_at, other, report=lambda line: None)
+
+
+def test_too_few_or_other_drawn_sets_are_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "CHUNK", 2)
+    monkeypatch.setattr(sets, "GRIDS", {(1, 1): sets.GRIDS[1, 1]})
+
+    def drawn(total, seed):
+        sets.draw_sets(tmp_path, total, seed, processes=1)
+        return sets.load_sets(tmp_path, (1, 1), sets.sets_of((1, 1), total))[0]
+
+    few, more = drawn(8, 0), drawn(24, 0)
+    assert len(few) == 2 and len(more) == 6 and torch.equal(more[:2], few)
+    assert not torch.equal(drawn(24, 1), more)
 
 
 def test_training_reduces_the_loss_and_averages_the_weights(tmp_path):
@@ -54,7 +78,7 @@ def test_training_reduces_the_loss_and_averages_the_weights(tmp_path):
         return float(loss_at(0, torch.Generator().manual_seed(1))["loss"])
 
     before = loss_now()
-    average = run(Stage("toy", 200, 16, lr=0.05, muon_lr=0.05), model, loss_at, tmp_path,
+    average = run(Stage("toy", 200, 16, lr=0.05, muon_lr=0.05), model, loss_at, Work(tmp_path),
                   is_hidden=lambda name, p: p.ndim == 2, report=lambda line: None)  # fmt: skip
     assert loss_now() < before / 2
     assert not torch.equal(average[0].weight, model[0].weight)
@@ -94,8 +118,6 @@ def test_drawn_sets_are_fixed_by_their_seed_and_have_their_grids_size():
 
 
 def test_t5_reads_words_and_markers_as_single_pieces(captions, tmp_path):
-    from toybox.captions import vocabulary
-
     words = [word for word in vocabulary() if not word.startswith("[")]
     tokenizer = make_t5_tokenizer([*captions, " ".join(words)], tmp_path)
     text = "[IMAGE1] A Red cat, [IMAGE2] on the beach."
@@ -113,14 +135,15 @@ def test_clip_pads_with_the_end_of_text_which_is_its_last_id(captions, tmp_path)
     assert ids.index(tokenizer.eos_token_id) == 4
 
 
-def test_the_base_never_sees_a_held_out_subject_and_examples_are_held_out():
-    import numpy as np
-
-    from toybox.world import is_held_out
-
-    rng = np.random.default_rng(0)
-    seen = [random_set(rng, *grid, 1)[0].placed[0].subject for grid in GRIDS for _ in range(40)]
-    assert not any(map(is_held_out, seen))
+def test_the_base_never_sees_a_held_out_subject_and_examples_are_held_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sets, "composite", lambda panels, *size: seen.extend(panels) or np.zeros((64, 64, 3), np.uint8))
+    for grid in GRIDS:
+        draw_few(grid, 20)
+    assert len(seen) > 200 and not any(is_held_out(one.subject) for panel in seen for one in panel.placed)
+    for grid, seed in EXAMPLES.items():
+        panels = random_set(np.random.default_rng(seed), *grid, subjects=1, held_out=True)
+        assert all(is_held_out(one.subject) for panel in panels for one in panel.placed)
 
 
 def test_flow_batches_cost_about_the_same_for_every_grid():
@@ -136,7 +159,7 @@ def test_a_fresh_flux_starts_as_zero_velocity():
     generator = torch.Generator().manual_seed(0)
     loss = train_flow.flow_loss(flux, z, txt, vec, generator)
     loss.backward()
-    assert 1.5 < float(loss) < 2.5 and all(p.grad is not None for p in flux.final_layer.parameters())
+    assert 1.5 < loss.item() < 2.5 and all(p.grad is not None for p in flux.final_layer.parameters())
 
 
 @torch.no_grad()
@@ -159,19 +182,15 @@ def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(tmp_path, monke
     stages = {name: Stage(name, steps, batch, 1e-3, 1e-3) for name, (steps, batch) in short.items()}
     monkeypatch.setattr(pretrain, "STAGES", stages)
     monkeypatch.setattr(pretrain, "SETS", 40)
-    for name, more in (("one", []), ("two", ["--init", str(tmp_path / "one")])):
-        argv = ["--work", str(tmp_path / f"work-{name}"), "--out", str(tmp_path / name), "--processes", "1", *more]
-        assert pretrain.main(argv) == 0
-        files = find_model(str(tmp_path / name))
+    out = str(tmp_path / "tiny")
+    for work, more in (("one", []), ("two", ["--init", out])):  # the second one replaces what it started from
+        assert pretrain.main(["--work", str(tmp_path / work), "--out", out, "--processes", "1", *more]) == 0
+        files = find_model(out)
         assert load_flux(files.flux).config == train_flow.CONFIG
         assert load_autoencoder(files.autoencoder).config == train_autoencoder.CONFIG
 
 
 def test_captions_fit_the_tokenizer_for_every_marker_kind():
-    import numpy as np
-
-    from toybox.captions import length
-
     rng = np.random.default_rng(3)
     for kind in ("image", "position", "scene"):
         panels = random_set(rng, 2, 2, 2)

@@ -1,22 +1,24 @@
 """Bad inputs cost one line and status 2: no traceback, no hang, no memory gone, nothing left in the output folder."""
 
 import errno
+import gc
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 import bad_inputs
 import bad_models
-import sample
+import pytest
 from bad_inputs import SMALL
+
+import sample
 from model.weights import find_model
 from sampling.images import open_picture
 
@@ -26,9 +28,10 @@ SECONDS = 20  # for one input
 MEMORY = 700 * (2**20 if sys.platform == "darwin" else 2**10)  # by which one input may raise the peak, 700 MiB
 BY_NAME = {case.name: case for case in CASES}
 PROCESSES = (
-    "--steps '1001'", "the arguments ['--stpes', '3']", "a prompt of bytes that are no UTF-8", "PNG that claims 100000 a side",
-    "JPEG cut at -1", "a record of nesting without end", "a panel that is a fifo", "transformer that is a pickle",
-    "tokenizer/tokenizer.json of random bytes", "an output folder that is a device",
+    "--steps '1001'", "the arguments ['--stpes', '3']", "a prompt of bytes that are no UTF-8",
+    "PNG that claims 100000 a side", "a record cut at -1", "a record of nesting without end", "a record that is a fifo",
+    "transformer that is a pickle", "tokenizer/tokenizer.json of nesting without end",
+    "an output folder that is a device",
 )
 
 
@@ -54,12 +57,21 @@ def limits() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Path:
+def model() -> Iterator[Path]:
     """The folder of the tiny model. The libraries are imported here, so that no input is charged for it."""
     import transformers.models.clip.modeling_clip
     import transformers.models.t5.modeling_t5  # noqa: F401
 
-    return find_model("tiny").root.resolve()
+    gc.freeze()  # what is imported, so that the collection after every text encoder takes no time
+    yield find_model("tiny").root.resolve()
+    gc.unfreeze()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """An empty folder that is gone afterwards; pytest's own would keep gigabytes of damaged models."""
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
 
 
 def check(status: int, err: str, out: Path, doubtful: bool) -> None:
@@ -87,18 +99,18 @@ def test_there_are_enough_bad_inputs():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.name)[1:-1])
-def test_a_bad_input_costs_one_line(case, model, tmp_path, capfd):
-    argv, out = case.make(tmp_path, model), tmp_path / "made"
-    before = sorted(tmp_path.rglob("*"))
+def test_a_bad_input_costs_one_line(case, model, folder, capfd):
+    argv, out = case.make(folder, model), folder / "made"
+    before = sorted(folder.rglob("*"))
     with limits():
         status = sample.main(["--out", str(out), *argv])
     check(status, capfd.readouterr().err, out, case.doubtful)
-    assert sorted(path for path in tmp_path.rglob("*") if out not in (path, *path.parents)) == before
+    assert sorted(path for path in folder.rglob("*") if out not in (path, *path.parents)) == before
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_a_process_of_its_own_ends_alike(name, model, tmp_path):
-    argv, out = BY_NAME[name].make(tmp_path, model), tmp_path / "made"
+def test_a_process_of_its_own_ends_alike(name, model, folder):
+    argv, out = BY_NAME[name].make(folder, model), folder / "made"
     command = [sys.executable, "sample.py", "--out", out, *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
     check(done.returncode, done.stderr.decode(), out, doubtful=False)
@@ -115,7 +127,7 @@ def test_a_process_of_its_own_ends_alike(name, model, tmp_path):
     ("builtins.open", errno.EIO, 9),
     ("io.open", errno.EMFILE, 1),
 ])
-def test_a_system_that_fails_costs_one_line(function, code, failing, model, tmp_path, capfd, monkeypatch):
+def test_a_system_that_fails_costs_one_line(function, code, failing, model, folder, capfd, monkeypatch):
     module, name = function.split(".")
     real, calls = getattr(sys.modules[module], name), []
 
@@ -127,6 +139,6 @@ def test_a_system_that_fails_costs_one_line(function, code, failing, model, tmp_
 
     with limits(), monkeypatch.context() as patch:
         patch.setattr(sys.modules[module], name, fails)
-        status = sample.main(["--out", str(tmp_path / "made"), *SMALL])
+        status = sample.main(["--out", str(folder / "made"), *SMALL])
     assert len(calls) >= failing
-    check(status, capfd.readouterr().err, tmp_path / "made", doubtful=False)
+    check(status, capfd.readouterr().err, folder / "made", doubtful=False)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import iclora.layout
+import iclora.pipeline
 import model.autoencoder
 import model.flux
 import model.position
@@ -28,15 +29,17 @@ from model.weights import load_autoencoder
 
 MODULES = [model.flux, model.position, model.autoencoder, model.text]
 MODULES += [sampling.flow, sampling.latents, sampling.inpaint, sampling.images, iclora.layout]
+MODULES += [iclora.pipeline]
 PACKAGES = ("model", "sampling", "iclora", "sample")
 ARGUMENT = re.compile(r"(?:^\s*|, )([a-z_]\w*(?:, [a-z_]\w*)*): (\([^()]+\))", re.M)
+FREE = {"h", "w"}  # sizes of pictures, which some functions take from an object and not from an argument
 SHAPE = re.compile(r"\((?=[^()]*,)[^()]+\)")
 
 
 def contracts(function):
     """The shapes a docstring promises: of arguments by name, and of the results in order."""
     doc = function.__doc__ or ""
-    arguments, _, returns = doc.partition("Returns")
+    arguments, _, returns = re.sub(r"\breturns:?\b|\bReturns\b", "RETURNS", doc).partition("RETURNS")
     promised = {}
     for names, shape in ARGUMENT.findall(arguments):
         promised |= dict.fromkeys(names.split(", "), shape)
@@ -49,20 +52,34 @@ def sizes(shape):
     return [part.strip() for part in shape.strip("()").split(",") if part.strip()]
 
 
+def solve(text, size, letters, where):
+    """The size that an expression stands for. One unknown letter is bound by it; two are allowed for h and w only."""
+    expression = re.sub(r"(\d)([A-Za-z])", r"\1*\2", text)
+    unknown = set(re.findall(r"[A-Za-z]\w*", expression)) - letters.keys()
+
+    def value(**more):
+        known = {name: Fraction(number) for name, number in {**letters, **more}.items()}
+        return eval(expression, {"__builtins__": {}}, known)  # our own docstring
+
+    if len(unknown) == 1 and value(**{name: 0 for name in unknown}) == 0:  # a multiple of the letter
+        (name,) = unknown
+        letters[name] = Fraction(size) / value(**{name: 1})
+        assert letters[name].denominator == 1, f"{where}: {text} cannot be {size}"
+    elif unknown:
+        assert unknown == FREE, f"{where}: nothing says how large {text} is"
+        return size
+    return value()
+
+
 def compare(tensor, shape, letters, where):
     """Check one tensor, binding letters that are new and computing expressions whose letters are known."""
     want = sizes(shape)
     assert tensor.ndim == len(want), f"{where}: {tuple(tensor.shape)} is documented as {shape}"
     for size, text in zip(tensor.shape, want, strict=True):
-        if re.fullmatch(r"[A-Za-z]", text):
+        if re.fullmatch(r"[A-Za-z]\w*", text):
             text_size = letters.setdefault(text, size)
         else:
-            expression = re.sub(r"(\d)([A-Za-z])", r"\1*\2", text)
-            names = set(re.findall(r"[A-Za-z]", expression))
-            if not names <= letters.keys():
-                continue
-            fractions = {name: Fraction(letters[name]) for name in names}
-            text_size = eval(expression, {"__builtins__": {}}, fractions)  # noqa: S307, our own docstring
+            text_size = solve(text, size, letters, where)
         assert size == text_size, f"{where}: {tuple(tensor.shape)} is documented as {shape} with {letters}"
 
 
@@ -73,6 +90,9 @@ def checked(function, seen):
     def wrapper(*args, **kwargs):
         letters = {}
         bound = inspect.signature(function).bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if isinstance(value, int):
+                letters[name] = value
         for name, shape in arguments.items():
             if isinstance(bound.arguments.get(name), torch.Tensor):
                 compare(bound.arguments[name], shape, letters, f"{function.__qualname__} {name}")

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from toybox.captions import LIMITS, MARKERS, joint_caption, length, name, panel_prompt, set_markers, vocabulary
+from iclora.prompts import MARKER_KINDS, markers_for
+from toybox.captions import LIMITS, joint_caption, length, name, panel_prompt, vocabulary
 from toybox.world import (
     ACCESSORIES,
     COLOURS,
@@ -170,8 +171,6 @@ def test_wrong_requests_are_refused_in_one_line():
         ("use fewer", lambda: random_set(rng, 4, 4)),
         ("1, 2, 3 or 4", lambda: random_set(rng, 2, 2, 5)),
         ("one per cell", lambda: joint_caption((panel,), 1, 2)),
-        ("take image", lambda: set_markers(2, 2, "letters")),
-        ("3x2", lambda: set_markers(3, 2, "position")),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             call()
@@ -183,13 +182,13 @@ def test_captions_keep_to_their_length_their_vocabulary_and_what_may_be_said():
     assert len(words) < 300
     assert not words & {"hue", "angle", "spacing", "face", "eye", "eyes", "mouth", "teeth", "asleep", "smile", "spots"}
     for rows, cols, panels in random_sets(500):
-        for markers in MARKERS:
+        for markers in MARKER_KINDS:
             caption = joint_caption(panels, rows, cols, rng, markers)
             assert length(caption) <= (60 if len(panels) == 1 else LIMITS[len(panels[0].placed) > 1]), caption
             tokens = re.findall(r"\[[A-Z0-9-]+\]|\w+|[^\w\s]", caption)
             assert set(tokens) - set(",.:;") <= words, caption
             used.update(tokens)
-            expected = list(set_markers(rows, cols, markers)) if len(panels) > 1 else []
+            expected = list(markers_for(markers, rows, cols)) if len(panels) > 1 else []
             assert re.findall(r"\[[^]]*\]", caption) == expected
             for one in panels[0].placed:
                 assert one.subject.shape in tokens and one.subject.colour in tokens

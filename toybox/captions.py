@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from iclora.prompts import POSITIONS, markers_for
 from toybox.world import COLOURS, PATTERNS, SHAPES, SIZES, Panel, Placed, Subject
 
 SCENE_WORDS = {
@@ -53,15 +54,6 @@ PRONOUN_PANELS = {
     False: ("it is {place} {scene}", "{scene} it is {place}", "we see it {place} {scene}", "now it is {scene} {place}"),
     True: ("they are {scene}", "{scene} they meet", "we see them {scene}", "now they are {scene}"),
 }
-POSITION_MARKERS = {
-    (1, 2): ("[LEFT]", "[RIGHT]"),
-    (1, 3): ("[LEFT]", "[MIDDLE]", "[RIGHT]"),
-    (2, 1): ("[TOP]", "[BOTTOM]"),
-    (3, 1): ("[TOP]", "[MIDDLE]", "[BOTTOM]"),
-    (2, 2): ("[TOP-LEFT]", "[TOP-RIGHT]", "[BOTTOM-LEFT]", "[BOTTOM-RIGHT]"),
-}
-MARKERS = ("image", "position", "scene")
-
 # The longest joint caption in words, punctuation marks and markers, for one subject and for several.
 LIMITS = (62, 78)
 # How much a phrase tells beside the name.
@@ -123,23 +115,6 @@ def panel_prompt(panel: Panel, rng: np.random.Generator | None = None) -> str:
     return _tidy(_choose(rng, SINGLE).format(who=who, scene=_choose(rng, SCENE_WORDS[panel.scene]))) + "."
 
 
-def set_markers(rows: int, cols: int, markers: str = "image") -> tuple[str, ...]:
-    """The markers that introduce the panels of a grid, in reading order.
-
-    markers: "image" [IMAGE1]..., "position" [TOP-LEFT]..., "scene" [SCENE-1]...
-    Errors: ValueError for another kind, or for positions in a grid that has no names for them
-    """
-    if markers == "image":
-        return tuple(f"[IMAGE{i + 1}]" for i in range(rows * cols))
-    if markers == "scene":
-        return tuple(f"[SCENE-{i + 1}]" for i in range(rows * cols))
-    if markers != "position":
-        raise ValueError(f"markers is {markers!r}, but must be one of {', '.join(MARKERS)}; take image")
-    if (rows, cols) not in POSITION_MARKERS:
-        raise ValueError(f"grid {rows}x{cols} has no position markers (1x2 1x3 2x1 2x2 3x1 have); take image ones")
-    return POSITION_MARKERS[rows, cols]
-
-
 def _summary(panels: tuple[Panel, ...], template: str, wearing: int) -> str:
     cast = [_named(one.subject, wearing) for one in panels[0].placed]
     articled = _join([_with_article(phrase) for phrase in cast])
@@ -164,7 +139,7 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
 
     panels: rows * cols of one set, in reading order; a single one is captioned by panel_prompt, without a marker
     rng: varies phrasing and what is left out; None gives one fixed phrasing
-    markers: as in set_markers
+    markers: as in iclora.prompts.markers_for
     Errors: ValueError if the panels do not fill the grid
     """
     if len(panels) != rows * cols:
@@ -188,7 +163,7 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
     between = _choose(rng, (", ", "; ", ". "))
     while True:
         phrases = [_panel_phrase(*row, wearing) for row in zip(panels, styles, templates, scenes, telling, strict=True)]
-        marked = [f"{m} {phrase}" for m, phrase in zip(set_markers(rows, cols, markers), phrases, strict=True)]
+        marked = [f"{m} {phrase}" for m, phrase in zip(markers_for(markers, rows, cols), phrases, strict=True)]
         caption = _tidy(summary + " " + between.join(marked)) + "."
         if length(caption) <= LIMITS[several]:
             return caption
@@ -211,6 +186,6 @@ def vocabulary() -> list[str]:
     texts += [*PATTERNS[1:], *POSITION_WORDS.values(), *NUMBERS.values(), "a an and the several"]
     texts += [phrase for phrases in (*SCENE_WORDS.values(), *ACCESSORY_WORDS.values()) for phrase in phrases]
     words = {word for text in texts for word in re.findall(r"\w+", re.sub(r"\{\w+\}", " ", text))}
-    marks = {mark for group in POSITION_MARKERS.values() for mark in group}
-    marks.update(set_markers(2, 2, "image"), set_markers(2, 2, "scene"))
+    marks = {mark for group in POSITIONS.values() for mark in group}
+    marks.update(markers_for("image", 2, 2), markers_for("scene", 2, 2))
     return sorted(words) + sorted(marks)

@@ -1,7 +1,8 @@
 """Write trained networks as a model folder in the layout of the FLUX.1-dev hub repository, in bfloat16."""
 
+import io
 import json
-import shutil
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,24 +46,32 @@ def write_model(
     save_safetensors(kept, folder / "text_encoder_2" / "model.safetensors")
     write_config(t5.config, "T5EncoderModel", folder / "text_encoder_2")
     for source, name in ((clip_tokenizer, "tokenizer"), (t5_tokenizer, "tokenizer_2")):
-        for file in source.iterdir():
-            shutil.copyfile(file, folder / name / file.name)
+        for file in sorted(source.iterdir()):
+            replace_file(folder / name / file.name, file.read_bytes())
     write_examples(folder / "examples")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
 
 
 def write_config(config, architecture: str, folder: Path) -> None:
     settings = {**config.to_diff_dict(), "architectures": [architecture], "dtype": "bfloat16"}
     settings.pop("transformers_version", None)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    replace_file(folder / "config.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
 
 
 def write_examples(folder: Path) -> None:
     """Draw one example set a grid, with its caption: <rows>x<cols>/1.png ... and caption.txt."""
     for (rows, cols), seed in EXAMPLES.items():
-        rng = np.random.default_rng(seed)
-        panels = random_set(rng, rows, cols, subjects=1, held_out=True)
+        panels = random_set(np.random.default_rng(seed), rows, cols, subjects=1, held_out=True)
         place = folder / f"{rows}x{cols}"
         place.mkdir(parents=True, exist_ok=True)
         for i, panel in enumerate(panels, 1):
-            draw(panel, EXAMPLE_SIDE).save(place / f"{i}.png", optimize=True)
-        (place / "caption.txt").write_text(joint_caption(panels, rows, cols) + "\n")
+            png = io.BytesIO()
+            draw(panel, EXAMPLE_SIDE).save(png, "PNG", optimize=True)
+            replace_file(place / f"{i}.png", png.getvalue())
+        replace_file(place / "caption.txt", (joint_caption(panels, rows, cols) + "\n").encode())

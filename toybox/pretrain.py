@@ -6,6 +6,7 @@ with the transformer; the transformer alone. Checkpoints and drawn pictures are 
 
 import argparse
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,16 +20,15 @@ from . import train_autoencoder, train_clip, train_flow
 from .export import write_model
 from .sets import GRIDS, draw_sets, load_sets, sets_of
 from .tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
-from .training import Stage
+from .training import Stage, Work
 
 STAGES = {
     "autoencoder": Stage("autoencoder", steps=4200, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25),
     "clip": Stage("clip", steps=400, batch=96, lr=1e-3, ema=0.99),
-    "text": Stage("text", steps=1100, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=1.0),
-    "flow": Stage("flow", steps=2400, batch=40, lr=1e-3, muon_lr=2e-3, warmup=20, decay_from=0.3),
+    "text": Stage("text", steps=700, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=1.0),
+    "flow": Stage("flow", steps=1600, batch=40, lr=1e-3, muon_lr=2e-3, warmup=20, decay_from=0.25),
 }
 SETS = 15_000  # over all grids
-KINDS = (CLIPTokenizer, T5Tokenizer)
 OFTEN = {(1, 1): 0.15, (1, 2): 0.11, (2, 1): 0.11, (2, 2): 0.5, (3, 1): 0.13}  # how often the flow sees each grid
 
 
@@ -38,48 +38,52 @@ def pretrain(args: argparse.Namespace) -> None:
         name: dataclasses.replace(stage, steps=max(2, round(stage.steps * args.scale)))
         for name, stage in STAGES.items()
     }
-    work, seed, device = args.work, args.seed, args.device
+    work = Work(args.work, args.seed, args.device, args.init or "")
     total = round(SETS * min(1.0, args.scale))
-    draw_sets(work, total, seed, args.processes)
-    drawn = {grid: load_sets(work, grid, sets_of(grid, total)) for grid in GRIDS}
+    draw_sets(work.folder, total, work.seed, args.processes)
+    drawn = {grid: load_sets(work.folder, grid, sets_of(grid, total)) for grid in GRIDS}
     pictures = {grid: of_grid for grid, (of_grid, _) in drawn.items()}
     captions = {grid: of_grid for grid, (_, of_grid) in drawn.items()}
 
     files = find_model(args.init) if args.init else None
     init = load_autoencoder(files.autoencoder).requires_grad_(True) if files else None
-    autoencoder = train_autoencoder.train(stages["autoencoder"], pictures[1, 1], work, seed, device, init)
+    autoencoder = train_autoencoder.train(stages["autoencoder"], pictures[1, 1], work, init)
 
-    tokenizers = [files.clip_tokenizer, files.t5_tokenizer] if files else new_tokenizers(captions, work)
-    clip_tokenizer, t5_tokenizer = (kind.from_pretrained(str(f)) for kind, f in zip(KINDS, tokenizers, strict=True))
+    tokenizers = [files.clip_tokenizer, files.t5_tokenizer] if files else new_tokenizers(captions, work.folder)
+    clip_tokenizer = CLIPTokenizer.from_pretrained(str(tokenizers[0]))
+    t5_tokenizer = T5Tokenizer.from_pretrained(str(tokenizers[1]))
     encoders = load_text_encoders(files, dtype=torch.float32) if files else None
     if encoders:
         clip = encoders.clip  # frozen after its stage, so there is nothing to continue
     else:
         clip = train_clip.train(
-            stages["clip"], list(pictures.values()), list(captions.values()), clip_tokenizer, work, seed, device
+            stages["clip"], list(pictures.values()), list(captions.values()), clip_tokenizer, work
         ).text_model
 
     print("encoding pictures and captions", flush=True)
     latents = train_flow.prepare_latents(autoencoder, pictures, work)
     data = train_flow.Data(latents, captions, t5_tokenizer, clip_tokenizer, clip, T5_LENGTH)
     del drawn, pictures
-    torch.manual_seed(seed)
+    torch.manual_seed(work.seed)
     flux = load_flux(files.flux, dtype=torch.float32) if files else train_flow.new_flux()
     t5 = encoders.t5 if encoders else train_flow.new_t5(t5_tokenizer)
     for name, joint in (("text", True), ("flow", False)):
         flux, t5 = flux.requires_grad_(True), t5.requires_grad_(joint)
-        flux, t5 = train_flow.train(stages[name], flux, t5, data, OFTEN, work, seed, joint, device)
+        flux, t5 = train_flow.train(stages[name], flux, t5, data, OFTEN, work, joint)
     write_model(args.out, flux.cpu(), autoencoder, clip, t5.cpu(), *tokenizers)
     print(f"wrote {args.out}")
 
 
-def new_tokenizers(captions: dict, work: Path) -> list[Path]:
+def new_tokenizers(captions: dict, folder: Path) -> list[Path]:
     """Make both tokenizers from the captions; gives their folders, CLIP's first."""
     every = [caption for of_grid in captions.values() for group in of_grid for caption in group]
-    made = [work / "tokenizer", work / "tokenizer_2"]
-    for make, folder in zip((make_clip_tokenizer, make_t5_tokenizer), made, strict=True):
-        if not (folder / "tokenizer_config.json").exists():
-            make(every, folder)
+    made = [folder / "tokenizer", folder / "tokenizer_2"]
+    for make, place in zip((make_clip_tokenizer, make_t5_tokenizer), made, strict=True):
+        if not place.exists():
+            half = place.with_name(f".{place.name}.tmp")
+            shutil.rmtree(half, ignore_errors=True)
+            make(every, half)
+            half.rename(place)
     return made
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import save_safetensors
@@ -58,25 +57,27 @@ def sets_of(grid: tuple[int, int], total: int) -> int:
 
 
 def draw_sets(folder: Path, total: int, seed: int, processes: int) -> None:
-    """Draw the sets of every grid that the folder does not hold yet.
+    """Draw the sets of every grid that the folder does not hold yet, enough of them and from this seed.
 
     total: sets over all grids, split as GRIDS says
     """
     folder.mkdir(parents=True, exist_ok=True)
     for rows, cols in GRIDS:
-        path = folder / f"sets-{rows}x{cols}.safetensors"
+        path, count = folder / f"sets-{rows}x{cols}.safetensors", sets_of((rows, cols), total)
         if path.exists():
-            continue
-        jobs = [(rows, cols, chunk, seed) for chunk in range(sets_of((rows, cols), total) // CHUNK)]
+            with safe_open(path, "pt") as file:
+                drawn = file.metadata()
+            if drawn.get("seed") == str(seed) and int(drawn["count"]) >= count:
+                continue
+        jobs = [(rows, cols, chunk, seed) for chunk in range(count // CHUNK)]
         with multiprocessing.Pool(processes) as pool:
             pictures, captions = zip(*pool.imap(draw_chunk, jobs), strict=True)
         tensor = torch.from_numpy(np.concatenate(pictures))
-        save_safetensors({"pictures": tensor}, path, {"captions": json.dumps([c for part in captions for c in part])})
+        texts = json.dumps([c for part in captions for c in part])
+        save_safetensors({"pictures": tensor}, path, {"captions": texts, "seed": str(seed), "count": str(count)})
 
 
 def load_sets(folder: Path, grid: tuple[int, int], count: int) -> tuple[Tensor, list[list[str]]]:
     """Give the first N = count pictures (N, 3, h, w) uint8 of a grid and their lists of captions."""
-    path = folder / f"sets-{grid[0]}x{grid[1]}.safetensors"
-    with safe_open(path, "pt") as file:
-        captions = json.loads(file.metadata()["captions"])
-    return load_file(path)["pictures"][:count], captions[:count]
+    with safe_open(folder / f"sets-{grid[0]}x{grid[1]}.safetensors", "pt") as file:
+        return file.get_slice("pictures")[:count], json.loads(file.metadata()["captions"])[:count]

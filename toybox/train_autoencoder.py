@@ -1,14 +1,12 @@
 """Stage 1: the autoencoder, on panels, on crops across panel borders and on whole composites."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
 
-from .training import Stage, run
+from .training import Stage, Work, run
 
 # GroupNorm has 32 groups, so 32 channels would be normalised one by one and lose the picture's tint: measured, 16 dB.
 CONFIG = AutoEncoderConfig(ch=64, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
@@ -84,19 +82,20 @@ def is_hidden(name: str, p: Tensor) -> bool:
     return p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
 
 
-def train(
-    stage: Stage, pool: Tensor, folder: Path, seed: int, device: str = "cpu", init: AutoEncoder | None = None
-) -> AutoEncoder:
-    """Train the autoencoder and set its latents to unit variance; gives the averaged weights on the CPU."""
-    torch.manual_seed(seed)
-    model = (init or new_autoencoder()).to(device, memory_format=torch.channels_last)
+def train(stage: Stage, pool: Tensor, work: Work, init: AutoEncoder | None = None) -> AutoEncoder:
+    """Train the autoencoder and set its latents to unit variance; gives the averaged weights on the CPU.
+
+    pool: (N, 3, 64, 64) uint8 panels
+    """
+    torch.manual_seed(work.seed)
+    model = (init or new_autoencoder()).to(work.device, memory_format=torch.channels_last)
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         image = batch_of(pool, stage, step, generator)
-        return losses(model, image.to(device, memory_format=torch.channels_last), generator)
+        return losses(model, image.to(work.device, memory_format=torch.channels_last), generator)
 
-    average = run(stage, model, loss_at, folder, seed, is_hidden).to("cpu", memory_format=torch.contiguous_format)
-    return unit_variance(average, pool[:512])
+    average = run(stage, model, loss_at, work, is_hidden)
+    return unit_variance(average.to("cpu", memory_format=torch.contiguous_format), pool[:512])
 
 
 @torch.no_grad()

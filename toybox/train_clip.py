@@ -1,13 +1,11 @@
 """Stage 2: CLIP's text and vision towers, trained against each other on pictures and captions, then frozen."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from .training import Stage, run
+from .training import Stage, Work, run
 
 WIDTH = 128
 SIDE = 64  # pixels; larger composites are reduced to it
@@ -25,17 +23,16 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def train(
-    stage: Stage, pictures: list[Tensor], captions: list[list[list[str]]], tokenizer: CLIPTokenizer, folder: Path,
-    seed: int, device: str = "cpu", init: CLIPModel | None = None,
-) -> CLIPModel:  # fmt: skip
+    stage: Stage, pictures: list[Tensor], captions: list[list[list[str]]], tokenizer: CLIPTokenizer, work: Work
+) -> CLIPModel:
     """Train with the symmetric contrastive loss; gives the averaged weights on the CPU.
 
     pictures: of each grid, (N, 3, h, w) uint8
     captions: of each grid, N lists of phrasings
     Source: arXiv:2103.00020
     """
-    torch.manual_seed(seed)
-    model = (init or new_clip(tokenizer)).to(device)
+    torch.manual_seed(work.seed)
+    model = new_clip(tokenizer).to(work.device)
     ids = [
         torch.tensor([tokenizer(c, padding="max_length", truncation=True).input_ids for c in of_grid])
         for of_grid in captions
@@ -46,10 +43,10 @@ def train(
         chosen = torch.randint(len(pictures[grid]), (stage.batch,), generator=generator)
         phrasing = torch.randint(ids[grid].shape[1], (stage.batch,), generator=generator)
         image = F.interpolate(pictures[grid][chosen].float() / 127.5 - 1, size=(SIDE, SIDE), mode="area")
-        text = ids[grid][chosen, phrasing].to(device)
-        logits = model(input_ids=text, pixel_values=image.to(device)).logits_per_text
-        target = torch.arange(stage.batch, device=device)
+        text = ids[grid][chosen, phrasing].to(work.device)
+        logits = model(input_ids=text, pixel_values=image.to(work.device)).logits_per_text
+        target = torch.arange(stage.batch, device=work.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return {"loss": loss, "matched": (logits.argmax(dim=1) == target).float().mean()}
 
-    return run(stage, model, loss_at, folder, seed).cpu()
+    return run(stage, model, loss_at, work).cpu()

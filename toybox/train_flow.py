@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from safetensors import safe_open
@@ -16,7 +16,7 @@ from model.position import grid_ids
 from sampling.flow import interpolate
 from sampling.latents import pack
 
-from .training import Stage, run
+from .training import Stage, Work, run
 
 CONFIG = FluxConfig(
     in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=128, mlp_hidden=512, num_heads=4,
@@ -91,16 +91,17 @@ def encode_text(encode: Callable[[Tensor], Tensor], ids: dict, module: nn.Module
 
 
 @torch.no_grad()
-def prepare_latents(autoencoder: AutoEncoder, pictures: dict, folder: Path, batch: int = 16) -> dict:
+def prepare_latents(autoencoder: AutoEncoder, pictures: dict, work: Work, batch: int = 16) -> dict:
     """Encode the pictures of every grid, or load them if this autoencoder has encoded that many before.
 
     pictures: by grid, (N, 3, h, w) uint8
     Returns by grid (N, 16, h/8, w/8) float16
     """
-    mark = hashlib.sha256(b"".join(p.numpy().tobytes() for p in autoencoder.parameters())).hexdigest()
+    weights = b"".join(p.numpy().tobytes() for p in autoencoder.parameters())
+    mark = hashlib.sha256(weights + str(work.seed).encode()).hexdigest()
     latents = {}
     for (rows, cols), of_grid in pictures.items():
-        path = folder / f"latents-{rows}x{cols}.safetensors"
+        path = work.folder / f"latents-{rows}x{cols}.safetensors"
         if path.exists():
             with safe_open(path, "pt") as file:
                 if file.metadata().get("autoencoder") == mark and len(file.get_slice("z")[:, 0, 0, 0]) == len(of_grid):
@@ -130,14 +131,13 @@ def flow_loss(flux: Flux, z: Tensor, txt: Tensor, vec: Tensor, generator: torch.
 
 
 def train(
-    stage: Stage, flux: Flux, t5: T5EncoderModel, data: Data, weights: dict, folder: Path, seed: int, joint: bool,
-    device: str = "cpu",
-) -> tuple[Flux, T5EncoderModel]:  # fmt: skip
+    stage: Stage, flux: Flux, t5: T5EncoderModel, data: Data, weights: dict, work: Work, joint: bool
+) -> tuple[Flux, T5EncoderModel]:
     """Train the transformer, with T5 (joint) or on its kept features; gives the averaged weights.
 
     weights: by grid, how often it is drawn
     """
-    flux, t5 = flux.to(device), t5.to(device)
+    flux, t5 = flux.to(work.device), t5.to(work.device)
     if not joint and data.features is None:
         data.freeze_text(t5)
     chances = torch.tensor([weights[grid] for grid in data.grids])
@@ -152,18 +152,18 @@ def train(
         vec = data.vec["empty"][0].where(dropped[:, None], vec[chosen, phrasing])
         if joint:
             ids = data.ids["empty"][0].where(dropped[:, None], data.ids[grid][chosen, phrasing])
-            txt = t5(input_ids=ids.to(device)).last_hidden_state
+            txt = t5(input_ids=ids.to(work.device)).last_hidden_state
         else:
             txt = data.features[grid][chosen, phrasing]
-            txt = data.features["empty"][0].where(dropped[:, None, None], txt).float().to(device)
-        loss = flow_loss(flux, z[chosen].float().to(device), txt, vec.to(device), generator)
+            txt = data.features["empty"][0].where(dropped[:, None, None], txt).float().to(work.device)
+        loss = flow_loss(flux, z[chosen].float().to(work.device), txt, vec.to(work.device), generator)
         losses = {"loss": loss}
         if grid == (2, 2):
             losses["2x2"] = loss.detach()
         return losses
 
     module = nn.ModuleDict({"flux": flux, "t5": t5} if joint else {"flux": flux})
-    average = run(stage, module, loss_at, folder, seed + joint, is_hidden)  # other numbers than in the other stage
+    average = run(stage, module, loss_at, replace(work, seed=work.seed + joint), is_hidden)
     return average["flux"], average["t5"] if joint else t5
 
 

@@ -6,7 +6,6 @@ repeats an uninterrupted one.
 """
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -33,6 +32,16 @@ class Stage:
     decay_from: float = 0.0  # share of the steps after which the rate falls to 0 along a cosine; 1 never
     ema: float = 0.999
     clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a run keeps its checkpoints, and what tells it from other runs."""
+
+    folder: Path
+    seed: int = 0
+    device: str = "cpu"
+    origin: str = ""  # the model that the weights started from, if any
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -114,8 +123,7 @@ def run(
     stage: Stage,
     module: nn.Module,
     loss_at: Callable[[int, torch.Generator], dict[str, Tensor]],
-    folder: Path,
-    seed: int = 0,
+    work: Work,
     is_hidden: Callable[[str, Tensor], bool] = lambda name, p: False,
     every: float = 60,
     report: Callable[[str], None] = print,
@@ -123,14 +131,15 @@ def run(
     """Train a module to the end of its stage, from its last checkpoint if there is one.
 
     loss_at: (step, generator) -> losses by name; "loss" is minimised, the others are shown
-    folder: where `<stage>.safetensors` is kept; a stage that is finished there is loaded, not run
+    work: `<stage>.safetensors` is kept in its folder; a stage that is finished there is loaded, not run
     every: seconds between checkpoints
+    Errors: ValueError if the folder holds a checkpoint of a run with another seed or origin
     Returns the averaged (EMA) copy of the module
     """
-    path = folder / f"{stage.name}.safetensors"
+    path = work.folder / f"{stage.name}.safetensors"
     average = copy.deepcopy(module).requires_grad_(False)
     steppers = optimizers(module, stage, is_hidden)
-    start = restore(path, module, average, steppers) if path.exists() else 0
+    start = restore(path, module, average, steppers, work) if path.exists() else 0
     shown: dict[str, float] = {}
     began = saved = time.monotonic()
     for step in range(start, stage.steps):
@@ -138,7 +147,7 @@ def run(
         for optimizer in steppers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-        losses = loss_at(step, step_generator(seed, step))
+        losses = loss_at(step, step_generator(work.seed, step))
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(module.parameters(), stage.clip)
         for optimizer in steppers:
@@ -156,12 +165,12 @@ def run(
             left = (stage.steps - step - 1) / speed / 60
             report(f"{stage.name} {step + 1}/{stage.steps}  {figures}  {speed:.2f} steps/s  {left:.1f} min left")
         if time.monotonic() - saved > every or step + 1 == stage.steps:
-            store(path, step + 1, module, average, steppers)
+            store(path, step + 1, module, average, steppers, work)
             saved = time.monotonic()
     return average
 
 
-def store(path: Path, step: int, module: nn.Module, average: nn.Module, steppers: list) -> None:
+def store(path: Path, step: int, module: nn.Module, average: nn.Module, steppers: list, work: Work) -> None:
     """Write weights, their average and the optimizers' state as one file, whole or not at all."""
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in average.state_dict().items()}
@@ -169,15 +178,23 @@ def store(path: Path, step: int, module: nn.Module, average: nn.Module, steppers
         for p, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{p}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_safetensors({k: v.detach().contiguous().clone() for k, v in tensors.items()}, path,
-                     {"step": json.dumps(step)})  # fmt: skip
+    kept = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+    save_safetensors(kept, path, {"step": str(step), "seed": str(work.seed), "origin": work.origin})
 
 
-def restore(path: Path, module: nn.Module, average: nn.Module, steppers: list) -> int:
-    """Load what store wrote; gives the number of steps done."""
+def restore(path: Path, module: nn.Module, average: nn.Module, steppers: list, work: Work) -> int:
+    """Load what store wrote; gives the number of steps done.
+
+    Errors: ValueError if the file belongs to a run from other weights or another seed
+    """
     with safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-        step = int(json.loads(file.metadata()["step"]))
+        metadata = file.metadata()
+    for name, value in (("seed", str(work.seed)), ("origin", work.origin)):
+        if metadata.get(name, value) != value:
+            was = f"{path} belongs to a run whose {name} is {metadata[name]!r}, not {value!r}"
+            raise ValueError(f"{was}; give another --work, or remove the file")
+    step = int(metadata["step"])
     for prefix, target in (("model.", module), ("ema.", average)):
         target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     for i, optimizer in enumerate(steppers):
