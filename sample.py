@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # torch loads after the command line was found to be right
     from iclora.pipeline import Plan, Result
 
 HASHED = 10**9  # bytes; larger files of weights are recorded by name and size only
-NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")
+NO_MEMORY = re.compile("out of memory|not enough memory|an't allocate memory|annot allocate memory|unable to mmap|ALLOC_")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
-        return complain("memory ran out; try --tile, a smaller --panel-size, fewer panels, or --device cpu", 2)
+        return complain("memory ran out; try a smaller --panel-size, fewer panels, --tile (decoding), or --device cpu", 2)
     return 0
 
 
@@ -69,7 +70,9 @@ def describe(plan: "Plan") -> dict[str, Any]:
     import torch
 
     files = [fingerprint(path, plan.files.root) for path in plan.weights]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
+    versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    versions["gpu"] = torch.cuda.get_device_name() if plan.config.device == "cuda" else None
     return {
         "model": {"name": plan.files.name, "defaults": plan.row.name, "files": files},
         "inputs": [

@@ -99,6 +99,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Two blocks with attention between them, at the lowest resolution."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels)
@@ -110,6 +112,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures to the posterior's mean and log variance: blocks at each resolution, then the middle."""
+
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
@@ -132,6 +136,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents to pictures: the middle, then blocks from the lowest resolution to the highest."""
+
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
@@ -154,6 +160,11 @@ class Decoder(nn.Module):
 
 
 class AutoEncoder(nn.Module):
+    """FLUX.1's autoencoder; encode and decode speak in latents scaled for the transformer.
+
+    Source: black-forest-labs/flux@802fb47 modules/autoencoder.py
+    """
+
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
         self.config = config

@@ -156,6 +156,13 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden, config.mlp_hidden)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Let both streams exchange and think.
+
+        img: (B, I, D), txt: (B, T, D)
+        vec: (B, D) conditioning
+        pe: cosines and sines from rotary_angles, text first
+        Returns (B, I, D) and (B, T, D)
+        """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
@@ -193,6 +200,13 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // self.heads)
 
     def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+        """Attend and think side by side.
+
+        x: (B, L, D) text, then image
+        vec: (B, D) conditioning
+        pe: cosines and sines from rotary_angles
+        Returns (B, L, D)
+        """
         shift, scale, gate = self.modulation(vec)
         qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
@@ -216,6 +230,7 @@ class Flux(nn.Module):
 
     exact_conditioning: multiply time and guidance by 1000 in float32 instead of the model's dtype; the two
         differ in bfloat16 only (see timestep_embedding)
+    Source: black-forest-labs/flux@802fb47 model.py, modules/layers.py
     """
 
     def __init__(self, config: FluxConfig, exact_conditioning: bool = False):

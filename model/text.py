@@ -78,7 +78,7 @@ class TextEncoders:
         lines = []
         t5 = _lost(self.t5_tokenizer, prompt, self._t5_limit(max_length))
         if t5:
-            lines.append(f"T5 reads only the start of the prompt: {t5}; shorten it or raise the text length")
+            lines.append(f"T5 reads only the start of the prompt: {t5}; shorten it")
         clip = _lost(self.clip_tokenizer, prompt, self._clip_limit())
         if clip:
             lines.append(f"CLIP reads only the start, which is usual for joint prompts (T5 gives the rest): {clip}")
@@ -99,16 +99,20 @@ class TextEncoders:
     def _ids(self, name: str, tokenizer, embedding: nn.Embedding, prompts: list[str], length: int) -> Tensor:
         padded = {"padding": "max_length", "truncation": True, "max_length": length}
         ids = _tokenize(tokenizer, prompts, **padded, return_tensors="pt").input_ids
-        if (most := int(ids.max())) >= embedding.num_embeddings:
-            raise ValueError(
-                f"the {name} tokenizer makes token {most}, but the {name} encoder knows {embedding.num_embeddings}; "
-                "use the tokenizer that belongs to the encoder"
-            )
+        _check_known(name, int(ids.max()), embedding.num_embeddings)
         return ids.to(embedding.weight.device)
 
 
 def _embedding(clip: nn.Module) -> nn.Embedding:
     return next(module for name, module in clip.named_modules() if name.endswith("token_embedding"))
+
+
+def _check_known(name: str, token: int, vocabulary: int) -> None:
+    if token >= vocabulary:
+        raise ValueError(
+            f"the {name} tokenizer makes token {token}, but the {name} encoder knows {vocabulary}; "
+            "use the tokenizer that belongs to the encoder"
+        )
 
 
 def _tokenize(tokenizer, prompts: list[str], **settings):
@@ -202,9 +206,11 @@ def _load_clip(files: ModelFiles, tokenizer, device: str | torch.device, dtype: 
             f"{checkpoint.name} has width {config['hidden_size']}, which {config['num_attention_heads']} "
             "attention heads do not divide; put its config.json with num_attention_heads beside it"
         )
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for token in filter(None, tokens.values()):
+        _check_known("CLIP", token, config["vocab_size"])
     with torch.device("meta"):
-        clip = CLIPTextModel(CLIPTextConfig(**config, **tokens, pad_token_id=tokenizer.pad_token_id))
+        clip = CLIPTextModel(CLIPTextConfig(**config, **tokens))
     if any(key.startswith(CLIP_PREFIX) for key in clip.state_dict()):  # an older transformers
         tensors = {CLIP_PREFIX + key: stored for key, stored in checkpoint.tensors.items()}
         checkpoint = replace(checkpoint, tensors=tensors)

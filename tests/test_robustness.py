@@ -3,22 +3,23 @@
 import errno
 import gc
 import json
+import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 import bad_inputs
 import bad_models
-import pytest
-from bad_inputs import SMALL
-
 import sample
+from bad_inputs import SMALL
 from model.weights import find_model
 from sampling.images import open_picture
 
@@ -74,6 +75,21 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
+@pytest.fixture
+def stderr(model, capfd, recwarn, monkeypatch) -> Callable[[], str]:
+    """Gives what a process of its own would have written there, with log lines and warnings, which pytest diverts."""
+    for handler in logging.getLogger("transformers").handlers:
+        if type(handler) is logging.StreamHandler:  # and not one of pytest's
+            monkeypatch.setattr(handler, "stream", sys.stderr)
+    silent = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+
+    def written() -> str:
+        warned = [f"{warning.message}\n" for warning in recwarn if not issubclass(warning.category, silent)]
+        return "".join([*warned, capfd.readouterr().err])
+
+    return written
+
+
 def check(status: int, err: str, out: Path, doubtful: bool) -> None:
     """One line and nothing written, or, of a doubtful input, all that was promised."""
     lines = err.splitlines()
@@ -99,12 +115,12 @@ def test_there_are_enough_bad_inputs():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.name)[1:-1])
-def test_a_bad_input_costs_one_line(case, model, folder, capfd):
+def test_a_bad_input_costs_one_line(case, model, folder, stderr):
     argv, out = case.make(folder, model), folder / "made"
     before = sorted(folder.rglob("*"))
     with limits():
         status = sample.main(["--out", str(out), *argv])
-    check(status, capfd.readouterr().err, out, case.doubtful)
+    check(status, stderr(), out, case.doubtful)
     assert sorted(path for path in folder.rglob("*") if out not in (path, *path.parents)) == before
 
 
@@ -127,7 +143,7 @@ def test_a_process_of_its_own_ends_alike(name, model, folder):
     ("builtins.open", errno.EIO, 9),
     ("io.open", errno.EMFILE, 1),
 ])
-def test_a_system_that_fails_costs_one_line(function, code, failing, model, folder, capfd, monkeypatch):
+def test_a_system_that_fails_costs_one_line(function, code, failing, folder, stderr, monkeypatch):
     module, name = function.split(".")
     real, calls = getattr(sys.modules[module], name), []
 
@@ -141,4 +157,4 @@ def test_a_system_that_fails_costs_one_line(function, code, failing, model, fold
         patch.setattr(sys.modules[module], name, fails)
         status = sample.main(["--out", str(folder / "made"), *SMALL])
     assert len(calls) >= failing
-    check(status, capfd.readouterr().err, folder / "made", doubtful=False)
+    check(status, stderr(), folder / "made", doubtful=False)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image
 import iclora.pipeline as pipeline
 import sample
 import sampling.images
-from sampling.images import open_picture, read_png_text
+from model.weights import examples_folder
+from sampling.images import fit, open_picture, read_png_text
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -245,6 +247,7 @@ def test_a_folder_without_write_permission_is_refused_before_anything_is_made(tm
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("unable to mmap 64424509440 bytes from file: Cannot allocate memory (12)"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     MemoryError(),
 ])
@@ -254,7 +257,7 @@ def test_running_out_of_memory_says_what_helps(tmp_path, capsys, monkeypatch, er
 
     monkeypatch.setattr(pipeline, "load_flux", fail)
     assert run(tmp_path, "--prompt", PROMPT) == 2
-    assert "memory ran out; try --tile, a smaller --panel-size, fewer panels" in refused(capsys)
+    assert "memory ran out; try a smaller --panel-size, fewer panels, --tile" in refused(capsys)
 
 
 def test_another_runtime_error_is_a_bug_and_is_shown_whole(tmp_path, monkeypatch):
@@ -314,3 +317,18 @@ def test_elsewhere_progress_is_silent(capsys):
     with sample.Bar("picture 1 of 1") as bar:
         bar(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_the_readmes_first_command_makes_its_picture_in_time(tmp_path):
+    start = time.monotonic()
+    command = [sys.executable, "sample.py", "--grid", "2x2", "--mask", "3", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    assert seconds < 15, f"{seconds:.1f} s from start to files"
+    composite = Image.open(tmp_path / "0001.png")
+    for panel, corner in ((1, (0, 0)), (2, (64, 0)), (4, (64, 64))):
+        given = fit(open_picture(examples_folder() / "2x2" / f"{panel}.png"), 64, 64)
+        assert composite.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == given.tobytes()
+    shown = Image.open(ROOT / "docs" / "pictures" / "first.png")
+    assert json.loads(shown.text["config"]) == json.loads(composite.text["config"])
