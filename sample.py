@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch loads after the command line was found to be right
     from iclora.pipeline import Plan, Result
 
 HASHED = 10**9  # bytes; larger files of weights are recorded by name and size only
-NO_MEMORY = re.compile("out of memory|not enough memory|an't allocate memory|annot allocate memory|unable to mmap|ALLOC_")
+NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
-        return complain("memory ran out; try a smaller --panel-size, fewer panels, --tile (decoding), or --device cpu", 2)
+        return complain("memory ran out; try a smaller --panel-size, fewer panels, --tile or --device cpu", 2)
     return 0
 
 
