@@ -91,8 +91,9 @@ def test_sizes_off_the_token_grid_are_refused_with_the_nearest_valid_ones(size, 
     ((2, -1, 64, 64), "has no panels"),
     ((9, 8, 64, 64), "72 panels; at most 64 are fine"),
     ((9999, 9999, 64, 64), "at most 64"),
-    ((1, 3, 4096, 64), "make 12288x64 pixels; at most 8192"),
-    ((1, 1, 64, 160000), "at most 8192"),
+    ((1, 3, 4096, 2048), "make 12288x2048 pixels, 98304 tokens; at most 65536"),
+    ((1, 1, 64, 16777216), "at most 65536"),
+    ((8, 8, 1024, 1024), "262144 tokens"),
 ])
 def test_absurd_grids_are_refused(layout, message):
     with pytest.raises(ValueError, match=message):
