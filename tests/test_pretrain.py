@@ -128,6 +128,18 @@ def test_t5_reads_words_and_markers_as_single_pieces(captions, tmp_path):
     assert max(len(ids) for ids in tokenizer(captions).input_ids) <= T5_LENGTH == tokenizer.model_max_length
 
 
+@torch.no_grad()
+def test_a_new_t5_tells_which_marker_a_word_follows(captions, tmp_path):
+    tokenizer = make_t5_tokenizer(captions, tmp_path)
+    torch.manual_seed(0)
+    t5 = train_flow.new_t5(tokenizer)
+    texts = ["[IMAGE1] on a beach, [IMAGE2] in a city.", "[IMAGE2] on a beach, [IMAGE1] in a city."]
+    one, other = t5(input_ids=torch.tensor(tokenizer(texts).input_ids)).last_hidden_state
+    changed = (one - other).norm(dim=-1) / one.norm(dim=-1)
+    place = tokenizer.convert_ids_to_tokens(tokenizer(texts[0]).input_ids).index("\u2581beach")
+    assert changed[place] > 0.1
+
+
 def test_clip_pads_with_the_end_of_text_which_is_its_last_id(captions, tmp_path):
     tokenizer = make_clip_tokenizer(captions, tmp_path)
     ids = tokenizer("a red cat", padding="max_length", truncation=True).input_ids

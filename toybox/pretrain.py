@@ -25,11 +25,11 @@ from .training import Stage, Work
 STAGES = {
     "autoencoder": Stage("autoencoder", steps=4200, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25),
     "clip": Stage("clip", steps=400, batch=96, lr=1e-3, ema=0.99),
-    "text": Stage("text", steps=1500, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=1.0),
-    "flow": Stage("flow", steps=500, batch=40, lr=1e-3, muon_lr=2e-3, warmup=20, ema=0.995),
+    "text": Stage("text", steps=800, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=1.0),
+    "flow": Stage("flow", steps=1600, batch=40, lr=1e-3, muon_lr=2e-3, warmup=20, decay_from=0.25),
 }
 SETS = 15_000  # over all grids
-OFTEN = {(1, 1): 0.12, (1, 2): 0.09, (2, 1): 0.09, (2, 2): 0.6, (3, 1): 0.1}  # how often the flow sees each grid
+OFTEN = {(1, 1): 0.06, (1, 2): 0.05, (2, 1): 0.05, (2, 2): 0.78, (3, 1): 0.06}  # how often the flow sees each grid
 
 
 def pretrain(args: argparse.Namespace) -> None:
