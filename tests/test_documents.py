@@ -10,7 +10,7 @@ import sample
 from iclora.cli import parse
 from iclora.config import SampleConfig
 from iclora.prompts import TASKS, preset
-from toybox import measure, pretrain
+from toybox import pretrain, report, train_truth
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,7 +61,7 @@ def test_every_preset_builds(name):
     assert parse(SampleConfig, ["--preset", name], "").preset == name and preset(name) is TASKS[name]
 
 
-@pytest.mark.parametrize("main", [sample.main, pretrain.main, measure.main])
+@pytest.mark.parametrize("main", [sample.main, pretrain.main, report.main, train_truth.main])
 def test_help_is_printed(main, capsys):
     try:
         status = main(["--help"])

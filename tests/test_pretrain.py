@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 from model.weights import find_model, load_autoencoder, load_flux
-from toybox import pretrain, sets, train_autoencoder, train_flow
-from toybox.captions import joint_caption, length, vocabulary
+from sampling.flow import interpolate
+from sampling.latents import pack
+from toybox import pretrain, sets, train_autoencoder, train_flow, train_text
+from toybox.captions import joint_caption, length, reticent, vocabulary
 from toybox.export import EXAMPLES
 from toybox.sets import GRIDS, draw_chunk
 from toybox.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
-from toybox.training import Stage, Work, orthogonal, rate, run
-from toybox.world import is_held_out, random_set
+from toybox.training import Stage, Work, orthogonal, rate, run, step_generator
+from toybox.world import SHAPES, is_held_out, random_set
 
 
 class Stop(Exception):
@@ -132,7 +134,7 @@ def test_t5_reads_words_and_markers_as_single_pieces(captions, tmp_path):
 def test_a_new_t5_tells_which_marker_a_word_follows(captions, tmp_path):
     tokenizer = make_t5_tokenizer(captions, tmp_path)
     torch.manual_seed(0)
-    t5 = train_flow.new_t5(tokenizer)
+    t5 = train_text.new_t5(tokenizer)
     texts = ["[IMAGE1] on a beach, [IMAGE2] in a city.", "[IMAGE2] on a beach, [IMAGE1] in a city."]
     one, other = t5(input_ids=torch.tensor(tokenizer(texts).input_ids)).last_hidden_state
     changed = (one - other).norm(dim=-1) / one.norm(dim=-1)
@@ -165,13 +167,95 @@ def test_flow_batches_cost_about_the_same_for_every_grid():
         assert abs(count * (16 * rows * cols + T5_LENGTH) / (40 * (64 + T5_LENGTH)) - 1) < 0.02
 
 
-def test_a_fresh_flux_starts_as_zero_velocity():
-    flux = train_flow.new_flux(dataclasses.replace(train_flow.CONFIG, depth=1, depth_single_blocks=1))
-    z, txt, vec = torch.randn(2, 16, 8, 8), torch.randn(2, 5, 128), torch.randn(2, 128)
-    generator = torch.Generator().manual_seed(0)
-    loss = train_flow.flow_loss(flux, z, txt, vec, generator)
-    loss.backward()
-    assert 1.5 < loss.item() < 2.5 and all(p.grad is not None for p in flux.final_layer.parameters())
+@pytest.fixture
+def small_flux():
+    torch.manual_seed(0)
+    return train_flow.new_flux(dataclasses.replace(train_flow.CONFIG, depth=1, depth_single_blocks=1))
+
+
+def test_a_fresh_flux_starts_as_zero_velocity(small_flux):
+    z, txt, vec = torch.randn(2, 16, 8, 16), torch.randn(2, 5, 128), torch.randn(2, 128)
+    x, target, t = train_flow.noised(z, torch.Generator().manual_seed(0))
+    v = train_flow.velocity(small_flux, x, t, txt, vec, torch.ones(2), (1, 2))
+    assert v.shape == target.shape == (2, 32, 64) and not v.any()
+    (v - target).square().mean().backward()
+    assert all(p.grad is not None for p in small_flux.final_layer.parameters())
+
+
+def test_noised_latents_lie_on_the_line_along_their_velocity():
+    z = torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    x, v, t = train_flow.noised(z, torch.Generator().manual_seed(0))
+    assert torch.allclose(x, interpolate(pack(z), pack(z) + v, t[:, None, None]), atol=1e-12)
+    assert torch.allclose(x - t[:, None, None] * v, pack(z), atol=1e-12)
+
+
+def test_guidance_of_one_is_the_velocity_itself_and_more_moves_away_from_the_captionless(small_flux):
+    with torch.no_grad():
+        for p in small_flux.parameters():
+            p.normal_(std=0.1)
+    data = train_flow.Data.__new__(train_flow.Data)
+    data.txt, data.vec = {"empty": torch.zeros(1, 1, 5, 128)}, {"empty": torch.zeros(1, 1, 128)}
+    x, t, txt, vec = torch.randn(2, 16, 64), torch.rand(2), torch.randn(2, 5, 128), torch.randn(2, 128)
+
+    def at(guidance):
+        return train_flow.guided(small_flux, x, t, txt, vec, torch.full((2,), guidance), data, (1, 1))
+
+    with torch.no_grad():
+        told = train_flow.velocity(small_flux, x, t, txt, vec, torch.ones(2), (1, 1))
+        untold = train_flow.velocity(small_flux, x, t, txt * 0, vec * 0, torch.ones(2), (1, 1))
+    assert torch.allclose(at(1.0), told, atol=1e-4)
+    guidance = torch.full((2,), 3.0)
+    with torch.no_grad():
+        told = train_flow.velocity(small_flux, x, t, txt, vec, guidance, (1, 1))
+        untold = train_flow.velocity(small_flux, x, t, txt * 0, vec * 0, guidance, (1, 1))
+    assert torch.allclose(at(3.0), 3 * told - 2 * untold, atol=1e-4)
+
+
+def test_two_processes_train_on_the_mean_of_their_batches(tmp_path):
+    stage = Stage("toy", steps=1, batch=16, lr=0.01, warmup=1, clip=1e9)
+    model, loss_at = quadratic()
+    seen = []
+    run(stage, model, loss_at, Work(tmp_path / "a"), report=seen.append, processes=2)
+    model, loss_at = quadratic()
+    alone = [float(loss_at(0, step_generator(0, 0, number))["loss"].detach()) for number in (0, 1)]
+    assert f"loss {sum(alone) / 2:.4f}" in seen[0]
+
+
+def test_every_token_is_told_its_own_panel(captions, tmp_path):
+    tokenizer = make_t5_tokenizer([*captions, " ".join(vocabulary())], tmp_path)
+    text = "a red cat: [IMAGE1] it is at night, [IMAGE2] now it is on a beach."
+    ids = torch.tensor([tokenizer(text, padding="max_length", max_length=T5_LENGTH).input_ids])
+    panel = train_text.panel_of(ids, tokenizer)[0].tolist()
+    pieces = tokenizer.convert_ids_to_tokens(ids[0])
+    assert [panel[pieces.index("\u2581" + word)] for word in ("red", "night", "beach")] == [0, 1, 2]
+    assert panel[pieces.index("[IMAGE1]")] == 1 and panel[pieces.index("</s>")] == panel[-1] == 0
+
+
+def test_facts_are_those_that_the_caption_tells():
+    rng = np.random.default_rng(0)
+    panels = random_set(rng, 1, 2, 1)
+    told = train_text.facts(panels[1], 2)
+    assert len(told) == len(train_text.CLASSES) and all(a < b for a, b in zip(told, train_text.CLASSES, strict=True))
+    assert told[0] == 2 and told[2] == 1 + list(SHAPES).index(panels[1].placed[0].subject.shape)
+    assert not any(told[8:])  # there is no second subject
+    cast = train_text.facts(panels[1], 0)
+    assert cast[:2] == [0, 0] and cast[2:6] == told[2:6] and cast[6:] == [0] * (len(cast) - 6)
+
+
+def test_captions_now_and_then_tell_less_but_always_the_same_of_a_subject():
+    rng = np.random.default_rng(0)
+    less = 0
+    for _ in range(200):
+        panels = random_set(rng, 2, 2, 2)
+        spoken = reticent(panels, rng)
+        assert [[one.position for one in panel.placed] for panel in spoken] == [
+            [one.position for one in panel.placed] for panel in panels
+        ]
+        for i in range(2):
+            (subject,) = {panel.placed[i].subject for panel in spoken}
+            assert subject.shape == panels[0].placed[i].subject.shape
+            less += subject.colour == ""
+    assert 40 < less < 120  # of 400
 
 
 @torch.no_grad()
@@ -190,13 +274,13 @@ def test_rescaling_latents_to_unit_variance_changes_no_picture_inside():
 @pytest.mark.slow
 def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "CHUNK", 8)
-    short = dict(autoencoder=(4, 1), clip=(2, 4), text=(2, 2), flow=(2, 2))
+    short = dict(autoencoder=(4, 1), clip=(2, 4), text=(2, 2), flow=(2, 2), guidance=(2, 2))
     stages = {name: Stage(name, steps, batch, 1e-3, 1e-3) for name, (steps, batch) in short.items()}
     monkeypatch.setattr(pretrain, "STAGES", stages)
     monkeypatch.setattr(pretrain, "SETS", 40)
     out = str(tmp_path / "tiny")
     for work, more in (("one", []), ("two", ["--init", out])):  # the second one replaces what it started from
-        assert pretrain.main(["--work", str(tmp_path / work), "--out", out, "--processes", "1", *more]) == 0
+        assert pretrain.main(["--work", str(tmp_path / work), "--out", out, "--processes", "2", *more]) == 0
         files = find_model(out)
         assert load_flux(files.flux).config == train_flow.CONFIG
         assert load_autoencoder(files.autoencoder).config == train_autoencoder.CONFIG

@@ -5,6 +5,7 @@ spacing, or the face. `{who}` stands for subjects with their positions, `{scene}
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
@@ -103,6 +104,24 @@ def _who(placed: tuple[Placed, ...], telling: int, wearing: int, full: bool = Tr
             phrase = " ".join(("the", size, one.subject.shape))
         phrases.append(phrase + (" " + POSITION_WORDS[one.position] if telling else ""))
     return _join(phrases)
+
+
+def reticent(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[Panel, ...]:
+    """The panels as a caption that tells less would have them: now and then a subject loses colour, pattern or hat.
+
+    One subject in seven is left with nothing but its shape; a colour that is not told is "".
+    """
+    spoken = {}
+    for one in panels[0].placed:
+        bare = rng.random() < 1 / 7
+        hidden = [bare or rng.random() < chance for chance in (0.06, 0.06, 0.1)]
+        blank = {"colour": "", "pattern": "plain", "accessory": "none"}
+        unsaid = {trait: value for (trait, value), hide in zip(blank.items(), hidden, strict=True) if hide}
+        spoken[one.subject] = replace(one.subject, **unsaid)
+    return tuple(
+        replace(panel, placed=tuple(replace(one, subject=spoken[one.subject]) for one in panel.placed))
+        for panel in panels
+    )
 
 
 def panel_prompt(panel: Panel, rng: np.random.Generator | None = None) -> str:

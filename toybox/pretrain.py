@@ -1,35 +1,38 @@
 """Train the bundled tiny FLUX from nothing to its files: python -m toybox.pretrain --out weights/tiny
 
-Stages, each resumed from its last checkpoint after any interruption: the autoencoder; CLIP's two towers; T5 along
-with the transformer; the transformer alone. Checkpoints and drawn pictures are kept in --work.
+Stages, each resumed from its last checkpoint after any interruption: the autoencoder; CLIP's two towers; T5, on
+captions alone; the transformer; guidance, distilled into it. Checkpoints and drawn pictures are kept in --work.
 """
 
 import argparse
+import copy
 import dataclasses
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from model.text import load_text_encoders
+from model.text import TextEncoders, load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 
-from . import train_autoencoder, train_clip, train_flow
+from . import train_autoencoder, train_clip, train_flow, train_text
 from .export import write_model
 from .sets import GRIDS, draw_sets, load_sets, sets_of
-from .tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
+from .tokenizers import make_clip_tokenizer, make_t5_tokenizer
 from .training import Stage, Work
 
 STAGES = {
-    "autoencoder": Stage("autoencoder", steps=4200, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25),
+    "autoencoder": Stage("autoencoder", steps=5000, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25, ema=0.998),
     "clip": Stage("clip", steps=400, batch=96, lr=1e-3, ema=0.99),
-    "text": Stage("text", steps=800, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=1.0),
-    "flow": Stage("flow", steps=1600, batch=40, lr=1e-3, muon_lr=2e-3, warmup=20, decay_from=0.25),
+    "text": Stage("text", steps=2000, batch=64, lr=1e-3, muon_lr=2e-3, decay_from=0.3, ema=0.995),
+    "flow": Stage("flow", steps=2200, batch=32, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=0.3, ema=0.998),
+    "guidance": Stage("guidance", steps=240, batch=24, lr=3e-4, muon_lr=3e-4, warmup=20, decay_from=0.3, ema=0.98),
 }
 SETS = 15_000  # over all grids
-OFTEN = {(1, 1): 0.06, (1, 2): 0.05, (2, 1): 0.05, (2, 2): 0.78, (3, 1): 0.06}  # how often the flow sees each grid
+OFTEN = {(1, 1): 0.05, (1, 2): 0.04, (2, 1): 0.04, (2, 2): 0.82, (3, 1): 0.05}  # how often the flow sees each grid
 
 
 def pretrain(args: argparse.Namespace) -> None:
@@ -38,7 +41,7 @@ def pretrain(args: argparse.Namespace) -> None:
         name: dataclasses.replace(stage, steps=max(2, round(stage.steps * args.scale)))
         for name, stage in STAGES.items()
     }
-    work = Work(args.work, args.seed, args.device, args.init or "")
+    work = Work(args.work, args.seed, args.device, args.init or "", args.processes if args.device == "cpu" else 1)
     total = round(SETS * min(1.0, args.scale))
     draw_sets(work.folder, total, work.seed, args.processes)
     drawn = {grid: load_sets(work.folder, grid, sets_of(grid, total)) for grid in GRIDS}
@@ -47,31 +50,41 @@ def pretrain(args: argparse.Namespace) -> None:
 
     files = find_model(args.init) if args.init else None
     init = load_autoencoder(files.autoencoder).requires_grad_(True) if files else None
-    autoencoder = train_autoencoder.train(stages["autoencoder"], pictures[1, 1], work, init)
+    autoencoder = train_autoencoder.train(stages["autoencoder"], panels_of(pictures), work, init)
 
     tokenizers = [files.clip_tokenizer, files.t5_tokenizer] if files else new_tokenizers(captions, work.folder)
-    clip_tokenizer = CLIPTokenizer.from_pretrained(str(tokenizers[0]))
-    t5_tokenizer = T5Tokenizer.from_pretrained(str(tokenizers[1]))
-    encoders = load_text_encoders(files, dtype=torch.float32) if files else None
-    if encoders:
-        clip = encoders.clip  # frozen after its stage, so there is nothing to continue
+    if files:
+        text = load_text_encoders(files, dtype=torch.float32)
     else:
-        clip = train_clip.train(
-            stages["clip"], list(pictures.values()), list(captions.values()), clip_tokenizer, work
-        ).text_model
+        text = train_encoders(stages, pictures, captions, tokenizers, work)
 
     print("encoding pictures and captions", flush=True)
-    latents = train_flow.prepare_latents(autoencoder, pictures, work)
-    data = train_flow.Data(latents, captions, t5_tokenizer, clip_tokenizer, clip, T5_LENGTH)
+    data = train_flow.Data(train_flow.prepare_latents(autoencoder, pictures, work), captions, text)
     del drawn, pictures
     torch.manual_seed(work.seed)
-    flux = load_flux(files.flux, dtype=torch.float32) if files else train_flow.new_flux()
-    t5 = encoders.t5 if encoders else train_flow.new_t5(t5_tokenizer)
-    for name, joint in (("text", True), ("flow", False)):
-        flux, t5 = flux.requires_grad_(True), t5.requires_grad_(joint)
-        flux, t5 = train_flow.train(stages[name], flux, t5, data, OFTEN, work, joint)
-    write_model(args.out, flux.cpu(), autoencoder, clip, t5.cpu(), *tokenizers)
+    flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True) if files else train_flow.new_flux()
+    flux = train_flow.train(stages["flow"], flux, data, OFTEN, work, fast=args.compile)
+    teacher, flux = copy.deepcopy(flux), flux.requires_grad_(True)
+    flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher, args.compile)
+    write_model(args.out, flux.cpu(), autoencoder, text.clip, text.t5, *tokenizers)
     print(f"wrote {args.out}")
+
+
+def panels_of(pictures: dict[tuple[int, int], Tensor]) -> Tensor:
+    """The autoencoder's panels: all single ones, and those of a quarter of the 2x2 sets; (N, 3, 64, 64) uint8."""
+    sets = pictures[2, 2][: max(1, len(pictures[2, 2]) // 4)]
+    tiles = sets.unflatten(2, (2, 64)).unflatten(4, (2, 64)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    return torch.cat((pictures[1, 1], tiles)).contiguous()
+
+
+def train_encoders(stages: dict, pictures: dict, captions: dict, tokenizers: list[Path], work: Work) -> TextEncoders:
+    """Train CLIP and T5, each in its stage, and freeze them."""
+    clip_tokenizer = CLIPTokenizer.from_pretrained(str(tokenizers[0]))
+    t5_tokenizer = T5Tokenizer.from_pretrained(str(tokenizers[1]))
+    of_grids = list(pictures.values()), list(captions.values())
+    clip = train_clip.train(stages["clip"], *of_grids, clip_tokenizer, work).text_model
+    t5 = train_text.train(stages["text"], t5_tokenizer, work)
+    return TextEncoders(t5, clip, t5_tokenizer, clip_tokenizer, torch.float32)
 
 
 def new_tokenizers(captions: dict, folder: Path) -> list[Path]:
@@ -95,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage; 0.01 is a trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=2, help="that draw pictures")
+    parser.add_argument("--processes", type=int, default=2, help="that draw, and on a CPU train together, a core each")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer; needs a C++ compiler")
     args = parser.parse_args(argv)
     try:
         pretrain(args)

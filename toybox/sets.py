@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.checkpoint import save_safetensors
 
-from .captions import joint_caption
+from .captions import joint_caption, reticent
 from .world import Panel, draw, random_set
 
 PANEL = 64
@@ -35,20 +35,28 @@ def composite(panels: tuple[Panel, ...], rows: int, cols: int, size: int = PANEL
     return np.concatenate([np.concatenate(drawn[r * cols : (r + 1) * cols], axis=1) for r in range(rows)], axis=0)
 
 
-def draw_chunk(job: tuple[int, int, int, int]) -> tuple[np.ndarray, list[list[str]]]:
-    """Draw CHUNK sets of one grid with their captions; the job is (rows, columns, chunk number, seed)."""
+def plan_chunk(job: tuple[int, int, int, int]) -> list[tuple[tuple[Panel, ...], list[str]]]:
+    """Decide CHUNK sets of one grid: their panels and captions; the job is (rows, columns, chunk number, seed)."""
     rows, cols, chunk, seed = job
     rng = np.random.default_rng([seed, rows, cols, chunk])
     chances = GRIDS[rows, cols][1]
     kinds, weights = zip(*MARKERS, strict=True)
-    pictures, captions = [], []
+    planned = []
     for _ in range(CHUNK):
         panels = random_set(rng, rows, cols, 1 + int(rng.choice(len(chances), p=chances)))
-        pictures.append(composite(panels, rows, cols).transpose(2, 0, 1))
-        captions.append(
-            [joint_caption(panels, rows, cols, rng, str(rng.choice(kinds, p=weights))) for _ in range(CAPTIONS)]
-        )
-    return np.stack(pictures), captions
+        captions = [
+            joint_caption(reticent(panels, rng), rows, cols, rng, str(rng.choice(kinds, p=weights)))
+            for _ in range(CAPTIONS)
+        ]
+        planned.append((panels, captions))
+    return planned
+
+
+def draw_chunk(job: tuple[int, int, int, int]) -> tuple[np.ndarray, list[list[str]]]:
+    """Draw the sets of one job: (CHUNK, 3, h, w) uint8, and their captions."""
+    planned = plan_chunk(job)
+    pictures = [composite(panels, *job[:2]).transpose(2, 0, 1) for panels, _ in planned]
+    return np.stack(pictures), [captions for _, captions in planned]
 
 
 def sets_of(grid: tuple[int, int], total: int) -> int:

@@ -1,54 +1,30 @@
-"""Stages 3 and 4: the transformer; first T5 learns along with it, then T5 is frozen and its features are kept."""
+"""Stages 4 and 5: the transformer on frozen features of T5 and CLIP, then guidance distilled into its embedding."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from model.autoencoder import AutoEncoder
 from model.checkpoint import save_safetensors
 from model.flux import Flux, FluxConfig
 from model.position import grid_ids
+from model.text import TextEncoders
 from sampling.flow import interpolate
 from sampling.latents import pack
 
-from .training import Stage, Work, run
+from .tokenizers import T5_LENGTH
+from .training import Stage, Work, run, step_generator
 
 CONFIG = FluxConfig(
-    in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=128, mlp_hidden=512, num_heads=4,
-    depth=2, depth_single_blocks=6, axes_dim=(4, 14, 14), guidance_embed=True,
+    in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=192, mlp_hidden=768, num_heads=6,
+    depth=3, depth_single_blocks=6, axes_dim=(4, 14, 14), guidance_embed=True,
 )  # fmt: skip
 DROPPED = 0.05  # share of the captions replaced by the empty one
-GUIDANCE = (1.0, 5.0)  # drawn uniformly, so that every value is in distribution and changes nothing yet
-
-
-def new_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """Build a T5 1.1 encoder for a tokenizer, random but for a sense of order.
-
-    FLUX gives text tokens no positions: only T5 can tell which marker a word follows, and from T5's own start,
-    large embeddings and no preference among positions, it had not learned to after 2,450 steps. So embeddings
-    start small against what attention adds, two heads look back (near and far) and one looks ahead.
-    """
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer), d_model=CONFIG.context_in_dim, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0,
-        )
-    )  # fmt: skip
-    bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (32 buckets, 4 heads)
-    distance = torch.arange(16.0)  # the first 16 buckets look back, the others ahead
-    with torch.no_grad():
-        t5.shared.weight.mul_(0.3)
-        bias.zero_()
-        for head, (slope, past) in enumerate(((0.5, True), (0.1, True), (0.5, False))):
-            bias[:, head] = -8.0
-            bias[:16, head] = -slope * distance if past else -8.0
-            bias[16:, head] = -8.0 if past else -slope * distance
-    return t5
+GUIDANCE = (1.0, 5.0)  # drawn uniformly; says nothing until it is distilled
 
 
 def new_flux(config: FluxConfig = CONFIG) -> Flux:
@@ -61,49 +37,28 @@ def new_flux(config: FluxConfig = CONFIG) -> Flux:
 
 
 def is_hidden(name: str, p: Tensor) -> bool:
-    """Tell the matrices inside the blocks of both networks, which Muon trains, from the rest."""
-    others = ("mod", "relative_attention_bias")
-    return p.ndim == 2 and ("_blocks." in name or ".block." in name) and not any(other in name for other in others)
+    """Tell the matrices inside the blocks, which Muon trains, from the rest."""
+    return p.ndim == 2 and "_blocks." in name and "mod" not in name
 
 
 class Data:
     """Latents and encoded captions of every grid, ready for training.
 
     latents: by grid, (N, 16, h, w) float16
-    ids: by grid, T5 ids (N, phrasings, T)
-    vec: by grid, CLIP vectors (N, phrasings, V)
-    features: by grid, T5 features (N, phrasings, T, C) bfloat16, once T5 is frozen
+    txt: by grid, and of the "empty" caption, T5 features (N, phrasings, T, C) bfloat16
+    vec: likewise, CLIP vectors (N, phrasings, V) float32
     """
 
-    def __init__(self, latents: dict, captions: dict, t5_tokenizer, clip_tokenizer, clip: nn.Module, length: int):
+    def __init__(self, latents: dict, captions: dict, text: TextEncoders):
         self.latents, self.grids = latents, list(latents)
         everything = {**captions, "empty": [[""]]}
-        pad = dict(padding="max_length", truncation=True)
-        self.ids = {
-            grid: torch.tensor([t5_tokenizer(group, max_length=length, **pad).input_ids for group in groups])
-            for grid, groups in everything.items()
-        }
-        clip_ids = {
-            grid: torch.tensor([clip_tokenizer(group, **pad).input_ids for group in groups])
-            for grid, groups in everything.items()
-        }
-        self.vec = encode_text(lambda ids: clip(input_ids=ids).pooler_output, clip_ids, clip)
-        self.features: dict | None = None
-
-    def freeze_text(self, t5: T5EncoderModel) -> None:
-        self.features = encode_text(lambda ids: t5(input_ids=ids).last_hidden_state.bfloat16(), self.ids, t5)
-
-
-@torch.no_grad()
-def encode_text(encode: Callable[[Tensor], Tensor], ids: dict, module: nn.Module, batch: int = 256) -> dict:
-    """Run an encoder over all captions: ids (N, phrasings, T) by grid to (N, phrasings, ...) by grid, on the CPU."""
-    device = next(module.parameters()).device
-    return {
-        grid: torch.cat([encode(part.to(device)).cpu() for part in of_grid.flatten(0, 1).split(batch)]).unflatten(
-            0, of_grid.shape[:2]
-        )
-        for grid, of_grid in ids.items()
-    }
+        self.txt, self.vec = {}, {}
+        for grid, groups in everything.items():
+            every = [caption for group in groups for caption in group]
+            parts = [text.encode(every[i : i + 256], T5_LENGTH) for i in range(0, len(every), 256)]
+            shape = (len(groups), len(groups[0]))
+            self.txt[grid] = torch.cat([txt.bfloat16().cpu() for txt, _ in parts]).unflatten(0, shape)
+            self.vec[grid] = torch.cat([vec.cpu() for _, vec in parts]).unflatten(0, shape)
 
 
 @torch.no_grad()
@@ -129,58 +84,100 @@ def prepare_latents(autoencoder: AutoEncoder, pictures: dict, work: Work, batch:
     return latents
 
 
-def flow_loss(flux: Flux, z: Tensor, txt: Tensor, vec: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity at logit-normal times.
+def compile_blocks(flux: Flux, grid: tuple[int, int]) -> Callable:
+    """Compile the blocks for the shapes of one grid; gives a context manager under which that grid is to be run.
 
-    z: (B, 16, h, w) latents
-    txt: (B, T, C), vec: (B, V)
+    Other grids run as written: each shape costs a minute or two of compilation.
+    """
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.compile(dynamic=False)
+    return lambda now: contextlib.nullcontext() if now == grid else torch.compiler.set_stance("force_eager")
+
+
+def as_written(grid: tuple[int, int]) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+def batch_of(data: Data, grid: tuple[int, int], count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Draw sets of one grid, a phrasing for each, and leave out some captions.
+
+    Returns latents (B, 16, h, w), txt (B, T, C) and vec (B, V), float32
+    """
+    z, vec = data.latents[grid], data.vec[grid]
+    chosen = torch.randint(len(z), (count,), generator=generator)
+    phrasing = torch.randint(vec.shape[1], (count,), generator=generator)
+    dropped = torch.rand(count, generator=generator) < DROPPED
+    vec = data.vec["empty"][0].where(dropped[:, None], vec[chosen, phrasing])
+    txt = data.txt["empty"][0].where(dropped[:, None, None], data.txt[grid][chosen, phrasing])
+    return z[chosen].float(), txt.float(), vec
+
+
+def noised(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack latents and move them towards noise, to logit-normal times.
+
+    z: (B, 16, h, w)
+    Returns the points (B, I, 64), the velocities there (B, I, 64), and the times (B)
     Source: arXiv:2403.03206 (logit-normal times)
     """
-    data = pack(z)  # (B, I, 64)
+    data = pack(z)
     noise = torch.randn(data.shape, generator=generator).to(z)
     t = torch.sigmoid(torch.randn(len(z), generator=generator)).to(z)
-    guidance = torch.empty(len(z)).uniform_(*GUIDANCE, generator=generator).to(z)
-    ids = grid_ids(z.shape[2] // 2, z.shape[3] // 2).to(z).expand(len(z), -1, -1)
-    txt_ids = ids.new_zeros(len(z), txt.shape[1], 3)
-    v = flux(interpolate(data, noise, t[:, None, None]), ids, txt, txt_ids, t, vec, guidance)
-    return (v - (noise - data)).square().mean()
+    return interpolate(data, noise, t[:, None, None]), noise - data, t
+
+
+def velocity(flux: Flux, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor, guidance: Tensor, grid: tuple) -> Tensor:
+    """Run the transformer on a batch of one grid of 64-pixel panels."""
+    ids = grid_ids(4 * grid[0], 4 * grid[1]).to(x).expand(len(x), -1, -1)
+    return flux(x, ids, txt, ids.new_zeros(len(x), txt.shape[1], 3), t, vec, guidance)
 
 
 def train(
-    stage: Stage, flux: Flux, t5: T5EncoderModel, data: Data, weights: dict, work: Work, joint: bool
-) -> tuple[Flux, T5EncoderModel]:
-    """Train the transformer, with T5 (joint) or on its kept features; gives the averaged weights.
+    stage: Stage, flux: Flux, data: Data, often: dict, work: Work, teacher: Flux | None = None, fast: bool = False
+) -> Flux:
+    """Train the transformer on data, or on the guided velocity of a teacher; gives the averaged weights.
 
-    weights: by grid, how often it is drawn
+    A teacher's velocity with the caption is moved away from the one without, by a factor drawn from 1..5 that the
+    student reads off its guidance embedding: one pass then costs what two did, as in FLUX.1-dev.
+
+    often: by grid, how often it is drawn
+    fast: compile the blocks for the grid that is drawn most often; needs a C++ compiler on the CPU
+    Source: arXiv:2210.03142 (distillation of guided diffusion, its first stage)
     """
-    flux, t5 = flux.to(work.device), t5.to(work.device)
-    if not joint and data.features is None:
-        data.freeze_text(t5)
-    chances = torch.tensor([weights[grid] for grid in data.grids])
+    flux = flux.to(work.device)
+    chances = torch.tensor([often[grid] for grid in data.grids])
+    stance = compile_blocks(flux, max(often, key=often.get)) if fast else as_written
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        grid = data.grids[int(torch.multinomial(chances, 1, generator=generator))]
-        z, vec = data.latents[grid], data.vec[grid]
-        count = batch_size(stage.batch, z, data.ids[grid].shape[-1])
-        chosen = torch.randint(len(z), (count,), generator=generator)
-        phrasing = torch.randint(vec.shape[1], (count,), generator=generator)
-        dropped = torch.rand(count, generator=generator) < DROPPED
-        vec = data.vec["empty"][0].where(dropped[:, None], vec[chosen, phrasing])
-        if joint:
-            ids = data.ids["empty"][0].where(dropped[:, None], data.ids[grid][chosen, phrasing])
-            txt = t5(input_ids=ids.to(work.device)).last_hidden_state
-        else:
-            txt = data.features[grid][chosen, phrasing]
-            txt = data.features["empty"][0].where(dropped[:, None, None], txt).float().to(work.device)
-        loss = flow_loss(flux, z[chosen].float().to(work.device), txt, vec.to(work.device), generator)
-        losses = {"loss": loss}
+        # Drawn apart, so that every process works on the same grid.
+        grid = data.grids[int(torch.multinomial(chances, 1, generator=step_generator(work.seed + 1, step)))]
+        count = batch_size(stage.batch, data.latents[grid], data.txt[grid].shape[-2])
+        z, txt, vec = (part.to(work.device) for part in batch_of(data, grid, count, generator))
+        x, target, t = noised(z, generator)
+        guidance = torch.empty(count).uniform_(*GUIDANCE, generator=generator).to(x)
+        if teacher is not None:
+            target = guided(teacher, x, t, txt, vec, guidance, data, grid)
+        with stance(grid):
+            loss = (velocity(flux, x, t, txt, vec, guidance, grid) - target).square().mean()
+            losses = {"loss": loss}
         if grid == (2, 2):
             losses["2x2"] = loss.detach()
         return losses
 
-    module = nn.ModuleDict({"flux": flux, "t5": t5} if joint else {"flux": flux})
-    average = run(stage, module, loss_at, replace(work, seed=work.seed + joint), is_hidden)
-    return average["flux"], average["t5"] if joint else t5
+    return run(stage, flux, loss_at, work, is_hidden, processes=work.processes)
+
+
+@torch.no_grad()
+def guided(
+    teacher: Flux, x: Tensor, t: Tensor, txt: Tensor, vec: Tensor, guidance: Tensor, data: Data, grid: tuple
+) -> Tensor:
+    """The classifier-free guided velocity of a model: without the caption, plus `guidance` times the difference.
+
+    Source: arXiv:2207.12598
+    """
+    told = velocity(teacher, x, t, txt, vec, guidance, grid)
+    nothing = data.txt["empty"][0].to(txt).expand_as(txt), data.vec["empty"][0].to(vec).expand_as(vec)
+    untold = velocity(teacher, x, t, *nothing, guidance, grid)
+    return untold + guidance[:, None, None] * (told - untold)
 
 
 def batch_size(base: int, z: Tensor, text: int) -> int:

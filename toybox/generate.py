@@ -1,0 +1,95 @@
+"""Many sets at once from one model: the sampler of iclora.pipeline on batches, for measuring."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iclora.config import model_row
+from iclora.layout import Layout, token_mask
+from model.autoencoder import AutoEncoder
+from model.flux import Flux
+from model.position import grid_ids
+from model.text import TextEncoders, load_text_encoders
+from model.weights import find_model, load_autoencoder, load_flux
+from sampling.flow import euler, times
+from sampling.inpaint import keep_known
+from sampling.latents import noise, pack, unpack
+
+from .sets import PANEL
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one model, all loaded."""
+
+    flux: Flux
+    autoencoder: AutoEncoder
+    text: TextEncoders
+    shift: bool
+    length: int  # T5 tokens
+
+
+def load_networks(model: str) -> Networks:
+    """Load every network of a model in float32.
+
+    Errors: ValueError as model.weights.find_model
+    """
+    files = find_model(model)
+    flux = load_flux(files.flux, dtype=torch.float32)
+    row = model_row(flux.config)
+    text = load_text_encoders(files, dtype=torch.float32)
+    return Networks(flux, load_autoencoder(files.autoencoder), text, row.shift, row.text)
+
+
+@torch.inference_mode()
+def generate(
+    networks: Networks,
+    captions: list[str],
+    grid: tuple[int, int],
+    seeds: list[int],
+    steps: int = 20,
+    guidance: float = 3.5,
+    kept: Tensor | None = None,
+    masked: tuple[int, ...] = (),
+    batch: int = 20,
+) -> Tensor:
+    """Make one set for each caption.
+
+    captions, seeds: N of each
+    kept: (N, 3, h, w) in -1..1, composites whose masked panels are filled with 0
+    masked: the panels that are generated, from 1; all of them if kept is not given
+    Returns (N, 3, h, w) in -1..1; kept panels are pasted over the decoded ones, as iclora does
+    """
+    layout = Layout(*grid, PANEL, PANEL)
+    made = []
+    for first in range(0, len(captions), batch):
+        part = slice(first, first + batch)
+        known = None if kept is None else kept[part]
+        made.append(_generate(networks, captions[part], layout, seeds[part], steps, guidance, known, masked))
+    return torch.cat(made)
+
+
+def _generate(
+    networks: Networks, captions: list[str], layout: Layout, seeds: list[int], steps: int, guidance: float,
+    kept: Tensor | None, masked: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    flux, count = networks.flux, len(captions)
+    txt, vec = networks.text.encode(captions, networks.length)
+    start = pack(torch.cat([noise(layout.height, layout.width, seed) for seed in seeds]))
+    ids = grid_ids(layout.tokens_high, layout.tokens_wide).expand(count, -1, -1)
+    txt_ids = torch.zeros(count, txt.shape[1], 3)
+    scale = torch.full((count,), guidance)
+    mask = torch.ones(1, start.shape[1], 1) if kept is None else token_mask(masked, layout)
+    known = torch.zeros_like(start) if kept is None else pack(networks.autoencoder.encode(kept))
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return flux(x, ids, txt, txt_ids, torch.full((count,), t), vec, scale)
+
+    ts = times(steps, tokens=start.shape[1], shift=networks.shift)
+    x = euler(velocity, start, ts, keep_known(known, start, mask))
+    image = networks.autoencoder.decode(unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)).clamp(-1, 1)
+    if kept is None:
+        return image
+    pixels = unpack(mask.expand(1, -1, 64), 2 * layout.tokens_high, 2 * layout.tokens_wide)[:, :1]
+    return image.where(pixels.repeat_interleave(8, 2).repeat_interleave(8, 3).bool(), kept)

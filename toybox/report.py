@@ -1,0 +1,350 @@
+"""Measure a tiny model against the truth: python -m toybox.report --model tiny --out docs/pictures
+
+On held-out combinations of traits: the autoencoder, the reader that everything is read with, 2x2 sets from text
+alone, one panel from the three others, what guidance does, and borders between panels. Intervals are 95 %,
+bootstrapped over sets: they cover sampling, not training. Then it draws the contact sheets.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from model.weights import find_model
+from sampling.images import to_picture
+
+from .captions import joint_caption
+from .generate import Networks, generate, load_networks
+from .measure import psnr, survival, tiling
+from .sets import PANEL, composite
+from .train_truth import draw_some, round_trip
+from .truth import Reader, Reading, groups, load_reader, read, same_hidden, turn
+from .world import FACES, POSITIONS, Panel, Subject, random_set
+
+SEED = 7_000_000  # far from the seeds of pretraining
+BARS = {
+    "colour and shape": 0.90, "scene": 0.95, "position": 0.85, "same subject in all four": 0.85,
+    "two subjects, colours unmixed": 0.75, "masked panel: its own scene": 0.90, "masked panel: kept subject": 0.85,
+}  # fmt: skip
+
+
+# pictures and tensors
+
+
+def to_tensors(sets: Sequence[tuple[Panel, ...]]) -> Tensor:
+    """Draw 2x2 sets: (N, 3, 128, 128) in -1..1."""
+    drawn = np.stack([composite(panels, 2, 2) for panels in sets])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tiles(image: Tensor) -> Tensor:
+    """The panels of 2x2 composites, in reading order: (N, 3, 128, 128) to (4N, 3, 64, 64)."""
+    return image.unflatten(2, (2, PANEL)).unflatten(4, (2, PANEL)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def read_sets(reader: Reader, image: Tensor) -> list[list[Reading]]:
+    """Read the four panels of each composite."""
+    found = read(reader, tiles(image))
+    return [found[i : i + 4] for i in range(0, len(found), 4)]
+
+
+# scores of one panel, each 0 or 1
+
+
+def named_right(reading: Reading, subject: Subject, traits: Sequence[str]) -> bool:
+    """Whether somebody in the panel has these traits of the subject."""
+    return any(all(getattr(one, t) == getattr(subject, t) for t in traits) for one in reading.seen)
+
+
+def position_right(reading: Reading, panel: Panel) -> bool:
+    """Whether every subject stands where it should; subjects are told apart by shape."""
+    where = {one.shape: one.position for one in reading.seen}
+    return all(where.get(placed.subject.shape) == placed.position for placed in panel.placed)
+
+
+def hidden_agreement(reading: Reading, subject: Subject) -> dict[str, bool]:
+    """Which hidden traits of the subject the panel shows; all are missed if nobody has its shape."""
+    for one in reading.seen:
+        if one.shape == subject.shape:
+            return same_hidden(one, subject)
+    return dict.fromkeys(("face", "hue") if subject.pattern == "plain" else ("face", "hue", "angle", "spacing"), False)
+
+
+# tables
+
+
+def interval(values: Sequence[float], rounds: int = 1000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval; a value is the mean of one set."""
+    values = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1)
+    return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: float | None = None) -> str:
+    """One row of a table; the ceiling is what the reader says of true panels after the autoencoder."""
+    mean, low, high = interval(values)
+    verdict = "" if bar is None else ("reached" if mean >= bar else "**below**")
+    cells = [name, f"{mean:.1%}", f"{low:.1%} to {high:.1%}"]
+    cells += ["" if ceiling is None else f"{ceiling:.1%}", "" if bar is None else f"{bar:.0%}", verdict]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = ["| figure | reached | 95 % interval | ceiling | bar | |", "|---|---|---|---|---|---|"]
+
+
+def per_set(readings: list[list[Reading]], sets: Sequence, score: Callable[[Reading, Panel], float]) -> list[float]:
+    """The mean score of each set's panels."""
+    return [
+        float(np.mean([score(r, p) for r, p in zip(found, panels, strict=True)]))
+        for found, panels in zip(readings, sets, strict=True)
+    ]
+
+
+# the experiments
+
+
+def autoencoder_rows(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """PSNR, and the reader's accuracy on fresh panels and on their round trips, by number of subjects."""
+    lines = ["| subjects | PSNR | " + " | ".join(("scene", *READ)) + " |", "|---|---|" + "---|" * (1 + len(READ))]
+    mean = 0.0
+    for subjects, share in zip((1, 2, 3, 4), (0.6, 0.26, 0.08, 0.06), strict=True):
+        pictures, told = draw_some((SEED + subjects, count, subjects, None))
+        pictures, told = torch.from_numpy(pictures), torch.from_numpy(told)
+        decoded = round_trip(networks.autoencoder, pictures)
+        quality = psnr(decoded.float() / 127.5 - 1, pictures.float() / 127.5 - 1)
+        mean += share * 10 ** (-quality / 10)
+        fresh, after = (accuracy(reader, image, told) for image in (pictures, decoded))
+        cells = [f"{fresh[name]:.1%} / {after[name]:.1%}" for name in ("scene", *READ)]
+        lines.append(f"| {subjects} | {quality:.2f} dB | " + " | ".join(cells) + " |")
+    return [*lines, "", f"PSNR over panels as pretraining mixes them: {-10 * np.log10(mean):.2f} dB (bar 28)"]
+
+
+READ = ("shape", "colour", "pattern", "accessory", "face", "hue", "angle", "spacing")
+
+
+@torch.no_grad()
+def accuracy(reader: Reader, pictures: Tensor, told: Tensor) -> dict[str, float]:
+    """How often each trait is read right where there is one; hue, angle and spacing within a neighbouring bin."""
+    parts = groups(torch.cat([reader(part.float() / 127.5 - 1) for part in pictures.split(128)]))
+    right = {"scene": (parts[0].argmax(1) == told[:, 0]).float().mean().item()}
+    names = ("shape", "colour", "pattern", "accessory", "size", "face", "hue", "angle", "spacing")
+    for k, name in enumerate(names):
+        hits = []
+        for place in range(len(POSITIONS)):
+            i = 1 + place * len(names) + k
+            there = told[:, 1 + place * len(names)] > 0
+            there &= told[:, i] >= 0
+            apart = (parts[i].argmax(1) - told[:, i]).abs()
+            if name == "angle":
+                apart = torch.minimum(apart, parts[i].shape[1] - apart)
+            hits.append((apart <= (1 if name in ("hue", "angle", "spacing") else 0))[there])
+        right[name] = torch.cat(hits).float().mean().item()
+    return right
+
+
+def from_text(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """2x2 sets from captions alone, of one subject and of two."""
+    lines = list(HEAD)
+    for subjects in (1, 2):
+        rng = np.random.default_rng(SEED + 10 + subjects)
+        sets = [random_set(rng, 2, 2, subjects, held_out=True) for _ in range(count)]
+        captions = [joint_caption(panels, 2, 2) for panels in sets]
+        made = read_sets(reader, generate(networks, captions, (2, 2), list(range(count))))
+        true = read_sets(reader, tensors_after(networks, to_tensors(sets)))
+        for name, score in TEXT_SCORES[subjects].items():
+            ceiling = float(np.mean(per_set(true, sets, score)))
+            lines.append(row(name, per_set(made, sets, score), BARS.get(name), ceiling))
+        if subjects == 1:
+            whole = TEXT_SCORES[1]["colour and shape"]
+            every = [
+                float(min(whole(r, p) for r, p in zip(f, s, strict=True))) for f, s in zip(made, sets, strict=True)
+            ]
+            lines.append(row("same subject in all four", every, BARS["same subject in all four"]))
+    return lines
+
+
+def unmixed(reading: Reading, panel: Panel) -> bool:
+    return all(named_right(reading, one.subject, ("shape", "colour")) for one in panel.placed)
+
+
+TEXT_SCORES: dict[int, dict[str, Callable[[Reading, Panel], float]]] = {
+    1: {
+        "colour and shape": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "colour")),
+        "pattern": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "pattern")),
+        "accessory": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "accessory")),
+        "scene": lambda r, p: r.scene == p.scene,
+        "position": position_right,
+    },
+    2: {
+        "two subjects, colours unmixed": unmixed,
+        "two subjects: scene": lambda r, p: r.scene == p.scene,
+        "two subjects: position": position_right,
+    },
+}  # fmt: skip
+
+
+def tensors_after(networks: Networks, image: Tensor) -> Tensor:
+    """Composites as the autoencoder gives them back."""
+    return round_trip(networks.autoencoder, ((image + 1) * 127.5).round().byte()).float() / 127.5 - 1
+
+
+def without(image: Tensor, panel: int) -> Tensor:
+    """Composites (N, 3, 128, 128) with one panel of the four filled with 0."""
+    image = image.clone()
+    y, x = divmod(panel - 1, 2)
+    image[:, :, y * PANEL : (y + 1) * PANEL, x * PANEL : (x + 1) * PANEL] = 0
+    return image
+
+
+def twin(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[Panel, ...]:
+    """The same set with subjects that the caption cannot tell from the first ones, and other hidden traits."""
+    others = {}
+    for one in panels[0].placed:
+        old = one.subject
+        face = (old.face + int(rng.integers(1, len(FACES)))) % len(FACES)
+        hue = old.hue - float(np.sign(old.hue) or 1) * float(rng.uniform(0.8, 1.0))
+        angle = (old.angle + turn(old.pattern) / 2) % 180
+        others[old] = replace(old, face=face, hue=hue, angle=angle, spacing=(old.spacing + 0.5) % 1)
+    return tuple(replace(p, placed=tuple(replace(o, subject=others[o.subject]) for o in p.placed)) for p in panels)
+
+
+def from_kept(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """Panel 3 from the other three, and from three others that the caption fits as well."""
+    rng = np.random.default_rng(SEED + 20)
+    sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
+    captions = [joint_caption(panels, 2, 2) for panels in sets]
+    own, other = to_tensors(sets), to_tensors([twin(panels, rng) for panels in sets])
+    thirds, agree = {}, {}
+    for name, kept in (("own", own), ("other", other)):
+        made = generate(networks, captions, (2, 2), list(range(count)), kept=without(kept, 3), masked=(3,))
+        thirds[name] = [found[2] for found in read_sets(reader, made)]
+    thirds["true"] = [found[2] for found in read_sets(reader, tensors_after(networks, own))]
+    subjects = [panels[2].placed[0].subject for panels in sets]
+    for name, found in thirds.items():
+        agree[name] = [hidden_agreement(r, s) for r, s in zip(found, subjects, strict=True)]
+
+    def rate(name: str, score: Callable[[Reading, Panel], float]) -> list[float]:
+        return [float(score(r, panels[2])) for r, panels in zip(thirds[name], sets, strict=True)]
+
+    lines = list(HEAD)
+    for label, score in (("masked panel: its own scene", TEXT_SCORES[1]["scene"]),
+                         ("masked panel: kept subject", TEXT_SCORES[1]["colour and shape"])):  # fmt: skip
+        lines.append(row(label, rate("own", score), BARS[label], float(np.mean(rate("true", score)))))
+    lines += ["", "| hidden trait | own kept panels | another set's | difference | 95 % interval | ceiling |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for trait in ("face", "hue", "angle", "spacing", "all"):
+        hits = {name: np.array([share(a, trait) for a in found]) for name, found in agree.items()}
+        there = ~np.isnan(hits["own"])
+        mine, theirs, true = (hits[name][there] for name in ("own", "other", "true"))
+        mean, low, high = interval(mine - theirs)
+        lines.append(f"| {trait} | {mine.mean():.1%} | {theirs.mean():.1%} | {mean:+.1%} | {low:+.1%} to {high:+.1%} | "
+                     f"{true.mean():.1%} |")  # fmt: skip
+    return lines
+
+
+def share(agreement: dict[str, bool], trait: str) -> float:
+    """One trait's agreement as a number, or the mean of all; NaN if the subject has no such trait."""
+    if trait == "all":
+        return float(np.mean(list(agreement.values())))
+    return float(agreement.get(trait, np.nan))
+
+
+def by_guidance(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """Accuracy of sets from text at several guidance values, the same captions and noise."""
+    rng = np.random.default_rng(SEED + 30)
+    sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
+    captions = [joint_caption(panels, 2, 2) for panels in sets]
+    names = list(TEXT_SCORES[1])
+    lines = ["| guidance | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for guidance in (1.0, 2.0, 3.5, 5.0):
+        made = read_sets(reader, generate(networks, captions, (2, 2), list(range(count)), guidance=guidance))
+        cells = ["{:.1%} ({:.1%} to {:.1%})".format(*interval(per_set(made, sets, TEXT_SCORES[1][n]))) for n in names]
+        lines.append(f"| {guidance:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def borders(networks: Networks, count: int) -> list[str]:
+    """Steps between neighbouring columns just inside panel borders, beside those elsewhere, of 255."""
+    rng = np.random.default_rng(SEED + 40)
+    sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
+    made = generate(networks, [joint_caption(panels, 2, 2) for panels in sets], (2, 2), list(range(count)))
+    lines = []
+    for name, image in (("made", made), ("drawn", to_tensors(sets))):
+        step = 127.5 * image.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # (127,)
+        inside = torch.cat((step[61:63], step[64:66])).mean()
+        elsewhere = torch.cat((step[8:56], step[72:120])).mean()
+        lines.append(f"{name}: {inside:.2f} beside the border, {elsewhere:.2f} elsewhere, {step[63]:.2f} across it")
+    return lines
+
+
+# contact sheets
+
+
+def sheet(networks: Networks, columns: int, masked: bool, zoom: int = 2) -> Image.Image:
+    """Generated sets in a row, each above the set that its caption was written for; a generated panel is outlined."""
+    rng = np.random.default_rng(SEED + 100)
+    sets = [random_set(rng, 2, 2, 2 if column % 3 == 2 else 1, held_out=True) for column in range(columns)]
+    true, captions = to_tensors(sets), [joint_caption(panels, 2, 2) for panels in sets]
+    kept = dict(kept=without(true, 3), masked=(3,)) if masked else {}
+    made = generate(networks, captions, (2, 2), list(range(columns)), **kept)
+    side, gap = 2 * PANEL * zoom, 8
+    page = Image.new("RGB", (columns * (side + gap) - gap, 2 * side + gap), "white")
+    pen = ImageDraw.Draw(page)
+    for column in range(columns):
+        for line, image in enumerate((made, true)):
+            picture = to_picture(image[column : column + 1]).resize((side, side), Image.Resampling.NEAREST)
+            page.paste(picture, (column * (side + gap), line * (side + gap)))
+        if masked:
+            x, y = column * (side + gap), side // 2
+            pen.rectangle((x, y, x + side // 2 - 1, y + side // 2 - 1), outline="white", width=2)
+    return page
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m toybox.report", description=__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--reader", type=Path, help="the trained reader; by default truth/ beside the model's files")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the contact sheets")
+    parser.add_argument("--sets", type=int, default=200, help="sets of each experiment")
+    parser.add_argument("--columns", type=int, default=6, help="sets on a contact sheet")
+    args = parser.parse_args(argv)
+    try:
+        networks = load_networks(args.model)
+        reader = load_reader(args.reader or find_model(args.model).flux.parent / "truth" / "model.safetensors")
+        write(networks, reader, args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(networks: Networks, reader: Reader, args: argparse.Namespace) -> None:
+    """Run every experiment, print its table, and write the contact sheets."""
+    few = max(2, args.sets // 4)
+    for title, lines in (
+        (
+            "Autoencoder and reader (fresh panels / after the autoencoder)",
+            autoencoder_rows(networks, reader, args.sets),
+        ),
+        ("Hidden traits after the autoencoder, compared by pixels", survival(networks.autoencoder, few)),
+        ("Tiled decoding", tiling(networks.autoencoder, max(2, few // 4))),
+        ("Sets from text alone", from_text(networks, reader, args.sets)),
+        ("Panel 3 from the other three", from_kept(networks, reader, args.sets)),
+        ("Guidance", by_guidance(networks, reader, 2 * few)),
+        ("Borders between panels, in steps of 255", borders(networks, few)),
+    ):
+        print(f"\n### {title}\n\n" + "\n".join(lines), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, masked in (("text-to-set", False), ("panel-3-from-the-others", True)):
+        sheet(networks, args.columns, masked).save(args.out / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
