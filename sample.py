@@ -70,6 +70,9 @@ def describe(plan: "Plan") -> dict[str, Any]:
     import torch
 
     files = [fingerprint(path, plan.files.root) for path in plan.weights]
+    for path, strength in plan.loras:
+        file = path / "adapter_model.safetensors" if path.is_dir() else path  # PEFT saves folders
+        files.append({**fingerprint(file, file.parent), "strength": strength})
     versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
     versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
     versions["gpu"] = torch.cuda.get_device_name() if plan.config.device == "cuda" else None

@@ -70,6 +70,10 @@ class SampleConfig:
     )
     seed: int = knob(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
     num: int = knob(1, "how many pictures to make", valid=(1, 10_000))
+    lora: tuple[str, ...] = knob(
+        (), "LoRA files to apply, each with a strength behind a colon if it is not 1: storyboard.safetensors:0.8",
+        metavar="FILE[:STRENGTH]", path=True,
+    )
     panel_size: str | None = knob(
         None, "pixels, 512 or 512x768 (default: the preset's, else 512, for tiny 64)",
         metavar="WIDTHxHEIGHT", follows=("preset", "model"),
@@ -97,6 +101,69 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class TrainConfig:
+    """What train.py is asked for.
+
+    Errors: ValueError for a number outside its range or an unknown choice
+    """
+
+    data: str = knob("sets", "folder with sets, or a .jsonl that lists them", metavar="PATH", path=True)
+    grid: str | None = knob(
+        None, "rows and columns of every set, 3x1 being three rows (default: what each set.json says)",
+        metavar="ROWSxCOLS",
+    )
+    model: str = knob(
+        "tiny", "the base: a folder under weights/, or the path of a model folder or of a transformer file",
+        metavar="NAME|PATH", path=True,
+    )
+    rank: int = knob(16, "of the LoRA; alpha is the same, so its scale is 1", valid=(1, 4096))
+    targets: str = knob(
+        "all-linear", "what is adapted: all-linear, attn, mlp, mod, several with commas, or names of modules"
+    )
+    init_lora: str | None = knob(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
+    condition: str = knob(
+        "none", "clean: randomly chosen panels stay clean, the loss is on the others, and sampling does the same",
+        choices=("none", "clean"),
+    )
+    steps: int | None = knob(None, "optimizer steps (default: 5000; tiny 400)", valid=(1, 10_000_000))
+    batch: int | None = knob(None, "sets in a step, over all processes (default: 4; tiny 8)", valid=(1, 100_000))
+    accumulate: int = knob(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
+    lr: float | None = knob(None, "learning rate of AdamW (default: 1e-4; tiny 1e-3)", valid=(0, 1))
+    warmup: int = knob(10, "steps until the full learning rate", valid=(0, 1_000_000))
+    ema: float = knob(
+        0.99, "decay of the averaged weights, which are what is saved; 0 saves the last ones", valid=(0, 0.99999)
+    )
+    dropout: float = knob(0.05, "share of captions that are left out", valid=(0, 1))
+    times: str = knob(
+        "logit-normal", "how times are drawn; shifted moves them towards noise as sampling does",
+        choices=("logit-normal", "shifted", "uniform"),
+    )
+    panel_size: int | None = knob(
+        None, "side in pixels of a square panel; others keep their shape and get its area (default: 512; tiny 64)",
+        valid=(16, 8192),
+    )
+    fit: str = knob("crop", "how pictures come to the size of their bucket", choices=("crop", "pad", "stretch"))
+    holdout: float = knob(0.1, "share of the sets kept for the validation loss", valid=(0, 0.9))
+    save_every: int = knob(250, "steps between checkpoints", valid=(1, 10_000_000))
+    sample_every: int = knob(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
+    checkpointing: bool = knob(False, "recompute activations instead of keeping them: less memory, a third slower")
+    seed: int = knob(0, "of everything that is drawn", valid=(0, LAST_SEED))
+    device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str | None = knob(
+        None, "of the base's weights; the LoRA's are float32 (default: bfloat16; for tiny on a CPU float32)",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    out: str = knob("runs/lora", "folder of the run; a run found there goes on", metavar="DIR", path=True, saved=False)
+    config: str | None = knob(
+        None, "take the settings of another run's config.json; flags given as well win",
+        metavar="FILE.json", path=True, saved=False,
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """Defaults that depend on the model.
 
@@ -119,6 +186,11 @@ class ModelRow:
 DEV = ModelRow("dev", 512, 20, 3.5, True, 512, "bfloat16")
 SCHNELL = ModelRow("schnell", 256, 4, None, False, 512, "bfloat16")
 TINY = ModelRow("tiny", None, 20, 3.5, True, 64, "float32")
+TRAINING = {  # defaults of train.py by the name of the row
+    "dev": {"steps": 5000, "batch": 4, "lr": 1e-4, "panel_size": 512},  # as in arXiv:2410.23775
+    "schnell": {"steps": 5000, "batch": 4, "lr": 1e-4, "panel_size": 512},
+    "tiny": {"steps": 400, "batch": 8, "lr": 1e-3, "panel_size": 64},
+}
 
 
 def model_row(shape: "FluxConfig") -> ModelRow:
@@ -141,6 +213,17 @@ def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) 
         "guidance": row.guidance,
         "dtype": row.cpu_dtype if device == "cpu" else "bfloat16",
     }
+    undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}
+    return replace(config, **undecided, device=device)
+
+
+def settle_training(config: TrainConfig, row: ModelRow, device: str) -> TrainConfig:
+    """Decides what was left open for training, by the model.
+
+    device: cpu, cuda or mps
+    returns: no field is None any more, except those that may be: grid, init_lora and config
+    """
+    chosen = {**TRAINING[row.name], "dtype": row.cpu_dtype if device == "cpu" else "bfloat16"}
     undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}
     return replace(config, **undecided, device=device)
 

@@ -1,16 +1,31 @@
-"""Panel sets on disk."""
+"""Panel sets on disk, and the check of a data set:
+
+  python -m iclora.data sets/                                 what a training would use, what is doubtful, what broken
+  python -m iclora.data photos/ --grid 2x2 --panel-size 512   the same for other data; the folder comes first
+"""
 
 import hashlib
 import os
 import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from model.weights import ModelFiles, find_model, read_flux_config
 from sampling.images import fit, open_picture
 
+from .cli import parse
+from .config import ModelRow, check, knob, model_row
+from .layout import parse_grid
 from .prompts import MAX_CHARACTERS, clean
+
+if TYPE_CHECKING:  # they are made of what is here
+    from .examples import Example
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -57,15 +72,21 @@ def read_set(folder: Path) -> PanelSet:
     if not numbered:
         raise ValueError(f"{folder} holds no pictures named 1.png, 2.png, ...; rename them, or list them with --panels")
     caption = folder / "caption.txt"
-    text = None
+    text = read_text(caption) if caption.is_file() else None
+    return PanelSet(tuple(numbered[number] for number in sorted(numbered)), text and clean(text))
+
+
+def read_text(path: Path) -> str:
+    """Reads a caption; of one that is too long, enough for clean to refuse it.
+
+    Errors: ValueError in one line if it cannot be read or is no UTF-8
+    """
     try:
-        if caption.is_file():
-            with open(caption, encoding="utf-8-sig") as file:
-                text = file.read(MAX_CHARACTERS + 1)
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"cannot read {caption}: {reason}; correct or remove it") from None
-    return PanelSet(tuple(numbered[number] for number in sorted(numbered)), text and clean(text))
+        raise ValueError(f"cannot read {path}: {reason}; correct or remove it") from None
 
 
 def read_source(path: Path, size: tuple[int, int], rule: str, drafted: bool) -> Source:
@@ -77,3 +98,92 @@ def read_source(path: Path, size: tuple[int, int], rule: str, drafted: bool) -> 
     """
     picture = fit(open_picture(path), *size, rule)
     return Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture, drafted)
+
+
+# the check
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the check is asked for."""
+
+    data: str = knob("sets", "folder with sets, or a .jsonl that lists them", metavar="PATH")
+    grid: str | None = knob(
+        None, "of every set, 3x1 being three rows (default: what each set.json says)", metavar="ROWSxCOLS"
+    )
+    panel_size: int | None = knob(
+        None, "train at about so many pixels squared a panel (default: 512, for tiny 64)", valid=(16, 8192)
+    )
+    model: str = knob("tiny", "the model that is to learn, for its text length", metavar="NAME|PATH")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Checks a data set and returns the exit status: 0 if all of it is usable, 2 if anything is broken."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config = parse(DataConfig, ["--data", *argv] if argv and argv[0][:1] != "-" else argv, __doc__)
+        lines, usable = report(config)
+    except SystemExit:  # after --help
+        return 0
+    except (ValueError, OSError) as error:
+        lines, usable = [f"error: {error}"], False
+    for line in lines:
+        shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+        sys.stdout.write(shown + "\n")
+    return 0 if usable else 2
+
+
+def report(config: DataConfig) -> tuple[list[str], bool]:
+    """Says what a training would make of a data set, line by line, and whether all of it is usable.
+
+    Errors: ValueError if the folder or the model is missing
+    """
+    from .examples import buckets, cropped, look
+
+    files = find_model(config.model)
+    row = model_row(read_flux_config(files.flux))
+    resolution = config.panel_size or row.panel
+    examples, found = look(config.data, config.grid and parse_grid(config.grid))
+    sizes = Counter(f"{wide}x{high}" for example in examples for wide, high in example.sizes)
+    lines = [f"{config.data}: {len(examples)} sets in {sum(sizes.values())} pictures of {_most(sizes)}"]
+    sorted_out = buckets(examples, resolution)
+    for layout, members in sorted_out.items():
+        shape = f"{layout.rows}x{layout.cols} panels of {layout.panel_width}x{layout.panel_height}"
+        loss = max(cropped(example, layout) for example in members)
+        cut = f", cropped by up to {loss:.0%}" if loss > 0.005 else ""
+        lines.append(f"bucket: {shape}, {layout.tokens_wide * layout.tokens_high} tokens: {len(members)} sets{cut}")
+    small = [e.name for e in examples if min(wide * high for wide, high in e.panel_sizes()) < 0.9 * resolution**2]
+    if small:
+        found.notes.append(f"{len(small)} sets have panels of fewer pixels than {resolution}x{resolution} ({small[0]})")
+    if examples:
+        lines += _text_lengths(examples, files, row, found.notes)
+    lines += [f"note: {note}" for note in found.notes] + [f"broken: {line}" for line in found.broken]
+    usable = bool(examples) and not found.broken
+    verdict = "usable" if usable else "not usable" if examples else "not usable, there are no sets"
+    return [*lines, f"{verdict} (broken: {len(found.broken)}, notes: {len(found.notes)})"], usable
+
+
+def _most(counts: Counter[str]) -> str:
+    """Lists the commonest."""
+    shown = [f"{name} ({count})" for name, count in counts.most_common(5)]
+    return ", ".join(shown) + (f" and {len(counts) - 5} other sizes" if len(counts) > 5 else "") or "any size"
+
+
+def _text_lengths(examples: "list[Example]", files: ModelFiles, row: ModelRow, notes: list[str]) -> list[str]:
+    """Counts the tokens of the captions with the model's T5 tokenizer, and notes those that lose their end."""
+    from transformers.models.t5.tokenization_t5 import T5Tokenizer  # takes seconds to import
+
+    tokenizer = T5Tokenizer.from_pretrained(str(files.t5_tokenizer), local_files_only=True)
+    limit = row.text or tokenizer.model_max_length
+    lengths = [len(tokenizer(example.caption, verbose=False).input_ids) for example in examples]
+    for example, length in zip(examples, lengths, strict=True):
+        if length > limit:
+            notes.append(f"{example.name}: T5 reads {limit} of the caption's {length} tokens; shorten it")
+    return [f"captions: {min(lengths)} to {max(lengths)} T5 tokens; {files.name} reads {limit}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

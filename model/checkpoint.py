@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -302,12 +303,25 @@ def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dic
         save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
+            _sort_header(file)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sort_header(file: BinaryIO) -> None:
+    """Bring the metadata of a fresh file into order, in place: safetensors shuffles it from one save to the next."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > size:  # spelled in another way: leave what is right, if unsorted
+        return
+    file.seek(8)
+    file.write(text.ljust(size))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -29,8 +29,16 @@ def times(steps: int, tokens: int, shift: bool = True) -> list[float]:
     even = [1 - i / steps for i in range(steps + 1)]
     if not shift:
         return even
-    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)  # 0.5 at 256 tokens, 1.15 at 4096, not clamped
-    return [math.exp(mu) / (math.exp(mu) + 1 / t - 1) if t > 0 else 0.0 for t in even]
+    stretch = time_stretch(tokens)
+    return [stretch / (stretch + 1 / t - 1) if t > 0 else 0.0 for t in even]
+
+
+def time_stretch(tokens: int) -> float:
+    """How much more of the way is spent near noise for so many tokens: t becomes s t / (1 + (s - 1) t).
+
+    Source: black-forest-labs/flux@802fb47 sampling.py get_lin_function, time_shift
+    """
+    return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))  # 0.5 at 256 tokens, 1.15 at 4096, not clamped
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:

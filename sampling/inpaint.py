@@ -29,6 +29,23 @@ def keep_known(known: Tensor, noise: Tensor, mask: Tensor) -> Callable[[Tensor, 
     return after_step
 
 
+def keep_clean(known: Tensor, mask: Tensor) -> Callable[[Tensor, float], Tensor]:
+    """Make the after_step of euler that holds the kept tokens clean at every time, for models trained to see them so.
+
+    The run must start from after_step(noise, 1.0) too.
+
+    known: (B, I, 64) clean tokens; what stands under the mask is never read
+    mask: (1, I, 1) 1 where tokens are generated, 0 where they are kept
+    Source: the trainable inpainting that arXiv:2410.23775 section 4 names as the cure for lost identity
+    """
+    generated = mask.bool()
+
+    def after_step(x: Tensor, t_next: float) -> Tensor:
+        return x.where(generated, known.to(x.dtype))
+
+    return after_step
+
+
 def drafted_start(times: list[float], strength: float) -> list[float]:
     """Cut the schedule to its last floor(steps x strength) steps: SDEdit proper, which starts from a draft.
 

@@ -21,9 +21,9 @@ from .training import Stage, Work, run
 from .truth import Reader, groups, labels
 from .world import draw, random_set
 
-STAGE = Stage("truth", steps=1800, batch=64, lr=1e-3, muon_lr=0.0, warmup=50, decay_from=0.2, ema=0.99)
-PANELS = 24_000
-DECODED = 8_000  # of them, also as the autoencoder gives them back
+STAGE = Stage("truth", steps=1600, batch=48, lr=2e-3, warmup=50, decay_from=0.2, ema=0.99)
+PANELS = 16_000
+DECODED = 5_000  # of them, also as the autoencoder gives them back
 SUBJECTS = (0.4, 0.28, 0.17, 0.15)  # chance of 1, 2, 3, 4 in a panel
 SEED = 3_000_000
 

@@ -71,7 +71,7 @@ class Block(nn.Module):
 class Reader(nn.Module):
     """Panels (B, 3, 64, 64) in -1..1 -> logits (B, OUTPUTS): the scene, then every trait of every place."""
 
-    def __init__(self, widths: tuple[int, int, int] = (32, 64, 128), hidden: int = 384):
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 96), hidden: int = 256):
         super().__init__()
         layers, before = [], 3
         for depth, width in enumerate(widths):

@@ -1,0 +1,136 @@
+"""Converts a LoRA for FLUX.1 between dialects; the input's dialect is recognised.
+
+  python -m iclora.convert IN OUT --to kohya        loads in kohya, ComfyUI and diffusers; Linears of blocks only
+  python -m iclora.convert IN OUT --to diffusers    loads in diffusers and ComfyUI; every Linear
+  python -m iclora.convert IN OUT --to xlabs        for XLabs and UNO; attention and projections only
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from model.flux import Flux, FluxConfig
+from model.lora import shapes
+from model.lora_files import LoraFile, describe, read_deltas, read_lora
+from model.lora_names import template
+from model.lora_write import DIALECTS, write_lora
+from model.weights import find_model, read_flux_config
+
+from .cli import parse
+from .config import check, knob
+
+# Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
+WIDTHS = {
+    "img_in": ("out", "channels"), "txt_in": ("out", "context"),
+    "time_in.in_layer": ("out", ""), "guidance_in.in_layer": ("out", ""), "vector_in.in_layer": ("out", "vec"),
+    "double_blocks.{}.img_mlp.0": ("in", "M"), "double_blocks.{}.txt_mlp.0": ("in", "M"),
+    "double_blocks.{}.img_mlp.2": ("out", "M"), "double_blocks.{}.txt_mlp.2": ("out", "M"),
+    "single_blocks.{}.linear1": ("in", "3D + M"), "single_blocks.{}.linear2": ("out", "D + M"),
+}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What convert is asked for, besides the two files.
+
+    Errors: ValueError for an unknown choice
+    """
+
+    to: str | None = knob(None, "the dialect to write", choices=DIALECTS)
+    skip_text_encoder: bool = knob(False, "leave out what belongs to CLIP or T5, instead of refusing the file")
+    model: str | None = knob(
+        None, "check against this model; without one, its widths are read off the LoRA", metavar="NAME|PATH"
+    )
+    dtype: str | None = knob(
+        None, "of the tensors (default: as they are; float32 if you need every bit where a scale is folded in)",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.to is None:
+            raise ValueError(f"--to is missing; choose one of {', '.join(DIALECTS)}")
+
+
+def convert(source: str, target: str, config: ConvertConfig) -> str:
+    """Converts one file and describes the input in one line.
+
+    Errors: ValueError if the input is no LoRA for FLUX.1, the dialect cannot hold it, or the output exists
+    """
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists and is not overwritten; remove it or choose another name")
+    file = read_lora(source, config.skip_text_encoder)
+    shape = read_flux_config(find_model(config.model).flux) if config.model else infer_config(file)
+    with torch.device("meta"):
+        known = shapes(Flux(shape))
+    deltas = read_deltas(file, known)
+    stored = reduce(torch.promote_types, (delta.up.dtype for delta in deltas))
+    dtype = getattr(torch, config.dtype) if config.dtype else stored
+    write_lora(deltas, known, target, config.to, file.metadata, dtype)
+    return str(describe(file, deltas))
+
+
+def infer_config(file: LoraFile) -> FluxConfig:
+    """Reads the widths of the model off the shapes of a LoRA's tensors; what it does not touch is as in FLUX.1-dev.
+
+    Errors: ValueError, asking for --model, if it touches a fused projection whose width nothing tells
+    """
+    size: dict[str, int] = {}
+    depth = {"double_blocks": 0, "single_blocks": 0}
+    for entry in file.entries:
+        pattern, number = template(entry.place.module)
+        if number:
+            block = pattern.partition(".")[0]
+            depth[block] = max(depth[block], int(number) + 1)
+        inputs, outputs = (_width(file, entry.keys[half], axis) for half, axis in (("down", 1), ("up", 0)))
+        side, other = WIDTHS.get(pattern, ("in", ""))
+        hidden, rest = (inputs, outputs) if side == "in" else (outputs, inputs)
+        size.setdefault("hidden", hidden)
+        if other == "3D + M" and entry.place.slot in ("all", "mlp"):
+            size.setdefault("M", rest - 3 * hidden if entry.place.slot == "all" else rest)
+        elif other == "D + M":
+            size.setdefault("M", rest - hidden)
+        elif other != "3D + M":
+            size.setdefault(other, rest)
+    hidden = size["hidden"]
+    if depth["single_blocks"] and "M" not in size:
+        raise ValueError(f"{file.path} does not tell how wide the model's MLPs are; name the model with --model")
+    mlp = size.get("M", 4 * hidden)
+    if mlp < 1 or hidden < 1:
+        raise ValueError(f"{file.path} has shapes that no FLUX.1 can have (width {hidden}, MLP {mlp})")
+    return FluxConfig(
+        in_channels=64, out_channels=64, vec_in_dim=size.get("vec", 768), context_in_dim=size.get("context", 4096),
+        hidden_size=hidden, mlp_hidden=mlp, num_heads=1, depth=depth["double_blocks"],
+        depth_single_blocks=depth["single_blocks"], axes_dim=(hidden,), guidance_embed=True,
+    )
+
+
+def _width(file: LoraFile, key: str, axis: int) -> int:
+    """One side of a matrix. Errors: ValueError if the tensor is none"""
+    if len(shape := file.stored[key].shape) != 2:
+        raise ValueError(f"{file.path} has {key} of shape {shape}; a LoRA's halves have two dimensions")
+    return shape[axis]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns the exit status: 0 done, 2 a mistake (one line on stderr)."""
+    argv = sys.argv[1:] if argv is None else argv
+    files = [text for text in argv[:2] if not text.startswith("-")]
+    try:
+        config = parse(ConvertConfig, argv[len(files) :], __doc__)
+        if len(files) < 2:
+            raise ValueError("name two files before the flags: the LoRA to read and the one to write")
+        line, status, stream = convert(*files, config), 0, sys.stdout
+    except SystemExit:  # after --help
+        return 0
+    except (ValueError, OSError) as error:
+        line, status, stream = f"error: {error}", 2, sys.stderr
+    stream.write("".join(c if c.isprintable() else "?" for c in " ".join(line.split())) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

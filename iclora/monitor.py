@@ -1,0 +1,138 @@
+"""What a training run shows: a line of metrics for every step, the loss as a curve, and sheets of samples."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from model.autoencoder import AutoEncoder
+from model.flux import Flux
+from model.position import grid_ids
+from sampling.flow import euler, times
+from sampling.images import save_png, to_picture
+from sampling.inpaint import keep_clean
+from sampling.latents import noise, pack, unpack
+
+from .config import ModelRow
+from .examples import Example
+from .layout import Layout, token_mask
+from .training import Feed, to
+
+SAMPLES = 4  # sets on a sheet
+CURVE = (960, 420)  # pixels
+MARGIN = 56
+SMOOTH = 0.95  # of the curve's running mean
+
+
+class Metrics:
+    """metrics.jsonl of a run: one JSON object a line. Lines of steps that a resumed run does again are dropped."""
+
+    def __init__(self, path: Path, done: int):
+        self.path = path
+        kept = [line for line in self.rows() if line["step"] <= done]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, **values: float) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def rows(self) -> list[dict[str, float]]:
+        """Reads what was written; a last line that a kill cut short does not count."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+
+def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """Draws the training loss with its running mean, and the validation loss, over the steps.
+
+    rows: from Metrics.rows
+    """
+    picture = Image.new("RGB", CURVE, "white")
+    pen = ImageDraw.Draw(picture)
+    values = [row[name] for row in rows for name in ("loss", "validation") if math.isfinite(row.get(name, math.nan))]
+    if not values:
+        return
+    last, low, high = max(row["step"] for row in rows), min(values), max(values)
+    high = high if high > low else low + 1
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = MARGIN + (CURVE[0] - 2 * MARGIN) * step / last
+        return x, CURVE[1] - MARGIN - (CURVE[1] - 2 * MARGIN) * (value - low) / (high - low)
+
+    pen.rectangle((MARGIN, MARGIN, CURVE[0] - MARGIN, CURVE[1] - MARGIN), outline=(200, 200, 200))
+    mean, smooth, validation = None, [], []
+    for row in rows:
+        if math.isfinite(row.get("loss", math.nan)):
+            mean = row["loss"] if mean is None else SMOOTH * mean + (1 - SMOOTH) * row["loss"]
+            x, y = place(row["step"], row["loss"])
+            pen.point([(x, y), (x + 1, y)], fill=(170, 200, 235))
+            smooth.append(place(row["step"], mean))
+        if math.isfinite(row.get("validation", math.nan)):
+            validation.append(place(row["step"], row["validation"]))
+    for line, colour in ((smooth, (20, 90, 170)), (validation, (210, 80, 30))):
+        if len(line) > 1:
+            pen.line(line, fill=colour, width=2)
+    for value in (low, high):
+        pen.text((6, place(0, value)[1] - 5), f"{value:.3f}", fill="black")
+    pen.text((MARGIN, CURVE[1] - MARGIN + 8), f"0 to {last:g} steps", fill="black")
+    pen.text((MARGIN, MARGIN - 18), "loss (blue: running mean), validation (orange)", fill="black")
+    path.unlink(missing_ok=True)  # save_png never writes over a file
+    save_png(picture, path)
+
+
+@torch.no_grad()
+def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, conditional: bool) -> Image.Image:
+    """Samples of the first examples, made from their captions, each above the example itself as its latents decode.
+
+    conditional: the first panel is kept clean instead of being made
+    """
+    chosen = [(layout, e) for layout, examples in feed.held_out for e in examples]
+    chosen = (chosen or [(feed.batch(0)[0], e) for e in feed.batch(0)[1]])[:SAMPLES]
+    columns = []
+    for seed, (layout, example) in enumerate(chosen):
+        made, true = _sample(flux, autoencoder, feed, row, layout, example, seed, conditional)
+        column = Image.new("RGB", (made.width, 2 * made.height + 4), "white")
+        column.paste(made, (0, 0))
+        column.paste(true, (0, made.height + 4))
+        columns.append(column)
+    page = Image.new("RGB", (sum(c.width + 4 for c in columns) - 4, max(c.height for c in columns)), "white")
+    x = 0
+    for column in columns:
+        page.paste(column, (x, 0))
+        x += column.width + 4
+    return page
+
+
+def _sample(
+    flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, layout: Layout, example: Example, seed: int,
+    conditional: bool,
+) -> tuple[Image.Image, Image.Image]:  # fmt: skip
+    device = next(flux.parameters()).device
+    keep = conditional and layout.panels > 1
+    sets = to(feed.sets(layout, [example], [(1,) if keep else ()], [False]), device)
+    start = pack(noise(layout.height, layout.width, seed)).to(device)
+    ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device)
+    txt_ids = torch.zeros(1, sets.txt.shape[1], 3, device=device)
+    guidance = None if row.guidance is None else torch.full((1,), row.guidance, device=device)
+    after_step = None
+    if keep:
+        mask = token_mask(range(2, layout.panels + 1), layout).to(device)
+        after_step = keep_clean(pack(sets.known), mask)
+        start = after_step(start, 1.0)
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        return flux(x, ids, sets.txt, txt_ids, torch.full((1,), t, device=device), sets.vec, guidance).float()
+
+    x = euler(velocity, start, times(row.steps, tokens=start.shape[1], shift=row.shift), after_step)
+    made = to_picture(autoencoder.decode(unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)))
+    return made, to_picture(autoencoder.decode(sets.z))
