@@ -8,21 +8,30 @@
 The same command goes on where a run was stopped.
 """
 
+import contextlib
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iclora.cli import parse
-from iclora.config import TrainConfig, model_row, settle_training
+from iclora.config import ModelRow, TrainConfig, model_row, settle_training
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
+    from iclora.feed import Feed
     from iclora.monitor import Metrics
     from iclora.training import State
+    from model.flux import Flux
+    from model.weights import ModelFiles
 
-CHECKPOINT, RESULT = "checkpoint.safetensors", "lora.safetensors"
+CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"
+NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
+LOST = re.compile("onnection (closed|reset|refused)|gloo|NCCL")  # what a process says when another one has ended
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,81 +40,105 @@ def main(argv: list[str] | None = None) -> int:
         run(parse(TrainConfig, argv, __doc__))
     except SystemExit:  # after --help
         return 0
-    except KeyboardInterrupt:
-        return complain("interrupted; the same command goes on from the last checkpoint", 130)
+    except KeyboardInterrupt as stop:
+        return complain(str(stop) or "interrupted; the same command goes on from the last checkpoint", 130)
     except (ValueError, OSError) as error:
         return complain(str(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            return complain("memory ran out; try --checkpointing, a larger --accumulate or a smaller --panel-size", 2)
+        if "WORLD_SIZE" in os.environ and LOST.search(str(error)):
+            return complain("another process of this run has ended; it says why", 2)
+        raise
     return 0
 
 
-def complain(line: str, status: int) -> int:
-    print(f"error: {line}".replace("\n", " "), file=sys.stderr)
-    return status
-
-
-def note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def run(config: TrainConfig) -> None:
-    """Reads the data, trains, and writes the LoRA."""
+    """Checks all that can be checked without a network, reads the data, trains, and writes the LoRA."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = make_folder(Path(config.out))
+    folder = Path(config.out)
+    check_folder(folder)
     import torch
 
     from iclora import feed as feeds
     from iclora.monitor import Metrics
     from iclora.plan import pick_device
-    from iclora.restart import load_state, refuse_other_run
+    from iclora.restart import load_state, refuse_other_run, start_folder
     from iclora.training import keep_no_activations, new_state, parts, train
-    from model.lora import attach, load_lora, trainable
+    from model.flux import Flux
+    from model.lora import trainable
     from model.weights import find_model, load_flux, read_flux_config
 
     files = find_model(config.model)
-    row = model_row(read_flux_config(files.flux))
+    shape = read_flux_config(files.flux)
+    row = model_row(shape)
     config = settle_training(config, row, pick_device(config.device))
-    parts(config.batch, 0, ranks, config.accumulate)  # refuses a batch that cannot be shared before anything is loaded
-    refuse_other_run(folder, config)
+    parts(config.batch, 0, ranks, config.accumulate)  # refuses a batch that cannot be shared
+    with torch.device("meta"):
+        flux = Flux(shape)
+    adapt(flux, config)  # refuses unknown targets, and a wrong --init-lora
+    examples = feeds.find(config)
+    origin = feeds.origin(examples, files)
+    refuse_other_run(folder / CHECKPOINT, config, origin)
     if ranks > 1:
-        torch.distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
-        config = on_own_device(config)
-    feed = in_turn(ranks, rank, lambda: feeds.prepare(config, files, row, note if rank == 0 else lambda line: None))
+        join_processes(config.device)
+    feed = in_turn(ranks, rank, lambda: feeds.prepare(config, examples, files, shape, note if rank == 0 else mute))
     flux = load_flux(files.flux, config.device, getattr(torch, config.dtype))
-    if config.init_lora:
-        note(str(load_lora(flux, config.init_lora, train=True)))
-    else:
-        attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
+    report = adapt(flux, config)
     if config.checkpointing:
         keep_no_activations(flux)
     state = new_state(trainable(flux))
     if (folder / CHECKPOINT).exists():
-        load_state(folder / CHECKPOINT, state, config)
-        note(f"going on from step {state.step}" if state.step < config.steps else "this run is finished")
-    run = Run(config, files, row, feed, flux, state, folder, Metrics(folder / "metrics.jsonl", state.step), rank == 0)
-    try:
-        train(config, flux, feed, state, run.after_step, rank, ranks)
-    except KeyboardInterrupt:
+        load_state(folder / CHECKPOINT, state)
+        report = f"going on from step {state.step}" if state.step < config.steps else "this run is finished"
+    run = Run(config, files, row, feed, flux, state, folder, origin)
+    if rank == 0:
+        note(report)
+        start_folder(folder, config)
+        run.metrics = Metrics(folder / METRICS, state.step)
+    with stop_between_steps() as asked:
+        try:
+            train(config, flux, feed, state, run.after_step, rank, ranks, lambda: bool(asked))
+        finally:
+            run.leave_bar()
         run.save()
-        raise
-    run.finish()
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+    if state.step < config.steps:
+        raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; the same command goes on there")
+    if rank == 0:
+        note(f"wrote {folder / RESULT}; try it with `python sample.py --lora {folder / RESULT}`")
 
 
+@dataclass
 class Run:
-    """What happens after a step: the bar, the metrics, checkpoints, validation, sheets."""
+    """What happens after a step: the bar, the metrics, checkpoints, validation, sheets.
 
-    def __init__(self, config, files, row, feed, flux, state: "State", folder: Path, metrics: "Metrics", first: bool):
-        self.config, self.files, self.row, self.feed, self.flux = config, files, row, feed, flux
-        self.state, self.folder, self.metrics, self.first = state, folder, metrics, first
-        self.began, self.start = time.monotonic(), state.step
+    origin: marks of what is learnt from, see iclora.feed
+    metrics: of the first process; the others only train
+    """
+
+    config: TrainConfig
+    files: "ModelFiles"
+    row: ModelRow
+    feed: "Feed"
+    flux: "Flux"
+    state: "State"
+    folder: Path
+    origin: dict[str, str]
+    metrics: "Metrics | None" = None
+    began: float = field(default_factory=time.monotonic)
+    done: int = 0  # steps in this process
 
     def after_step(self, loss: float) -> None:
         """Is told the loss of the step that the state has just taken."""
         step, config = self.state.step, self.config
-        if not self.first:
+        if self.metrics is None:
             return
+        self.done += 1
         self.show(loss)
         due = step % config.save_every == 0 or step == config.steps
-        self.metrics.add(step=step, loss=loss, **({"validation": self.validate()} if due else {}))
+        self.metrics.add(step=step, loss=loss, **(self.validation() if due else {}))
         if due:
             self.save()
         if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
@@ -114,20 +147,29 @@ class Run:
     def show(self, loss: float) -> None:
         """Draws the bar: loss, steps a second, time left."""
         step, steps = self.state.step, self.config.steps
-        speed = (step - self.start) / (time.monotonic() - self.began)
-        left = (steps - step) / speed
+        speed = self.done / (time.monotonic() - self.began)
+        left = round((steps - step) / speed)
         filled = "#" * (24 * step // steps)
-        line = f"[{filled:24}] {step}/{steps}  loss {loss:.4f}  {speed:.2f} steps/s  {left / 60:.1f} min left"
+        line = f"[{filled:.<24}] step {step}/{steps}, loss {loss:.4f}, {speed:.2f} steps a second"
+        line += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
         if sys.stderr.isatty():
-            print(f"\r\033[K{line}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
         elif step % 50 == 0 or step == steps:
             note(line)
 
-    def validate(self) -> float:
+    def leave_bar(self) -> None:
+        """Ends the line of the bar."""
+        if self.done and sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    def validation(self) -> dict[str, float]:
+        """The loss on the held-out sets with the averaged weights; nothing if none are held out."""
         from iclora.training import averaged, validation_loss
 
+        if not self.feed.held_out:
+            return {}
         with averaged(self.state):
-            return validation_loss(self.flux, self.feed, self.state.parameters[0].device)
+            return {"validation": validation_loss(self.flux, self.feed, self.state.parameters[0].device)}
 
     def save(self) -> None:
         """Writes the checkpoint, the LoRA as it is now and the loss curve; each whole or not at all."""
@@ -136,58 +178,91 @@ class Run:
         from iclora.training import averaged
         from model.lora import save_lora
 
-        if not self.first:
+        if self.metrics is None:
             return
-        save_state(self.folder / CHECKPOINT, self.state, self.config)
+        save_state(self.folder / CHECKPOINT, self.state, self.config, self.origin)
         with averaged(self.state):
             save_lora(self.flux, self.folder / RESULT, metadata=self.metadata())
         draw_curve(self.metrics.rows(), self.folder / "loss.png")
 
     def metadata(self) -> dict[str, str]:
         """What a reader of the LoRA file should know; sample.py picks up the condition."""
-        config = self.config
-        about = {"method": "in-context-lora", "condition": config.condition, "base": self.files.name}
-        about |= {"grids": ",".join(sorted({f"{b.rows}x{b.cols}" for b in self.feed.layouts}))}
-        return {f"iclora.{name}": value for name, value in about.items()} | {
-            "iclora.steps": str(self.state.step)
-        }  # fmt: skip
+        grids = ",".join(sorted({f"{layout.rows}x{layout.cols}" for layout in self.feed.layouts}))
+        about = {"method": "in-context-lora", "condition": self.config.condition, "base": self.files.name}
+        about |= {"grids": grids, "steps": str(self.state.step)}
+        return {f"iclora.{name}": value for name, value in about.items()}
 
     def sample(self) -> None:
         """Writes a sheet of samples, made with the averaged weights."""
-        from iclora.monitor import sheet
+        from iclora.monitor import put_png, sheet
         from iclora.training import averaged
         from model.weights import load_autoencoder
 
         autoencoder = load_autoencoder(self.files.autoencoder, self.config.device)
         with averaged(self.state):
             picture = sheet(self.flux, autoencoder, self.feed, self.row, self.config.condition == "clean")
-        picture.save(self.folder / f"sheet-{self.state.step:06d}.png")
-
-    def finish(self) -> None:
-        if self.first:
-            self.save()
-            note(f"wrote {self.folder / RESULT}; try it with `python sample.py --lora {self.folder / RESULT}`")
+        put_png(picture, self.folder / f"sheet-{self.state.step:06d}.png")
 
 
-def make_folder(folder: Path) -> Path:
-    """Makes the folder of the run.
+def adapt(flux: "Flux", config: TrainConfig) -> str:
+    """Attaches the adapters that are trained: those of --init-lora, else fresh ones.
 
-    Errors: ValueError if that is impossible
+    returns: a line about them
+    Errors: ValueError for targets that mean nothing here, or a file that is no LoRA for this model
+    """
+    import torch
+
+    from model.lora import attach, load_lora
+
+    if config.init_lora:
+        report = load_lora(flux, config.init_lora, train=True)
+        return f"starting from {report}; --rank and --targets are those of the file"
+    fresh = attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
+    return f"training {sum(p.numel() for p in fresh):,} parameters of rank {config.rank}"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a place for the run that cannot work, without making anything there yet.
+
+    Errors: ValueError
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}; give another --out") from None
-    return folder
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # refuses impossible names
+        exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not exists.is_dir() or not os.access(exists, os.W_OK | os.X_OK):
+            raise ValueError(f"{exists} is {'not writable' if exists.is_dir() else 'no folder'}")
+    except (OSError, ValueError) as error:  # ValueError: also a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--out {str(folder)[-80:]}: {reason}; choose another folder") from None
 
 
-def on_own_device(config: TrainConfig) -> TrainConfig:
-    """Gives each process of a node its own GPU."""
-    if config.device == "cuda":
-        import torch
+@contextlib.contextmanager
+def stop_between_steps() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM in a list, so that a step is never left half done; the second one stops at once."""
+    asked: list[int] = []
 
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping after this step; once more stops at once, at the cost of the steps since the save\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def join_processes(device: str) -> None:
+    """Finds the other processes that torchrun has started; each of a node takes its own GPU."""
+    import torch
+
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return config
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
 def in_turn(ranks: int, rank: int, work: Callable):
@@ -199,6 +274,27 @@ def in_turn(ranks: int, rank: int, work: Callable):
     done = work() if rank == 0 else None
     barrier()
     return done if rank == 0 else work()
+
+
+def complain(line: str, status: int) -> int:
+    """Writes one line and gives the exit status."""
+    print(f"error: {plain(line)}", file=sys.stderr)
+    return status
+
+
+def note(line: str) -> None:
+    """Tells the user something that is no mistake."""
+    print(plain(line), file=sys.stderr, flush=True)
+
+
+def mute(line: str) -> None:
+    """Tells nothing: the first process does."""
+
+
+def plain(text: str) -> str:
+    """Makes one line that commands no terminal, as names of files might."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 MIB = 2**20
-TINY = 10 * MIB  # weights/tiny, without loras/
+TINY = 26 * MIB  # weights/tiny, without loras/
 HISTORY = 40 * MIB  # every version of every file under weights/ that was ever committed
 
 

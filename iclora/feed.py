@@ -1,5 +1,7 @@
 """From a data set on disk to what the training loop takes: examples, buckets, caches, batches."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.flux import FluxConfig
 from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
-from .cache import Cache, LatentCache, TextCache, every_mask, file_mark, text_mark
-from .config import ModelRow, TrainConfig
+from .cache import HASHED, Cache, LatentCache, TextCache, every_mask, file_mark, text_mark
+from .config import TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, token_mask
 from .training import Sets
@@ -73,26 +76,46 @@ class Feed:
         return self.read[caption]
 
 
-def prepare(config: TrainConfig, files: ModelFiles, row: ModelRow, note: Note) -> Feed:
-    """Read a data set, encode what is not in the cache, and free the encoders again.
+def find(config: TrainConfig) -> list[Example]:
+    """Read what --data names. Errors: ValueError for anything broken in it"""
+    return find_examples(config.data, parse_grid(config.grid) if config.grid else None)
 
-    The cache lies in .cache/ inside the data folder's run, so that trials on the same data share it.
 
-    Errors: ValueError for anything broken in the data set
+def origin(examples: Sequence[Example], files: ModelFiles) -> dict[str, str]:
+    """Mark what a run learns from by its content: the sets in their order, and the base model.
+
+    Of a transformer over 1 GB, name and size stand for the content.
     """
-    examples = find_examples(config.data, parse_grid(config.grid) if config.grid else None)
+    sets = json.dumps([(example.grid, example.caption, example.sha256) for example in examples])
+    size = files.flux.stat().st_size
+    model = file_mark([files.flux]) if size <= HASHED else f"{files.flux.name} of {size} bytes"
+    return {"data": hashlib.sha256(sets.encode()).hexdigest(), "model": model}
+
+
+def prepare(config: TrainConfig, examples: Sequence[Example], files: ModelFiles, shape: FluxConfig, note: Note) -> Feed:
+    """Encode examples as far as they are not in the cache, and free the encoders again.
+
+    The cache lies beside the run's folder, so that trials on the same data share it.
+
+    shape: of the transformer, which must take what the encoders give
+    Errors: ValueError for too large composites, or encoders of another model; OSError if the disk is full
+    """
     every = buckets(examples, config.panel_size)
     trained, held_out = hold_out(every, config.holdout)
-    cache = Cache(Path(config.out).parent / ".cache")
+    cache, dtype = Cache(Path(config.out).absolute().parent / ".cache"), getattr(torch, config.dtype)
     latents = LatentCache(cache, file_mark([files.autoencoder]), config.fit)
-    texts = TextCache(cache, text_mark(files), row.text, getattr(torch, config.dtype))
+    texts = TextCache(cache, text_mark(files), model_row(shape).text, dtype)
     conditional = config.condition == "clean"
-    made = latents.encode(
-        every, lambda: load_autoencoder(files.autoencoder, config.device),
-        every_mask if conditional else lambda layout: ((),),
-    )  # fmt: skip
+    masks = every_mask if conditional else lambda layout: ((),)
     captions = ["", *(example.caption for example in examples)]
-    read = texts.encode(captions, lambda: load_text_encoders(files, config.device, getattr(torch, config.dtype)))
+    read = texts.encode(captions, lambda: load_text_encoders(files, config.device, dtype))
+    widths, wanted = tuple(t.shape[-1] for t in texts.get("")), (shape.context_in_dim, shape.vec_in_dim)
+    if widths != wanted:
+        raise ValueError(
+            f"the T5 and CLIP encoders beside {files.name} give widths {widths[0]} and {widths[1]}, but its "
+            f"transformer takes {wanted[0]} and {wanted[1]}; use the encoders that belong to it"
+        )
+    made = latents.encode(every, lambda: load_autoencoder(files.autoencoder, config.device), masks)
     note(f"{len(examples)} sets in {len(every)} buckets; {made} composites and {read} captions encoded, others cached")
     layouts = list(trained)
     batches = Batches([len(trained[layout]) for layout in layouts], config.batch, config.seed)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sampling.latents import noise, pack, unpack
 from .config import ModelRow
 from .examples import Example
 from .layout import Layout, token_mask
+from .restart import write_whole
 from .training import Feed, to
 
 SAMPLES = 4  # sets on a sheet
@@ -33,7 +35,7 @@ class Metrics:
     def __init__(self, path: Path, done: int):
         self.path = path
         kept = [line for line in self.rows() if line["step"] <= done]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, **values: float) -> None:
         with open(self.path, "a") as file:
@@ -86,8 +88,20 @@ def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
         pen.text((6, place(0, value)[1] - 5), f"{value:.3f}", fill="black")
     pen.text((MARGIN, CURVE[1] - MARGIN + 8), f"0 to {last:g} steps", fill="black")
     pen.text((MARGIN, MARGIN - 18), "loss (blue: running mean), validation (orange)", fill="black")
-    path.unlink(missing_ok=True)  # save_png never writes over a file
-    save_png(picture, path)
+    put_png(picture, path)
+
+
+def put_png(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG whole or not at all, in place of an earlier one.
+
+    Errors: OSError or ValueError if the disk is full or read-only
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_png(picture, temporary)  # which never writes over a file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -11,40 +11,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
-from model.checkpoint import save_safetensors
+from model.checkpoint import read_header, save_safetensors
 
 from .config import TrainConfig, flag, saved
 from .training import State
 
-FREE = ("steps", "save_every", "sample_every", "device", "data", "model", "accumulate", "checkpointing")  # may change
+ANEW = "remove it to start anew, or give another --out"
+FREE = ("steps", "save_every", "sample_every", "device", "accumulate", "checkpointing")  # may change
+ORIGIN = ("data", "model")  # may be called otherwise, but must hold the same: compared by content
 
 
-def save_state(path: Path, state: State, config: TrainConfig) -> None:
-    """Write a checkpoint, whole or not at all."""
+def save_state(path: Path, state: State, config: TrainConfig, origin: dict[str, str]) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    origin: marks of the sets and the base model, from iclora.feed
+    Errors: OSError if the disk is full or read-only; an earlier checkpoint is still there then
+    """
     moments = state.optimizer.state_dict()["state"]
     tensors: dict[str, Tensor] = {}
     for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
         tensors |= {f"{i}.weight": p, f"{i}.average": average}
         tensors |= {f"{i}.optimizer.{name}": value for name, value in moments.get(i, {}).items()}
-    kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"step": str(state.step), "config": json.dumps(saved(config))}
-    save_safetensors(kept, path, metadata)
+    metadata = {"step": str(state.step), "config": json.dumps(saved(config)), "origin": json.dumps(origin)}
+    save_safetensors(tensors, path, metadata)
 
 
-def load_state(path: Path, state: State, config: TrainConfig) -> None:
-    """Put a checkpoint into a fresh state of the same shape.
+def load_state(path: Path, state: State) -> None:
+    """Put a checkpoint into a fresh state of the same shape; refuse_other_run comes first.
 
-    Errors: ValueError if the file is damaged, or belongs to a run with other settings
+    Errors: ValueError if the file is damaged, or of another shape
     """
-    tensors, metadata = read(path)
-    refuse_other_settings(json.loads(metadata["config"]), config, path)
-    shapes = [tuple(p.shape) for p in state.parameters]
-    found = [tuple(tensors[f"{i}.weight"].shape) for i in range(len(shapes)) if f"{i}.weight" in tensors]
-    if shapes != found:
-        raise ValueError(f"{path} holds adapters of another shape; give another --out, or remove the file")
+    _, _, step = read_about(path)
+    tensors = load(path.read_bytes())  # its size fits its header; not mapped, as the file is replaced while we train
+    shapes = {f"{i}.{kind}": p.shape for i, p in enumerate(state.parameters) for kind in ("weight", "average")}
+    if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        raise ValueError(f"{path} holds adapters of another shape; {ANEW}")
     with torch.no_grad():
         for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
             p.copy_(tensors[f"{i}.weight"])
@@ -54,52 +58,65 @@ def load_state(path: Path, state: State, config: TrainConfig) -> None:
         if match := re.fullmatch(r"(\d+)\.optimizer\.(\w+)", name):
             moments.setdefault(int(match[1]), {})[match[2]] = value
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
-    state.step = int(metadata["step"])
+    state.step = step
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint's tensors and metadata.
+def read_about(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Read a checkpoint's configuration, origin and step.
 
     Errors: ValueError if it is damaged or something else
     """
     try:
-        with safe_open(path, "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {str(error)[:80]}; remove it to start anew") from None
-    if not {"step", "config"} <= metadata.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py; give another --out, or remove it")
-    return tensors, metadata
+        _, metadata = read_header(path)  # compares the size with the header
+    except ValueError as error:
+        raise ValueError(f"{str(error).partition(';')[0]}; {ANEW}") from None
+    try:
+        return json.loads(metadata["config"]), json.loads(metadata["origin"]), int(metadata["step"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} is no checkpoint of train.py; {ANEW}") from None
 
 
-def refuse_other_settings(before: dict[str, Any], config: TrainConfig, path: Path) -> None:
-    """Refuse to go on with settings that would make it another run.
+def refuse_other_run(path: Path, config: TrainConfig, origin: dict[str, str]) -> None:
+    """Refuse to go on from a checkpoint with what would make it another run, before anything is loaded.
 
-    Errors: ValueError that names the first setting that differs
+    path: of the checkpoint; if there is none, anything may begin
+    Errors: ValueError that names the first setting that differs, with both values; or as read_about
     """
-    now = json.loads(json.dumps(saved(config)))
-    for name, value in now.items():
-        if name not in FREE and before.get(name) != value:
+    if not path.exists():
+        return
+    before, learnt, _ = read_about(path)
+    for name, value in json.loads(json.dumps(saved(config))).items():
+        other = learnt.get(name) != origin[name] if name in ORIGIN else before.get(name) != value
+        if other and name not in FREE:
+            same = " with other content" if before.get(name) == value else ""
             raise ValueError(
-                f"{path.parent} holds a run with {flag(name)} {before.get(name)}, not {value}; "
+                f"{path.parent} holds a run with {flag(name)} {before.get(name)}, not {value}{same}; "
                 "give the same settings to go on, or another --out"
             )
 
 
-def refuse_other_run(folder: Path, config: TrainConfig) -> None:
-    """Refuse a folder that holds a run with other settings, before anything is loaded; else write config.json there.
+def start_folder(folder: Path, config: TrainConfig) -> None:
+    """Make the folder of a run with its config.json, and clear away what a kill left half written.
 
-    Errors: ValueError as refuse_other_settings
+    Errors: OSError if that is impossible
     """
-    path = folder / "config.json"
-    if path.exists():
-        refuse_other_settings(json.loads(path.read_text())["config"], config, path)
-    else:
-        write_json({"config": saved(config)}, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.part")]:
+        left.unlink(missing_ok=True)
+    write_whole(folder / "config.json", json.dumps({"config": saved(config)}, indent=2) + "\n")
 
 
-def write_json(record: dict[str, Any], path: Path) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, in place of an earlier one.
+
+    Errors: OSError if the disk is full or read-only
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

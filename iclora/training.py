@@ -119,7 +119,7 @@ def draw(config: TrainConfig, step: int, count: int, layout: Layout) -> Drawn:
     count: examples in the batch
     """
     tokens = layout.tokens_high * layout.tokens_wide
-    generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
+    generator = torch.Generator("cpu").manual_seed((config.seed * 1_000_003 + step) % 2**63)
     t = draw_times(config.times, count, tokens, generator)
     dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
     kept = [draw_kept(layout.panels, generator) if config.condition == "clean" else () for _ in range(count)]
@@ -205,12 +205,15 @@ def train(
     after_step: Callable[[float], None],
     rank: int = 0,
     ranks: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train to config.steps from wherever the state is.
 
     config: with nothing left undecided
     after_step: is told the loss of every step, once the state is that of the step
     rank, ranks: of this process among those that share every batch
+    stop: is asked once a step; when it says yes in any process, this step is the last one in all of them
+    Errors: ValueError if the loss or its gradient is not finite; the state is that of the step before then
     """
     device = state.parameters[0].device
     while state.step < config.steps:
@@ -223,8 +226,14 @@ def train(
             part = flow_loss(flux, sets, own.noise.to(device), own.t.to(device)).sum() / len(examples)
             part.backward()
             loss += part.detach()
-        sum_over_processes([loss, *(p.grad for p in state.parameters)], ranks)
-        nn.utils.clip_grad_norm_(state.parameters, 1.0)
+        stopping = torch.full((), float(stop()), device=device)
+        sum_over_processes([loss, stopping, *(p.grad for p in state.parameters)], ranks)
+        norm = nn.utils.clip_grad_norm_(state.parameters, 1.0)
+        if not torch.isfinite(loss + norm):
+            raise ValueError(
+                f"training diverged: in step {state.step + 1} the loss is {float(loss):.4g}, its gradient "
+                f"{float(norm):.4g}; start anew with a lower --lr and another --out"
+            )
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, state.step)
         state.optimizer.step()
@@ -233,6 +242,8 @@ def train(
         torch._foreach_lerp_(state.average, [p.detach() for p in state.parameters], 1 - decay)
         state.step += 1
         after_step(float(loss))
+        if stopping:
+            return
 
 
 def parts(count: int, rank: int, ranks: int, accumulate: int) -> list[slice]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from toybox import generate, report, train_truth, truth
+from toybox import generate, report, scores, train_truth, truth
 from toybox.captions import joint_caption
 from toybox.world import POSITIONS, SCENES, random_set
 
@@ -50,9 +50,9 @@ def test_a_network_that_was_never_trained_reads_nothing_right_by_design():
     reader = truth.Reader().eval()
     panels = [panel for group in sets() for panel in group]
     with torch.no_grad():
-        found = truth.read(reader, report.tiles(report.to_tensors(sets())))
+        found = truth.read(reader, scores.tiles(scores.to_tensors(sets())))
     assert reader(torch.zeros(2, 3, 64, 64)).shape == (2, truth.OUTPUTS)
-    right = [report.position_right(r, p) for r, p in zip(found, panels, strict=True)]
+    right = [scores.position_right(r, p) for r, p in zip(found, panels, strict=True)]
     assert np.mean(right) < 0.5
 
 
@@ -84,10 +84,10 @@ def test_twins_have_the_same_caption_and_no_hidden_trait_in_common():
 def test_the_truth_scores_full_marks_and_another_set_does_not():
     ours, others = sets(6), sets(7)[1:]
     panels = [panel for group in ours for panel in group]
-    found = report.read_sets(Oracle(panels), torch.zeros(6, 3, 128, 128))
-    for name, score in report.TEXT_SCORES[1].items():
-        assert report.per_set(found, ours, score) == [1.0] * 6, name
-        assert np.mean(report.per_set(found, others, score)) < 0.9, name
+    found = scores.read_sets(Oracle(panels), torch.zeros(6, 3, 128, 128))
+    for name, score in scores.TEXT_SCORES[1].items():
+        assert scores.per_set(found, ours, score) == [1.0] * 6, name
+        assert np.mean(scores.per_set(found, others, score)) < 0.9, name
 
 
 def test_accuracy_counts_what_a_reader_gets_right():
@@ -102,26 +102,26 @@ def test_intervals_hold_the_mean_and_shrink_with_the_number_of_sets():
     rng = np.random.default_rng(0)
     few, many = rng.random(20) < 0.7, rng.random(2000) < 0.7
     for values in (few, many):
-        mean, low, high = report.interval(values)
+        mean, low, high = scores.interval(values)
         assert low <= mean <= high and mean == values.mean()
-    widths = [np.subtract(*report.interval(values)[:0:-1]) for values in (few, many)]
-    assert widths[1] < widths[0] / 4 and report.interval([1, 1, 1]) == (1, 1, 1)
+    widths = [np.subtract(*scores.interval(values)[:0:-1]) for values in (few, many)]
+    assert widths[1] < widths[0] / 4 and scores.interval([1, 1, 1]) == (1, 1, 1)
 
 
 def test_a_row_says_whether_its_bar_is_reached():
-    assert "| reached |" in report.row("a", [1, 1, 0, 1], bar=0.7)
-    assert "| **below** |" in report.row("a", [1, 1, 0, 1], bar=0.8)
+    assert "| reached |" in scores.row("a", [1, 1, 0, 1], bar=0.7)
+    assert "| **below** |" in scores.row("a", [1, 1, 0, 1], bar=0.8)
 
 
 def test_tiles_are_the_panels_in_reading_order_and_without_empties_one():
-    image = report.to_tensors(sets(2))
-    cut = report.tiles(report.without(image, 3))
+    image = scores.to_tensors(sets(2))
+    cut = scores.tiles(report.without(image, 3))
     assert torch.equal(cut[0], image[0, :, :64, :64]) and torch.equal(cut[1], image[0, :, :64, 64:])
     assert torch.equal(cut[7], image[1, :, 64:, 64:]) and not cut[2].any() and not cut[6].any()
 
 
 def test_batches_of_sets_keep_what_is_kept_and_repeat():
-    networks, image = generate.load_networks("tiny"), report.to_tensors(sets(3))
+    networks, image = generate.load_networks("tiny"), scores.to_tensors(sets(3))
     captions = [joint_caption(panels, 2, 2) for panels in sets(3)]
     kept = report.without(image, 2)
     made = generate.generate(networks, captions, (2, 2), [5, 6, 7], steps=2, kept=kept, masked=(2,), batch=2)

@@ -13,7 +13,7 @@ from model.position import grid_ids
 from model.text import TextEncoders, load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 from sampling.flow import euler, times
-from sampling.inpaint import keep_known
+from sampling.inpaint import keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
 
 from .sets import PANEL
@@ -52,6 +52,7 @@ def generate(
     guidance: float = 3.5,
     kept: Tensor | None = None,
     masked: tuple[int, ...] = (),
+    clean: bool = False,
     batch: int = 20,
 ) -> Tensor:
     """Make one set for each caption.
@@ -59,6 +60,7 @@ def generate(
     captions, seeds: N of each
     kept: (N, 3, h, w) in -1..1, composites whose masked panels are filled with 0
     masked: the panels that are generated, from 1; all of them if kept is not given
+    clean: feed kept panels clean at every step, as `--condition clean` trains it, instead of noised with the rest
     Returns (N, 3, h, w) in -1..1; kept panels are pasted over the decoded ones, as iclora does
     """
     layout = Layout(*grid, PANEL, PANEL)
@@ -66,13 +68,13 @@ def generate(
     for first in range(0, len(captions), batch):
         part = slice(first, first + batch)
         known = None if kept is None else kept[part]
-        made.append(_generate(networks, captions[part], layout, seeds[part], steps, guidance, known, masked))
+        made.append(_generate(networks, captions[part], layout, seeds[part], steps, guidance, known, masked, clean))
     return torch.cat(made)
 
 
 def _generate(
     networks: Networks, captions: list[str], layout: Layout, seeds: list[int], steps: int, guidance: float,
-    kept: Tensor | None, masked: tuple[int, ...],
+    kept: Tensor | None, masked: tuple[int, ...], clean: bool,
 ) -> Tensor:  # fmt: skip
     flux, count = networks.flux, len(captions)
     txt, vec = networks.text.encode(captions, networks.length)
@@ -87,7 +89,8 @@ def _generate(
         return flux(x, ids, txt, txt_ids, torch.full((count,), t), vec, scale)
 
     ts = times(steps, tokens=start.shape[1], shift=networks.shift)
-    x = euler(velocity, start, ts, keep_known(known, start, mask))
+    keep = keep_clean(known, mask) if clean else keep_known(known, start, mask)
+    x = euler(velocity, keep(start, 1.0), ts, keep)
     image = networks.autoencoder.decode(unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)).clamp(-1, 1)
     if kept is None:
         return image

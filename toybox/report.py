@@ -7,7 +7,7 @@ bootstrapped over sets: they cover sampling, not training. Then it draws the con
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,89 +22,18 @@ from sampling.images import to_picture
 from .captions import joint_caption
 from .generate import Networks, generate, load_networks
 from .measure import psnr, survival, tiling
-from .sets import PANEL, composite
+from .scores import HEAD, TEXT_SCORES, hidden_agreement, interval, per_set, read_sets, row, to_tensors
+from .sets import PANEL
 from .train_truth import draw_some, round_trip
-from .truth import Reader, Reading, groups, load_reader, read, same_hidden, turn
-from .world import FACES, POSITIONS, Panel, Subject, random_set
+from .truth import Reader, Reading, groups, load_reader, turn
+from .world import FACES, POSITIONS, Panel, random_set
 
+OPENING, CLOSING = "<!-- tables of toybox.report -->", "<!-- end of tables -->"
 SEED = 7_000_000  # far from the seeds of pretraining
 BARS = {
     "colour and shape": 0.90, "scene": 0.95, "position": 0.85, "same subject in all four": 0.85,
     "two subjects, colours unmixed": 0.75, "masked panel: its own scene": 0.90, "masked panel: kept subject": 0.85,
 }  # fmt: skip
-
-
-# pictures and tensors
-
-
-def to_tensors(sets: Sequence[tuple[Panel, ...]]) -> Tensor:
-    """Draw 2x2 sets: (N, 3, 128, 128) in -1..1."""
-    drawn = np.stack([composite(panels, 2, 2) for panels in sets])
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def tiles(image: Tensor) -> Tensor:
-    """The panels of 2x2 composites, in reading order: (N, 3, 128, 128) to (4N, 3, 64, 64)."""
-    return image.unflatten(2, (2, PANEL)).unflatten(4, (2, PANEL)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-
-
-def read_sets(reader: Reader, image: Tensor) -> list[list[Reading]]:
-    """Read the four panels of each composite."""
-    found = read(reader, tiles(image))
-    return [found[i : i + 4] for i in range(0, len(found), 4)]
-
-
-# scores of one panel, each 0 or 1
-
-
-def named_right(reading: Reading, subject: Subject, traits: Sequence[str]) -> bool:
-    """Whether somebody in the panel has these traits of the subject."""
-    return any(all(getattr(one, t) == getattr(subject, t) for t in traits) for one in reading.seen)
-
-
-def position_right(reading: Reading, panel: Panel) -> bool:
-    """Whether every subject stands where it should; subjects are told apart by shape."""
-    where = {one.shape: one.position for one in reading.seen}
-    return all(where.get(placed.subject.shape) == placed.position for placed in panel.placed)
-
-
-def hidden_agreement(reading: Reading, subject: Subject) -> dict[str, bool]:
-    """Which hidden traits of the subject the panel shows; all are missed if nobody has its shape."""
-    for one in reading.seen:
-        if one.shape == subject.shape:
-            return same_hidden(one, subject)
-    return dict.fromkeys(("face", "hue") if subject.pattern == "plain" else ("face", "hue", "angle", "spacing"), False)
-
-
-# tables
-
-
-def interval(values: Sequence[float], rounds: int = 1000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval; a value is the mean of one set."""
-    values = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1)
-    return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
-def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: float | None = None) -> str:
-    """One row of a table; the ceiling is what the reader says of true panels after the autoencoder."""
-    mean, low, high = interval(values)
-    verdict = "" if bar is None else ("reached" if mean >= bar else "**below**")
-    cells = [name, f"{mean:.1%}", f"{low:.1%} to {high:.1%}"]
-    cells += ["" if ceiling is None else f"{ceiling:.1%}", "" if bar is None else f"{bar:.0%}", verdict]
-    return "| " + " | ".join(cells) + " |"
-
-
-HEAD = ["| figure | reached | 95 % interval | ceiling | bar | |", "|---|---|---|---|---|---|"]
-
-
-def per_set(readings: list[list[Reading]], sets: Sequence, score: Callable[[Reading, Panel], float]) -> list[float]:
-    """The mean score of each set's panels."""
-    return [
-        float(np.mean([score(r, p) for r, p in zip(found, panels, strict=True)]))
-        for found, panels in zip(readings, sets, strict=True)
-    ]
 
 
 # the experiments
@@ -168,26 +97,6 @@ def from_text(networks: Networks, reader: Reader, count: int) -> list[str]:
             ]
             lines.append(row("same subject in all four", every, BARS["same subject in all four"]))
     return lines
-
-
-def unmixed(reading: Reading, panel: Panel) -> bool:
-    return all(named_right(reading, one.subject, ("shape", "colour")) for one in panel.placed)
-
-
-TEXT_SCORES: dict[int, dict[str, Callable[[Reading, Panel], float]]] = {
-    1: {
-        "colour and shape": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "colour")),
-        "pattern": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "pattern")),
-        "accessory": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "accessory")),
-        "scene": lambda r, p: r.scene == p.scene,
-        "position": position_right,
-    },
-    2: {
-        "two subjects, colours unmixed": unmixed,
-        "two subjects: scene": lambda r, p: r.scene == p.scene,
-        "two subjects: position": position_right,
-    },
-}  # fmt: skip
 
 
 def tensors_after(networks: Networks, image: Tensor) -> Tensor:
@@ -312,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--reader", type=Path, help="the trained reader; by default truth/ beside the model's files")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the contact sheets")
+    parser.add_argument("--document", type=Path, help="also write the tables between the marks in this file")
     parser.add_argument("--sets", type=int, default=200, help="sets of each experiment")
     parser.add_argument("--columns", type=int, default=6, help="sets on a contact sheet")
     args = parser.parse_args(argv)
@@ -326,24 +236,44 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(networks: Networks, reader: Reader, args: argparse.Namespace) -> None:
-    """Run every experiment, print its table, and write the contact sheets."""
+    """Run every experiment, print its table as it comes, write all of them down, and draw the contact sheets."""
     few = max(2, args.sets // 4)
-    for title, lines in (
-        (
-            "Autoencoder and reader (fresh panels / after the autoencoder)",
-            autoencoder_rows(networks, reader, args.sets),
+    experiments = {
+        "Autoencoder, and reader: fresh panels / after the autoencoder": lambda: autoencoder_rows(
+            networks, reader, args.sets
         ),
-        ("Hidden traits after the autoencoder, compared by pixels", survival(networks.autoencoder, few)),
-        ("Tiled decoding", tiling(networks.autoencoder, max(2, few // 4))),
-        ("Sets from text alone", from_text(networks, reader, args.sets)),
-        ("Panel 3 from the other three", from_kept(networks, reader, args.sets)),
-        ("Guidance", by_guidance(networks, reader, 2 * few)),
-        ("Borders between panels, in steps of 255", borders(networks, few)),
-    ):
-        print(f"\n### {title}\n\n" + "\n".join(lines), flush=True)
+        "Hidden traits after the autoencoder, compared by pixels": lambda: bullets(survival(networks.autoencoder, few)),
+        "Tiled decoding": lambda: bullets(tiling(networks.autoencoder, max(2, few // 4))),
+        "Sets from text alone": lambda: from_text(networks, reader, args.sets),
+        "Panel 3 from the other three": lambda: from_kept(networks, reader, args.sets),
+        "Guidance": lambda: by_guidance(networks, reader, 2 * few),
+        "Borders between panels, in steps of 255": lambda: bullets(borders(networks, few)),
+    }
+    tables = []
+    for title, run in experiments.items():
+        tables.append(f"### {title}\n\n" + "\n".join(run()) + "\n")
+        print(tables[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, masked in (("text-to-set", False), ("panel-3-from-the-others", True)):
         sheet(networks, args.columns, masked).save(args.out / f"{name}.png", optimize=True)
+    if args.document:
+        put_between(args.document, "\n".join(tables))
+
+
+def bullets(lines: list[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
+
+
+def put_between(path: Path, text: str) -> None:
+    """Replace what stands between the marks of a document.
+
+    Errors: ValueError if it has no marks
+    """
+    before, opening, rest = path.read_text().partition(OPENING)
+    _, closing, after = rest.partition(CLOSING)
+    if not closing:
+        raise ValueError(f"{path} has no place for tables; write {OPENING} and {CLOSING} there")
+    path.write_text(f"{before}{opening}\n{text}{closing}{after}")
 
 
 if __name__ == "__main__":

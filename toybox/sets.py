@@ -1,7 +1,12 @@
-"""The sets that pretraining sees: composites of every grid with their captions, drawn once and kept on disk."""
+"""The sets that pretraining sees: composites of every grid with their captions, drawn once and kept on disk.
 
+python -m toybox.sets writes the small demo sets of toybox.tasks, which are committed in sets/.
+"""
+
+import argparse
 import json
 import multiprocessing
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +94,16 @@ def load_sets(folder: Path, grid: tuple[int, int], count: int) -> tuple[Tensor, 
     """Give the first N = count pictures (N, 3, h, w) uint8 of a grid and their lists of captions."""
     with safe_open(folder / f"sets-{grid[0]}x{grid[1]}.safetensors", "pt") as file:
         return file.get_slice("pictures")[:count], json.loads(file.metadata()["captions"])[:count]
+
+
+def main(argv: list[str] | None = None) -> int:
+    from .tasks import write_tasks  # which builds on this module
+
+    parser = argparse.ArgumentParser(prog="python -m toybox.sets", description="Draw the demo sets.")
+    parser.add_argument("--out", type=Path, default=Path("sets"), help="folder that receives them")
+    write_tasks(parser.parse_args(argv).out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

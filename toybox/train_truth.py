@@ -21,9 +21,9 @@ from .training import Stage, Work, run
 from .truth import Reader, groups, labels
 from .world import draw, random_set
 
-STAGE = Stage("truth", steps=1600, batch=48, lr=2e-3, warmup=50, decay_from=0.2, ema=0.99)
-PANELS = 16_000
-DECODED = 5_000  # of them, also as the autoencoder gives them back
+STAGE = Stage("truth", steps=1000, batch=48, lr=2e-3, warmup=50, decay_from=0.2, ema=0.98)
+PANELS = 12_000
+DECODED = 2_000  # of them, also as the autoencoder gives them back
 SUBJECTS = (0.4, 0.28, 0.17, 0.15)  # chance of 1, 2, 3, 4 in a panel
 SEED = 3_000_000
 

@@ -1,0 +1,714 @@
+"""train.py as its users meet it: runs that are killed, stopped, resumed and shared, and what sample.py makes of them.
+
+The transformer and the autoencoder are small random ones; text encoders and tokenizers are those of the tiny model.
+"""
+
+import errno
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import iclora.feed
+import iclora.monitor
+import iclora.restart
+import iclora.training
+import model.lora
+import sample
+import train
+from iclora.cli import parse
+from iclora.config import SampleConfig, TrainConfig, flag, model_row, settle_training
+from iclora.feed import prepare
+from iclora.pipeline import Pipeline, resolve
+from model.autoencoder import AutoEncoder, AutoEncoderConfig
+from model.checkpoint import read_header, save_safetensors
+from model.flux import Flux, FluxConfig
+from model.lora import attach, save_lora, trainable
+from model.weights import find_model, load_flux, read_flux_config
+
+ROOT = Path(__file__).parents[1]
+FLAGS = (
+    "--data --grid --model --rank --targets --init-lora --condition --steps --batch --accumulate --lr --warmup --ema "
+    "--dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
+    "--dtype --out --config"
+)
+KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
+PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
+
+
+def make_model(folder):
+    """A model folder with a random transformer and autoencoder, beside the text encoders of the tiny model."""
+    folder.mkdir()
+    tiny = find_model("tiny")
+    shape = read_flux_config(tiny.flux)
+    torch.manual_seed(0)
+    small = FluxConfig(64, 64, shape.vec_in_dim, shape.context_in_dim, 32, 48, 1, 1, 1, (4, 14, 14), True)
+    save_safetensors(Flux(small).state_dict(), folder / "flux1-small.safetensors")
+    save_safetensors(AutoEncoder(AutoEncoderConfig(32, (1, 1, 1, 1), 1, 16)).state_dict(), folder / "ae.safetensors")
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        (folder / name).symlink_to(tiny.root.resolve() / name)
+
+
+def make_sets(folder, count=6, seed=0):
+    """Sets of two panels of 32 pixels; the second panel is the first one turned around."""
+    folder.mkdir()
+    (folder / "set.json").write_text('{"grid": "1x2"}')
+    draw = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        panel = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+        (folder / str(number)).mkdir()
+        panel.save(folder / str(number) / "1.png")
+        panel.transpose(Image.Transpose.ROTATE_180).save(folder / str(number) / "2.png")
+        (folder / str(number) / "caption.txt").write_text(f"[IMAGE1] picture {number}, [IMAGE2] the same turned around")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with model/, sets/ and runs/, whose cache all runs share; one thread, as in the processes."""
+    folder, threads = tmp_path_factory.mktemp("world"), torch.get_num_threads()
+    make_model(folder / "model")
+    make_sets(folder / "sets")
+    torch.set_num_threads(1)
+    import transformers.models.clip.modeling_clip
+    import transformers.models.t5.modeling_t5  # noqa: F401
+
+    gc.freeze()  # what is imported, so that the collection after every encoder takes no time
+    yield folder
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def command(world, out, *flags, steps=6):
+    more = ["--steps", str(steps), "--batch", "2", "--rank", "2", "--panel-size", "32", "--dropout", "0.3"]
+    more += ["--save-every", "2", "--sample-every", "0", "--device", "cpu", "--lr", "0.01", "--warmup", "2"]
+    return ["--data", str(world / "sets"), "--model", str(world / "model"), "--out", str(out), *more, *flags]
+
+
+def go(world, out, *flags, **more):
+    return train.main(command(world, out, *flags, **more))
+
+
+@pytest.fixture
+def out(world):
+    """A folder for a run, beside the shared cache."""
+    (world / "runs").mkdir(exist_ok=True)
+    return world / "runs" / str(len(os.listdir(world / "runs")))
+
+
+def beside(out, name):
+    """Another folder for a run that shares the cache."""
+    return out.with_name(f"{out.name}-{name}")
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """A run of 6 steps that nothing interrupted."""
+    assert go(world, world / "runs" / "whole") == 0
+    return world / "runs" / "whole"
+
+
+def files(folder):
+    """The bytes of all files in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+
+
+def steps_of(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys):
+    """The one line on stderr of a failure; lines that are no errors may come before it."""
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and not any("Traceback" in other or "error" in other for other in before)
+    return line
+
+
+# the command line
+
+
+def test_the_flags_are_frozen_so_that_a_new_one_is_a_decision():
+    assert [flag(field.name) for field in fields(TrainConfig)] == FLAGS.split()
+
+
+def test_help_lists_every_knob_once(capsys):
+    assert train.main(["--help"]) == 0
+    words = capsys.readouterr().out.split("\noptions:\n")[1].split()
+    listed = [word for word in words if word.startswith("--") and word != "--help"]
+    assert listed == FLAGS.split()
+
+
+def test_a_typo_is_answered_without_waiting_for_torch():
+    code = "import sys, train; status = train.main(['--stpes']); print(status, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "error: --stpes is unknown; did you mean --steps? see --help for all flags\n"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--lr", "nan"], "--lr nan is out of range; use 0 to 1"),
+    (["--lr", "fast"], "--lr 'fast' is not a number"),
+    (["--rank", "0"], "--rank 0 is out of range; use 1 to 4096"),
+    (["--ema", "1"], "--ema 1.0 is out of range"),
+    (["--condition", "cleen"], "--condition 'cleen' is unknown; did you mean clean?"),
+    (["--times", "log"], "--times 'log' is unknown"),
+    (["--model", "flux-nowhere"], "there is no model 'flux-nowhere'"),
+    (["--model", "{sets}"], "sets lacks flux1-*.safetensors"),
+    (["--batch", "4", "--accumulate", "3"], "a batch of 4 cannot be cut for 1 processes and --accumulate 3"),
+    (["--targets", "attention"], "LoRA target 'attention' means no Linear of this model; did you mean"),
+    (["--init-lora", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),
+    (["--init-lora", "{model}/ae.safetensors"], "holds a FLUX.1 autoencoder, not a LoRA"),
+    (["--grid", "2by2"], "grid '2by2' is not ROWSxCOLS"),
+    (["--grid", "3x1"], "has 2 panels, but its 3x1 grid takes 3"),
+    (["--data", "nowhere"], "there is no folder 'nowhere'; --data takes"),
+    (["--data", "{empty}"], "holds no sets"),
+    (["--data", "{broken}"], "2.png"),
+    (["--data", "{model}/ae.safetensors"], "--data takes one with pictures"),
+    (["--config", "{model}/ae.safetensors"], "it is damaged or no JSON"),
+    (["--config", "{sets}/set.json"], "holds no configuration"),
+    (["--config", "{sample}"], "sets 'mask', which is unknown"),
+    (["--out", "{model}/ae.safetensors"], "ae.safetensors is no folder; choose another folder"),
+    (["--out", "{model}/ae.safetensors/run"], "ae.safetensors is no folder; choose another folder"),
+    (["--out", "a\0b"], "choose another folder"),
+    (["--out", "a" * 300], "choose another folder"),
+    (["--device", "mps"], "--device mps is not available"),
+], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(world, out, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    places = {name: tmp_path / name for name in ("empty", "broken", "sample")}
+    places["empty"].mkdir()
+    shutil.copytree(world / "sets", places["broken"])
+    (places["broken"] / "3" / "2.png").write_bytes(b"no picture")
+    places["sample"].write_text(json.dumps({"config": {"mask": "all"}}))
+    places |= {"sets": world / "sets", "model": world / "model"}
+    before = files(world / "model")["ae.safetensors"]
+    assert go(world, out, *(text.format(**places) for text in flags)) == 2
+    assert message in refused(capsys)
+    assert not out.exists() and files(world / "model")["ae.safetensors"] == before
+
+
+def test_bad_input_costs_an_earlier_run_nothing(world, whole, tmp_path, capsys):
+    before = files(whole)
+    for flags in (["--lr", "nan"], ["--data", "nowhere"], ["--targets", "x"], ["--model", "no"], ["--accumulate", "9"]):
+        assert go(world, whole, *flags) == 2
+    assert files(whole) == before and len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_a_folder_that_cannot_be_written_is_refused(world, out, capsys, monkeypatch):
+    out.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out)
+    assert go(world, out) == 2
+    assert f"{out} is not writable; choose another folder" in refused(capsys) and not files(out)
+
+
+def test_encoders_of_another_model_are_refused(world, out, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "m", symlinks=True)
+    other = FluxConfig(64, 64, 7, 9, 32, 48, 1, 1, 1, (4, 14, 14), True)
+    save_safetensors(Flux(other).state_dict(), tmp_path / "m" / "flux1-small.safetensors")
+    assert go(world, out, "--model", str(tmp_path / "m")) == 2
+    assert "but its transformer takes 9 and 7; use the encoders that belong to it" in refused(capsys)
+
+
+def test_running_out_of_memory_is_one_line(world, out, capsys, monkeypatch):
+    def hungry(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(iclora.training, "flow_loss", hungry)
+    assert go(world, out) == 2
+    assert "memory ran out; try --checkpointing" in refused(capsys)
+
+
+# what is written
+
+
+def test_a_run_writes_checkpoint_lora_metrics_curve_and_settings(whole):
+    assert sorted(files(whole)) == sorted(KEPT)
+    assert steps_of(whole) == [1, 2, 3, 4, 5, 6]
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    picture = Image.open(whole / "loss.png").convert("RGB")
+    assert len(picture.getcolors(2**20)) > 3
+
+
+def test_the_lora_file_says_what_it_is(whole):
+    tensors, about = read_header(whole / "lora.safetensors")
+    told = {name: about[f"iclora.{name}"] for name in ("method", "condition", "base", "grids", "steps")}
+    assert told == {"method": "in-context-lora", "condition": "none", "base": "model", "grids": "1x2", "steps": "6"}
+    assert {stored.dtype for stored in tensors.values()} == {"BF16"}
+
+
+def test_the_lora_file_holds_the_average_and_not_the_last_weights(world, whole, tmp_path):
+    config = parse(TrainConfig, ["--config", str(whole / "config.json")], "")
+    tensors = load_file(whole / "checkpoint.safetensors")
+    flux = load_flux(find_model(str(world / "model")).flux, dtype=torch.float32)
+    attach(flux, config.targets, config.rank)
+    about = read_header(whole / "lora.safetensors")[1]
+    for kind, same in (("weight", False), ("average", True)):
+        with torch.no_grad():
+            for i, p in enumerate(trainable(flux)):
+                p.copy_(tensors[f"{i}.{kind}"])
+        save_lora(flux, tmp_path / kind, metadata=about)
+        assert ((tmp_path / kind).read_bytes() == (whole / "lora.safetensors").read_bytes()) == same
+
+
+def test_the_settings_beside_a_run_repeat_it(world, whole, out):
+    assert train.main(["--config", str(whole / "config.json"), "--out", str(out)]) == 0
+    assert files(out) == files(whole)
+
+
+def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
+    before = files(whole)
+    assert go(world, whole) == 0
+    assert files(whole) == before and "this run is finished" in capsys.readouterr().err
+
+
+def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal(world, out, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert go(world, out) == 0
+    err = capsys.readouterr().err
+    bars = [part for part in err.split("\r") if "step " in part]
+    assert len(bars) == 6 and all(word in bars[2] for word in ("step 3/6, loss ", " steps a second, ", " left"))
+    assert bars[-1].split("\n")[0].endswith("left\x1b[K") and "0:00:00 left" in bars[-1]
+
+
+def test_sheets_of_samples_are_the_same_for_the_same_weights(world, out):
+    for name in ("a", "b"):
+        assert go(world, beside(out, name), "--sample-every", "2", steps=1) == 0
+    first = Image.open(beside(out, "a") / "sheet-000001.png").convert("RGB")
+    assert first.size == (64, 2 * 32 + 4), "one held-out composite of 64x32 above the original"
+    assert len(first.crop((0, 0, 64, 32)).getcolors(2**20)) > 50
+    assert len(first.crop((0, 36, 64, 68)).getcolors(2**20)) > 50
+    assert files(beside(out, "a"))["sheet-000001.png"] == files(beside(out, "b"))["sheet-000001.png"]
+
+
+def test_without_held_out_sets_there_is_no_validation_and_the_sheet_shows_trained_ones(world, out):
+    assert go(world, out, "--holdout", "0", "--sample-every", "2", steps=2) == 0
+    assert "validation" not in (out / "metrics.jsonl").read_text()
+    assert Image.open(out / "sheet-000002.png").size == (2 * 64 + 4, 68), "the two sets of the first batch"
+
+
+def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
+    shutil.copy(whole / "lora.safetensors", world / "start.safetensors")
+    assert go(world, out, "--init-lora", str(world / "start.safetensors"), "--lr", "0", steps=1) == 0
+    assert "starting from start.safetensors: diffusers names" in capsys.readouterr().err
+    before, after = (model.lora.read_lora(path / "lora.safetensors") for path in (whole, out))
+    assert before.stored.keys() == after.stored.keys()
+    assert all(load_file(out / "checkpoint.safetensors")[f"{i}.weight"].any() for i in range(4)), "ups are not fresh"
+
+
+# killed, stopped, resumed
+
+
+class Killed(BaseException):
+    """Ends a run in the middle, as no handler expects it."""
+
+
+def killing(real, when):
+    """Calls the real function, but is killed the given time."""
+    calls = []
+
+    def function(*args, **more):
+        calls.append(args)
+        if len(calls) == when:
+            raise Killed
+        return real(*args, **more)
+
+    return function
+
+
+PLACES = {
+    "in a step": (iclora.training, "flow_loss", 4),
+    "before the first checkpoint": (iclora.training, "flow_loss", 2),
+    "before anything": (iclora.restart, "write_whole", 1),
+    "while the checkpoint gets its name": (os, "replace", 4),
+    "after the checkpoint": (model.lora, "save_lora", 2),
+    "in the last lora": (model.lora, "save_lora", 3),
+    "while the curve is drawn": (iclora.monitor, "draw_curve", 2),
+    "between the moments and the average": (torch, "_foreach_lerp_", 4),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_and_resumed_run_ends_in_the_same_bytes(world, whole, out, monkeypatch, place):
+    owner, name, when = PLACES[place]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, killing(getattr(owner, name), when))
+        go(world, out)
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+def test_so_does_one_with_clean_panels_and_parts(world, clean, out, monkeypatch):
+    flags = ["--condition", "clean", "--accumulate", "2"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(iclora.training, "flow_loss", killing(iclora.training.flow_loss, 6))
+        go(world, out, *flags)
+    assert go(world, out, *flags) == 0
+    assert files(out) == files(clean.parent)
+
+
+def test_a_raised_number_of_steps_goes_on_to_the_same_bytes(world, whole, out):
+    assert go(world, out, steps=3) == 0
+    assert go(world, out) == 0
+    assert {name: data for name, data in files(out).items() if name in KEPT[:2]} == {
+        name: files(whole)[name] for name in KEPT[:2]
+    }
+    assert steps_of(out) == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_settings_in_the_folder_of_a_run_are_refused_by_name(world, whole, capsys):
+    before = files(whole)
+    for flags, message in {
+        ("--rank", "4"): "holds a run with --rank 2, not 4; give the same settings to go on, or another --out",
+        ("--lr", "0.5"): "with --lr 0.01, not 0.5;",
+        ("--condition", "clean"): "with --condition none, not clean;",
+        ("--targets", "attn"): "with --targets all-linear, not attn;",
+    }.items():
+        assert go(world, whole, *flags) == 2
+        assert message in refused(capsys)
+    assert files(whole) == before
+
+
+def test_other_sets_under_the_same_name_are_refused(world, out, tmp_path, capsys):
+    shutil.copytree(world / "sets", tmp_path / "sets")
+    assert go(world, out, "--data", str(tmp_path / "sets"), steps=2) == 0
+    shutil.move(tmp_path / "sets", tmp_path / "moved")
+    assert go(world, out, "--data", str(tmp_path / "moved"), steps=3) == 0, "moved, but the same"
+    (tmp_path / "moved" / "0" / "caption.txt").write_text("[IMAGE1] another [IMAGE2] caption")
+    capsys.readouterr()
+    assert go(world, out, "--data", str(tmp_path / "moved"), steps=4) == 2
+    assert "moved with other content; give the same settings to go on" in refused(capsys)
+
+
+def test_a_mistake_leaves_nothing_that_would_refuse_the_next_attempt(world, out):
+    assert go(world, out, "--rank", "4", "--data", "nowhere") == 2
+    assert go(world, out, steps=1) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bytes(world, whole, out, capsys, monkeypatch, number):
+    real, calls = iclora.training.flow_loss, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(iclora.training, "flow_loss", stopped)
+        assert go(world, out) == 130
+    assert refused(capsys) == "error: stopped after step 3 of 6; the same command goes on there"
+    assert signal.getsignal(number) is handler
+    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 3 and steps_of(out) == [1, 2, 3]
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+def test_a_second_interruption_stops_at_once_and_keeps_the_last_checkpoint(world, whole, out, capsys, monkeypatch):
+    real, calls = torch._foreach_lerp_, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_lerp_", stopped)
+        assert go(world, out) == 130
+    assert refused(capsys) == "error: interrupted; the same command goes on from the last checkpoint"
+    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+def test_a_full_disk_is_one_line_and_loses_no_earlier_checkpoint(world, whole, out, capsys, monkeypatch):
+    real, calls = os.replace, []
+
+    def full(source, target):
+        calls.append(target)
+        if len([name for name in calls if Path(name).name == "checkpoint.safetensors"]) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert go(world, out) == 2
+    assert "No space left on device" in refused(capsys)
+    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert not [name for name in files(out) if name.startswith(".")]
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+# processes of their own
+
+
+TRAIN = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
+
+
+def start(world, out, *flags, code=TRAIN, env=None, **more):
+    argv = [sys.executable, "-c", code, *command(world, out, *flags, **more)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
+
+
+LONG = ["--save-every", "10"]
+HIT = """
+import os, sys, train
+import iclora.training, model.checkpoint, model.lora
+real, calls = {place}, []
+def hit(*args, **more):
+    calls.append(args)
+    if len(calls) == {when}:
+        os.kill(os.getpid(), {number})
+    return real(*args, **more)
+{place} = hit
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def hit(place, when, number=signal.SIGKILL):
+    """Code that trains, and sends itself a signal when something is called the given time."""
+    return HIT.format(place=place, when=when, number=int(number))
+
+
+def test_killed_processes_end_in_the_same_bytes_and_one_that_is_stopped_too(world, out):
+    assert go(world, beside(out, "whole"), *LONG, steps=40) == 0
+    folder = beside(out, "killed")
+    codes = [hit("os.replace", 6), hit("iclora.training.flow_loss", 17), hit("iclora.training.flow_loss", 4, 2)]
+    steps, said = [], []
+    for code in codes:
+        process = start(world, folder, *LONG, steps=40, code=code)
+        said.append((process.communicate()[1].splitlines()[-1], process.returncode))
+        steps.append((iclora.restart.read_about(folder / "checkpoint.safetensors")[2], steps_of(folder)[-1]))
+        scraps = [name.split(".")[1] for name in files(folder) if name.endswith(".tmp")]
+        assert scraps == (["checkpoint"] if code is codes[0] else []), "the second one was not named yet"
+    assert [status for _, status in said] == [-signal.SIGKILL, -signal.SIGKILL, 130]
+    assert steps == [(10, 20), (20, 21), (24, 24)]
+    assert said[2][0] == "error: stopped after step 24 of 40; the same command goes on there"
+    assert go(world, folder, *LONG, steps=40) == 0
+    assert files(folder) == files(beside(out, "whole"))
+
+
+def wait_for_step(process, out, step):
+    """Waits until a run has noted a step; False if it ended before."""
+    path = out / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= step:
+            return True
+        time.sleep(0.002)
+    return False
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_end_in_the_same_bytes(world, out):
+    steps, draw, inside = 1200, random.Random(0), 0
+    assert go(world, beside(out, "whole"), *LONG, steps=steps) == 0
+    folder = beside(out, "killed")
+    for number in range(20):
+        if number % 2:
+            place = draw.choice(["os.replace", "os.fsync", "model.checkpoint.save_file"])
+            process = start(world, folder, *LONG, steps=steps, code=hit(place, draw.randint(3, 9)))
+        else:
+            process = start(world, folder, *LONG, steps=steps)
+            done = steps_of(folder)[-1] if (folder / "metrics.jsonl").exists() else 0
+            assert wait_for_step(process, folder, done + draw.randint(1, 60))
+            time.sleep(0.01 * draw.random())
+            process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        inside += any(name.endswith(".tmp") for name in files(folder))
+    assert inside >= 3, "some were inside a save"
+    assert go(world, folder, *LONG, steps=steps) == 0
+    assert files(folder) == files(beside(out, "whole"))
+    assert steps_of(folder) == list(range(1, steps + 1))
+
+
+def together(world, out, *flags, codes=(TRAIN, TRAIN), **more):
+    """Runs two processes as torchrun would start them; returns their statuses and what each says last."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        start(world, out, *flags, code=code, env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **more)
+        for rank, code in enumerate(codes)
+    ]
+    said = [process.communicate(timeout=600)[1].splitlines()[-1:] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def compare(folder, other):
+    """How far two runs are apart, relative to the size of all weights, averages and moments of each kind."""
+    a, b = (load_file(path / "checkpoint.safetensors") for path in (folder, other))
+    assert a.keys() == b.keys()
+    far = {}
+    for kind in ("weight", "average", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
+        names = [name for name in a if name.endswith(f".{kind}")]
+        one, two = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (a, b))
+        far[kind] = float((one - two).norm() / two.norm())
+    return max(far.values())
+
+
+def test_two_processes_equal_one_stop_together_and_their_checkpoint_resumes_on_one(world, whole, out):
+    interrupted = hit("iclora.training.flow_loss", 3, 2)  # the second process alone, and in its third step
+    status, said = together(world, out, codes=(TRAIN, interrupted))
+    assert status == [130, 130] and said[0] == said[1], said
+    assert said[0] == ["error: stopped after step 3 of 6; the same command goes on there"]
+    assert steps_of(out) == [1, 2, 3]
+    assert go(world, beside(out, "one"), steps=3) == 0
+    assert compare(out, beside(out, "one")) < 1e-5
+    assert go(world, out) == 0
+    assert steps_of(out) == [1, 2, 3, 4, 5, 6]
+    assert compare(out, whole) < 1e-5
+    losses = [[json.loads(row)["loss"] for row in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, whole)]
+    assert np.allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_two(world, whole, out):
+    assert go(world, out, steps=2) == 0
+    status, said = together(world, out)
+    assert status == [0, 0] and said[1] == [], said
+    assert compare(out, whole) < 1e-5
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(world, out, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert go(world, out, "--batch", "3") == 2
+    assert "a batch of 3 cannot be cut for 2 processes" in refused(capsys) and not out.exists()
+
+
+# memory, conditioning
+
+
+def test_recomputing_activations_ends_in_the_same_weights(world, whole, out):
+    assert go(world, out, "--checkpointing") == 0
+    assert compare(out, whole) < 1e-5
+
+
+def test_pixels_of_masked_panels_never_reach_the_kept_latents(world, tmp_path):
+    """The whole way: files, cache, feed."""
+    files_of_model = find_model(str(world / "model"))
+    shape = read_flux_config(files_of_model.flux)
+    known = []
+    for name in ("before", "after"):
+        make_sets(tmp_path / name, count=2)
+        if name == "after":
+            Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0" / "2.png")
+        argv = command(world, tmp_path / "run", "--condition", "clean", "--data", str(tmp_path / name))
+        config = settle_training(parse(TrainConfig, argv, ""), model_row(shape), "cpu")
+        feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None)
+        ((layout, examples),) = [(feed.layouts[0], feed.trained[0][:1])]
+        known.append([feed.sets(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
+    left, right, none = zip(*known, strict=True)
+    assert torch.equal(left[0].known, left[1].known)
+    assert not torch.equal(right[0].known, right[1].known), "panel 2 was changed, and here it is kept"
+    assert not none[0].known.any() and none[0].generated.all()
+    assert left[0].generated.flatten().tolist() == [False, False, True, True] * 2
+    assert not torch.equal(left[0].z[..., :4], left[1].z[..., :4]), "else nothing could leak and the test not fail"
+
+
+# what sample.py makes of the file
+
+
+@pytest.fixture(scope="module")
+def clean(world):
+    """A run that learnt from clean panels, in parts."""
+    assert go(world, world / "runs" / "clean", "--condition", "clean", "--accumulate", "2") == 0
+    return world / "runs" / "clean" / "lora.safetensors"
+
+
+def pipeline(world, *loras, **more):
+    settings = {"grid": "1x2", "panel_size": "32", "steps": 3, "prompt": PROMPT, "device": "cpu", **more}
+    config = SampleConfig(model=str(world / "model"), lora=tuple(map(str, loras)), **settings)
+    said = []
+    return Pipeline(resolve(config, said.append), said.append), said
+
+
+def velocity(networks):
+    x = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return networks.velocity()(x, 0.5)
+
+
+def test_the_lora_changes_the_sampler_by_its_strength(world, whole):
+    path = whole / "lora.safetensors"
+    loras = ([], [f"{path}:0"], [f"{path}:.5"], [path])
+    base, none, half, full = (velocity(pipeline(world, *lora)[0]) for lora in loras)
+    assert (none - base).abs().max() < 1e-6
+    assert (full - base).abs().max() > 1e-3
+    assert 0.3 < float((half - base).norm() / (full - base).norm()) < 0.7
+    assert "lora.safetensors: diffusers names" in " ".join(pipeline(world, path)[1])
+
+
+def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
+    assert go(world, out, "--lr", "0", steps=1) == 0
+    assert torch.equal(velocity(pipeline(world, out / "lora.safetensors")[0]), velocity(pipeline(world)[0]))
+
+
+def inputs_of(networks):
+    """What the transformer gets in every step: (steps, I, 64)."""
+    seen, real = [], networks.flux.forward
+    networks.flux.forward = lambda x, *more: seen.append(x.clone()) or real(x, *more)
+    networks.sample(0, lambda *_: None)
+    return torch.cat(seen)
+
+
+def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, clean, whole):
+    panel = str(world / "sets" / "0" / "1.png")
+    for path, stays in ((clean, True), (whole / "lora.safetensors", False)):
+        networks, _ = pipeline(world, path, mask="2", panels=(panel,))
+        seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+        same = [torch.equal(x[kept], networks.data[0, kept]) for x in seen]
+        assert len(same) == 3 and all(same) == stays and any(same) == stays
+        assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+
+
+def test_the_sheet_of_a_clean_run_keeps_the_first_panel(world, out, monkeypatch):
+    calls, real = [], iclora.monitor.keep_clean
+    monkeypatch.setattr(iclora.monitor, "keep_clean", lambda *args: calls.append(args) or real(*args))
+    assert go(world, out, "--condition", "clean", "--sample-every", "2", steps=2) == 0
+    ((known, mask),) = calls
+    assert mask.flatten().tolist() == [0, 0, 1, 1] * 2 and known.abs().max() > 0
+
+
+def test_sample_py_takes_the_file_with_and_without_a_strength(world, clean, tmp_path, capsys):
+    argv = ["--model", str(world / "model"), "--grid", "1x2", "--panel-size", "32", "--steps", "1", "--prompt", PROMPT]
+    argv += ["--device", "cpu", "--out", str(tmp_path / "out")]
+    for number, text in enumerate((f"{clean}", f"{clean}:0.8"), start=1):
+        assert sample.main([*argv, "--lora", text]) == 0
+        record = json.loads((tmp_path / "out" / f"000{number}.json").read_text())
+        assert record["config"]["lora"] == [f"{clean}:{0.8 if number == 2 else 1:g}"]
+    capsys.readouterr()
+    before = files(tmp_path / "out")
+    for text, message in {
+        "nowhere.safetensors": "'nowhere.safetensors': there is no such file",
+        "nowhere.safetensors:0.5": "'nowhere.safetensors': there is no such file",
+        f"{clean}:strong": "'strong' is no strength; use 0.8",
+        f"{clean}:nan": "strength nan is out of range",
+        f"{clean}:1e9": "strength 1e+09 is out of range; 1 is as trained",
+        f"{world / 'model' / 'ae.safetensors'}": "holds a FLUX.1 autoencoder, not a LoRA",
+    }.items():
+        assert sample.main([*argv, "--lora", text]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert files(tmp_path / "out") == before

@@ -1,0 +1,107 @@
+"""Scores of panels as the reader sees them, and tables of them with bootstrap intervals."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sets import PANEL, composite
+from .truth import Reader, Reading, read, same_hidden
+from .world import Panel, Subject
+
+# pictures and tensors
+
+
+def to_tensors(sets: Sequence[tuple[Panel, ...]]) -> Tensor:
+    """Draw 2x2 sets: (N, 3, 128, 128) in -1..1."""
+    drawn = np.stack([composite(panels, 2, 2) for panels in sets])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tiles(image: Tensor) -> Tensor:
+    """The panels of composites, in reading order: (N, 3, 64 rows, 64 cols) to (N * rows * cols, 3, 64, 64)."""
+    cut = image.unflatten(3, (-1, PANEL)).unflatten(2, (-1, PANEL))  # (N, 3, rows, 64, cols, 64)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def read_sets(reader: Reader, image: Tensor) -> list[list[Reading]]:
+    """Read the four panels of each composite."""
+    found = read(reader, tiles(image))
+    return [found[i : i + 4] for i in range(0, len(found), 4)]
+
+
+# scores of one panel, each 0 or 1
+
+
+def named_right(reading: Reading, subject: Subject, traits: Sequence[str]) -> bool:
+    """Whether somebody in the panel has these traits of the subject."""
+    return any(all(getattr(one, t) == getattr(subject, t) for t in traits) for one in reading.seen)
+
+
+def position_right(reading: Reading, panel: Panel) -> bool:
+    """Whether every subject stands where it should; subjects are told apart by shape."""
+    where = {one.shape: one.position for one in reading.seen}
+    return all(where.get(placed.subject.shape) == placed.position for placed in panel.placed)
+
+
+def hidden_agreement(reading: Reading, subject: Subject) -> dict[str, bool]:
+    """Which hidden traits of the subject the panel shows; all are missed if nobody has its shape."""
+    for one in reading.seen:
+        if one.shape == subject.shape:
+            return same_hidden(one, subject)
+    return dict.fromkeys(("face", "hue") if subject.pattern == "plain" else ("face", "hue", "angle", "spacing"), False)
+
+
+# tables
+
+
+def interval(values: Sequence[float], rounds: int = 1000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval; a value is the mean of one set."""
+    values = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1)
+    return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: float | None = None) -> str:
+    """One row of a table; the ceiling is what the reader says of true panels after the autoencoder."""
+    mean, low, high = interval(values)
+    verdict = "" if bar is None else ("reached" if mean >= bar else "**below**")
+    cells = [name, f"{mean:.1%}", f"{low:.1%} to {high:.1%}"]
+    cells += ["" if ceiling is None else f"{ceiling:.1%}", "" if bar is None else f"{bar:.0%}", verdict]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = ["| figure | reached | 95 % interval | ceiling | bar | |", "|---|---|---|---|---|---|"]
+
+
+def per_set(readings: list[list[Reading]], sets: Sequence, score: Callable[[Reading, Panel], float]) -> list[float]:
+    """The mean score of each set's panels."""
+    return [
+        float(np.mean([score(r, p) for r, p in zip(found, panels, strict=True)]))
+        for found, panels in zip(readings, sets, strict=True)
+    ]
+
+
+# what is scored in sets from text, by the number of subjects
+
+
+def unmixed(reading: Reading, panel: Panel) -> bool:
+    return all(named_right(reading, one.subject, ("shape", "colour")) for one in panel.placed)
+
+
+TEXT_SCORES: dict[int, dict[str, Callable[[Reading, Panel], float]]] = {
+    1: {
+        "colour and shape": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "colour")),
+        "pattern": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "pattern")),
+        "accessory": lambda r, p: named_right(r, p.placed[0].subject, ("shape", "accessory")),
+        "scene": lambda r, p: r.scene == p.scene,
+        "position": position_right,
+    },
+    2: {
+        "two subjects, colours unmixed": unmixed,
+        "two subjects: scene": lambda r, p: r.scene == p.scene,
+        "two subjects: position": position_right,
+    },
+}  # fmt: skip
