@@ -14,7 +14,7 @@ from sampling.images import FIT_RULES
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
-    "--grid --mask --panels --set --prompt --panel-prompt --preset --model --steps --guidance --seed --num "
+    "--grid --mask --panels --set --prompt --panel-prompt --preset --model --steps --guidance --seed --num --lora "
     "--panel-size --strength --fit --device --dtype --tile --out --config"
 )
 

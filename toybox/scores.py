@@ -40,7 +40,9 @@ def named_right(reading: Reading, subject: Subject, traits: Sequence[str]) -> bo
 
 
 def position_right(reading: Reading, panel: Panel) -> bool:
-    """Whether every subject stands where it should; subjects are told apart by shape."""
+    """Whether every subject stands where it should; of several, subjects are told apart by shape."""
+    if len(panel.placed) == 1:
+        return [one.position for one in reading.seen] == [panel.placed[0].position]
     where = {one.shape: one.position for one in reading.seen}
     return all(where.get(placed.subject.shape) == placed.position for placed in panel.placed)
 

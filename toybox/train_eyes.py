@@ -143,7 +143,7 @@ def text_tensors(files: ModelFiles) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def whiten(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 2000) -> None:
+def whiten(clip: CLIPModel, tokenizer: CLIPTokenizer, count: int = 1000) -> None:
     """Start the text projection where captions have no mean and the same spread in every direction.
 
     In the locked tower's vector, scene and colour spread 20 times as far as shape and accessory, which would
