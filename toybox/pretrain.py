@@ -59,7 +59,7 @@ def pretrain(args: argparse.Namespace) -> None:
         text = train_encoders(stages, pictures, captions, tokenizers, work)
 
     print("encoding pictures and captions", flush=True)
-    data = train_flow.Data(train_flow.prepare_latents(autoencoder, pictures, work), captions, text)
+    data = train_flow.Data(train_flow.prepare_latents(autoencoder, pictures, work), captions, text, work.seed)
     del drawn, pictures
     torch.manual_seed(work.seed)
     flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True) if files else train_flow.new_flux()

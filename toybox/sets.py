@@ -57,6 +57,12 @@ def plan_chunk(job: tuple[int, int, int, int]) -> list[tuple[tuple[Panel, ...], 
     return planned
 
 
+def plan_sets(grid: tuple[int, int], count: int, seed: int) -> list[tuple[Panel, ...]]:
+    """Decide the panels of the first sets of a grid again, as they were decided when they were drawn."""
+    chunks = range(-(-count // CHUNK))
+    return [panels for chunk in chunks for panels, _ in plan_chunk((*grid, chunk, seed))][:count]
+
+
 def draw_chunk(job: tuple[int, int, int, int]) -> tuple[np.ndarray, list[list[str]]]:
     """Draw the sets of one job: (CHUNK, 3, h, w) uint8, and their captions."""
     planned = plan_chunk(job)

@@ -93,16 +93,24 @@ def panel_of(ids: Tensor, tokenizer: T5Tokenizer) -> Tensor:
     return torch.isin(ids, markers).long().cumsum(dim=1).clamp(max=4) * inside
 
 
+def wrong_facts(logits: Tensor, told: Tensor) -> Tensor:
+    """The mean cross-entropy of every fact: (facts,).
+
+    logits: (B, L, classes) for any tokens, told: (B, L, facts)
+    """
+    parts = logits.split(CLASSES, dim=-1)
+    return torch.stack([F.cross_entropy(p.flatten(0, 1), told[..., i].flatten()) for i, p in enumerate(parts)])
+
+
 def losses(t5: T5EncoderModel, head: nn.Module, ids: Tensor, told: Tensor) -> dict[str, Tensor]:
     """Mean cross-entropy of every fact and of the tokens themselves.
 
     ids: (B, T), told: (B, T, facts)
     """
     logits = head(t5(input_ids=ids).last_hidden_state)
-    *parts, words = logits.split([*CLASSES, logits.shape[-1] - sum(CLASSES)], dim=-1)
-    wrong = [F.cross_entropy(part.flatten(0, 1), told[..., i].flatten()) for i, part in enumerate(parts)]
-    loss = torch.stack(wrong)
-    scene = (parts[1].argmax(dim=-1) == told[..., 1]).float().mean()
+    logits, words = logits.split([sum(CLASSES), logits.shape[-1] - sum(CLASSES)], dim=-1)
+    loss = wrong_facts(logits, told)
+    scene = (logits.split(CLASSES, dim=-1)[1].argmax(dim=-1) == told[..., 1]).float().mean()
     return {
         "loss": loss.sum() / SLOTS + 0.3 * F.cross_entropy(words.flatten(0, 1), ids.flatten()),
         "panel": loss[0].detach(),
