@@ -19,14 +19,13 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iclora.cli import parse, read_record
+from iclora.cli import NO_MEMORY, parse, plain, read_record
 from iclora.config import SampleConfig, saved
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
     from iclora.pipeline import Plan, Result
 
 HASHED = 10**9  # bytes; larger files of weights are recorded by name and size only
-NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,12 +217,6 @@ def complain(line: str, status: int) -> int:
     """Writes one line and gives the exit status."""
     print(f"error: {plain(line)}", file=sys.stderr)
     return status
-
-
-def plain(text: str) -> str:
-    """Makes one line that commands no terminal, as names in a downloaded file might."""
-    line = " ".join(text.split())
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iclora.cli import parse
+from iclora.cli import NO_MEMORY, parse, plain
 from iclora.config import ModelRow, TrainConfig, model_row, settle_training
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # torch loads after the command line was found to be right
     from model.weights import ModelFiles
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"
-NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
 LOST = re.compile("onnection (closed|reset|refused)|gloo|NCCL")  # what a process says when another one has ended
 
 
@@ -289,12 +288,6 @@ def note(line: str) -> None:
 
 def mute(line: str) -> None:
     """Tells nothing: the first process does."""
-
-
-def plain(text: str) -> str:
-    """Makes one line that commands no terminal, as names of files might."""
-    line = " ".join(text.split())
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from .config import flag, nearest
 
 Config = TypeVar("Config")
 MAX_RECORD = 10_000_000  # bytes of a JSON to replay
+NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
 
 
@@ -47,6 +49,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} holds no configuration; {advice}")
     return record
+
+
+def plain(text: str) -> str:
+    """Makes one line that commands no terminal, as names in a downloaded file might."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -729,8 +729,7 @@ def diffusers_package():
 @pytest.mark.parametrize("ranks", [(2,), (2, 3)], ids=["one rank", "two ranks"])
 def test_diffusers_itself_gives_the_same_output(flux, tmp_path, dialect, ranks):
     diffusers = diffusers_package()
-    from diffusers.loaders import FluxLoraLoaderMixin
-
+    FluxLoraLoaderMixin = diffusers.loaders.FluxLoraLoaderMixin
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=2, num_single_layers=3, attention_head_dim=32, num_attention_heads=2,
         joint_attention_dim=40, pooled_projection_dim=24, guidance_embeds=True, axes_dims_rope=(4, 14, 14),
@@ -762,8 +761,8 @@ def test_diffusers_itself_gives_the_same_output(flux, tmp_path, dialect, ranks):
 
 
 def test_diffusers_itself_understands_kohya_files_of_the_large_width(tmp_path):
-    diffusers_package()
-    from diffusers.loaders import FluxLoraLoaderMixin  # whose reader of this dialect knows no other width
+    # the reader of this dialect knows no other width
+    FluxLoraLoaderMixin = diffusers_package().loaders.FluxLoraLoaderMixin
 
     with torch.device("meta"):
         known = lora.shapes(Flux(FluxConfig(64, 64, 768, 4096, 3072, 12288, 24, 1, 1, (16, 56, 56), True)))

@@ -19,14 +19,15 @@ from torch import Tensor
 from model.weights import find_model
 from sampling.images import to_picture
 
+from . import eyes
 from .captions import joint_caption
 from .generate import Networks, generate, load_networks
 from .measure import psnr, survival, tiling
 from .scores import HEAD, TEXT_SCORES, hidden_agreement, interval, per_set, read_sets, row, to_tensors
 from .sets import PANEL
 from .train_truth import draw_some, round_trip
-from .truth import Reader, Reading, groups, load_reader, turn
-from .world import FACES, POSITIONS, Panel, random_set
+from .truth import Reader, Reading, groups, load_reader
+from .world import POSITIONS, Panel, random_set
 
 OPENING, CLOSING = "<!-- tables of toybox.report -->", "<!-- end of tables -->"
 SEED = 7_000_000  # far from the seeds of pretraining
@@ -114,13 +115,7 @@ def without(image: Tensor, panel: int) -> Tensor:
 
 def twin(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[Panel, ...]:
     """The same set with subjects that the caption cannot tell from the first ones, and other hidden traits."""
-    others = {}
-    for one in panels[0].placed:
-        old = one.subject
-        face = (old.face + int(rng.integers(1, len(FACES)))) % len(FACES)
-        hue = old.hue - float(np.sign(old.hue) or 1) * float(rng.uniform(0.8, 1.0))
-        angle = (old.angle + turn(old.pattern) / 2) % 180
-        others[old] = replace(old, face=face, hue=hue, angle=angle, spacing=(old.spacing + 0.5) % 1)
+    others = {one.subject: eyes.twin(one.subject, rng) for one in panels[0].placed}
     return tuple(replace(p, placed=tuple(replace(o, subject=others[o.subject]) for o in p.placed)) for p in panels)
 
 

@@ -126,7 +126,7 @@ def optimizers(module: nn.Module, stage: Stage, is_hidden: Callable[[str, Tensor
 class Helper:
     """A forked process that works out the gradients of another batch of each step, on one core.
 
-    Two processes of one thread each get through 1.8 times the sets of one process of two threads: most of the
+    Two processes of one thread each get through more than one process of two threads (docs/log.md): most of the
     tiny model's operations are too small to be worth splitting.
     """
 

@@ -21,7 +21,7 @@ INK = (43, 38, 52)
 CREAM = (255, 248, 232)
 WOOD = (126, 84, 52)
 LEAF = (70, 150, 66)
-CONTRAST = 0.7  # of a pattern's second colour; full contrast costs the autoencoder 0.7 dB and tells nothing more
+CONTRAST = 0.7  # of a pattern's second colour: the autoencoder gains 0.3 dB on single subjects
 
 # name -> hue in degrees, largest hue offset in degrees, saturation, value, second colour of its patterns (RGB)
 COLOURS = {
