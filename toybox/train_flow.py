@@ -166,6 +166,7 @@ def train(
     chances = torch.tensor([often[grid] for grid in data.grids])
     stance = compile_blocks(flux, max(often, key=often.get)) if fast else as_written
     module = nn.ModuleDict({"flux": flux, "head": nn.Linear(flux.config.hidden_size, sum(CLASSES))}).to(work.device)
+    reading = READING if teacher is None else 0.0  # what has been learned need not be read again by a new layer
     tap = {}
     tapped = flux.double_blocks[-1].register_forward_hook(lambda block, args, out: tap.update(img=out[0]))
 
@@ -181,7 +182,7 @@ def train(
         with stance(grid):
             error = (velocity(flux, x, t, txt, vec, guidance, grid) - target).square().mean()
         wrong = wrong_facts(module["head"](tap["img"]), told)
-        losses = {"loss": error + READING * wrong.mean(), "velocity": error.detach(), "facts": wrong.mean().detach()}
+        losses = {"loss": error + reading * wrong.mean(), "velocity": error.detach(), "facts": wrong.mean().detach()}
         if grid == (2, 2):
             losses["2x2"] = error.detach()
         return losses

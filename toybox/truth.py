@@ -1,6 +1,6 @@
 """The truth about a panel, read back from its pixels: the scene, and who stands where with which traits.
 
-A small convolutional network reads every place of a panel apart (left, middle, right, top). It is trained on drawn
+A small convolutional network looks at every place of a panel apart (left, middle, right, top). It is trained on drawn
 panels and on what the autoencoder makes of them (toybox.train_truth), and is the ruler of every experiment: its own
 accuracy, on fresh panels and after the autoencoder, is printed beside every figure that uses it.
 """
@@ -68,21 +68,42 @@ class Block(nn.Module):
         return (x + self.norm2(self.conv2(h))).relu()
 
 
+# Where subjects stand: top and left of each place's window, in cells of 4 pixels
+WINDOW = (11, 10)  # height and width
+CORNERS = {"left": (5, 0), "middle": (5, 3), "right": (5, 6), "top": (0, 3)}
+
+
 class Reader(nn.Module):
-    """Panels (B, 3, 64, 64) in -1..1 -> logits (B, OUTPUTS): the scene, then every trait of every place."""
+    """Panels (B, 3, 64, 64) in -1..1 -> logits (B, OUTPUTS): the scene, then every trait of every place.
+
+    Subjects stand in four places only, so one network looks through four windows: whatever it learns in one place
+    it knows in all of them.
+    """
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 96), hidden: int = 256):
         super().__init__()
-        layers, before = [], 3
-        for depth, width in enumerate(widths):
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [Block(width) for _ in range(1 + (depth > 0))]
-            before = width
-        self.body = nn.Sequential(*layers, nn.Conv2d(before, 32, 1))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * 64, hidden), nn.GELU(), nn.Linear(hidden, OUTPUTS))
+        first, second, third = widths
+        self.body = nn.Sequential(
+            *halving(3, first), Block(first), *halving(first, second), Block(second), Block(second)
+        )
+        self.scene = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16 * second, len(SCENES)))
+        self.place = nn.Parameter(torch.zeros(len(POSITIONS), second, 1, 1))
+        self.window = nn.Sequential(
+            *halving(second, third), Block(third), nn.Conv2d(third, 32, 1), nn.Flatten(),
+            nn.Linear(32 * 6 * 5, hidden), nn.GELU(), nn.Linear(hidden, PLACE),
+        )  # fmt: skip
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.body(image))
+        seen = self.body(image)  # (B, C, 16, 16)
+        (height, width), corners = WINDOW, [CORNERS[position] for position in POSITIONS]
+        windows = torch.stack([seen[:, :, y : y + height, x : x + width] for y, x in corners], dim=1) + self.place
+        places = self.window(windows.flatten(0, 1)).view(len(image), -1)
+        return torch.cat((self.scene(seen), places), dim=1)
+
+
+def halving(before: int, after: int) -> list[nn.Module]:
+    """A convolution to half the height and width."""
+    return [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
 
 
 def turn(pattern: str) -> float:

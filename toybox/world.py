@@ -429,6 +429,13 @@ def _draw_subject(image: Image.Image, subject: Subject, cx: float, bottom: float
     _draw_accessory(b, subject.accessory, shape)
 
 
+def _variations(panel: Panel) -> tuple[float, bool, list[tuple[float, float, float]]]:
+    """What the panel's seed decides: the scene's shift and whether it is mirrored, and the spots of its subjects."""
+    rng = np.random.default_rng(panel.seed)
+    shift, flip, jitter = rng.uniform(-2.5, 2.5), rng.random() < 0.5, rng.uniform(-1, 1, (len(panel.placed), 2))
+    return shift, bool(flip), [_spot(panel, placed, jitter[i]) for i, placed in enumerate(panel.placed)]
+
+
 def _spot(panel: Panel, placed: Placed, jitter: np.ndarray) -> tuple[float, float, float]:
     """Centre x, ground y and height of a placed subject, in 64ths of the panel."""
     count = len(panel.placed)
@@ -438,6 +445,13 @@ def _spot(panel: Panel, placed: Placed, jitter: np.ndarray) -> tuple[float, floa
     x = CENTRES[count][POSITIONS.index(placed.position)] + jitter[0]
     x = min(max(x, 0.48 * height), 64 - 0.48 * height)
     return x, (61 if placed.size == "big" else 57) + jitter[1], height
+
+
+def box(panel: Panel, which: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a square round one subject of a panel, hat and all, in 64ths of the panel."""
+    x, y, height = _variations(panel)[2][which]
+    middle, half = y - 0.5 * height, 0.62 * height
+    return x - half, middle - half, x + half, middle + half
 
 
 def draw(panel: Panel, size: int = 64) -> Image.Image:
@@ -450,8 +464,7 @@ def draw(panel: Panel, size: int = 64) -> Image.Image:
         raise ValueError(f"panel size is {size} pixels, but must be a positive multiple of 16; use 64")
     if not 1 <= len(panel.placed) <= 4:
         raise ValueError(f"panel holds {len(panel.placed)} subjects, but can show 1 to 4; place 1 to 4 subjects")
-    rng = np.random.default_rng(panel.seed)
-    shift, flip, jitter = rng.uniform(-2.5, 2.5), rng.random() < 0.5, rng.uniform(-1, 1, (len(panel.placed), 2))
+    shift, flip, spots = _variations(panel)
     side = size * SUPERSAMPLING
     u = side / 64
     top, bottom, paint = SCENES[panel.scene]
@@ -459,7 +472,6 @@ def draw(panel: Panel, size: int = 64) -> Image.Image:
     paint(Brush(image, u), shift)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    spots = [_spot(panel, placed, jitter[i]) for i, placed in enumerate(panel.placed)]
     shadow = Image.new("L", image.size)
     for placed, (x, y, height) in zip(panel.placed, spots, strict=True):
         if placed.position != "top":
