@@ -244,6 +244,10 @@ def write(networks: Networks, reader: Reader, args: argparse.Namespace) -> None:
         "Guidance": lambda: by_guidance(networks, reader, 2 * few),
         "Borders between panels, in steps of 255": lambda: bullets(borders(networks, few)),
     }
+    if (find_model(args.model).root / "clip").is_dir():
+        experiments["The eyes: CLIP and DINOv2"] = lambda: eyes.tables(
+            eyes.load_eyes(args.model), networks.autoencoder, args.sets
+        )
     tables = []
     for title, run in experiments.items():
         tables.append(f"### {title}\n\n" + "\n".join(run()) + "\n")
