@@ -12,14 +12,13 @@ import os
 import platform
 import re
 import sys
-import time
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iclora.cli import NO_MEMORY, parse, plain, read_record
+from iclora.cli import NO_MEMORY, Bar, check_folder, complain, parse, plain, read_record, unusable
 from iclora.config import SampleConfig, saved
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
@@ -158,65 +157,9 @@ def save_as(stem: str, result: "Result", text: dict[str, str], record: dict[str,
         raise
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a place for the files that cannot work, without making anything there yet.
-
-    Errors: ValueError
-    """
-    try:
-        os.lstat(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # an impossible name; ValueError: a NUL in it
-        raise unusable(folder, error) from None
-    exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    if not exists.is_dir():
-        raise ValueError(f"--out {folder}: {exists} is not a folder; choose another")
-    if not os.access(exists, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {folder}: {exists} cannot be written to; choose another")
-
-
-def unusable(folder: Path, error: Exception) -> ValueError:
-    """Says what the system has against a folder."""
-    return ValueError(f"--out {str(folder)[-80:]}: {getattr(error, 'strerror', None) or error}; choose another")
-
-
-class Bar:
-    """A progress bar on stderr, where that is a terminal: step, seconds per step, time left."""
-
-    WIDTH = 24
-
-    def __init__(self, label: str):
-        self.label = label
-
-    def __enter__(self) -> "Bar":
-        self.start = time.perf_counter()
-        return self
-
-    def __call__(self, step: int, steps: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        each = (time.perf_counter() - self.start) / step
-        done = self.WIDTH * step // steps
-        left = round(each * (steps - step))
-        line = f"{self.label} [{'#' * done:.<{self.WIDTH}}] step {step}/{steps}, {each:.2f} s a step"
-        sys.stderr.write(f"\r{line}, {left // 60}:{left % 60:02d} left\x1b[K")
-        sys.stderr.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write("\n")
-
-
 def note(line: str) -> None:
     """Tells the user something that is no mistake."""
     print(f"note: {plain(line)}", file=sys.stderr)
-
-
-def complain(line: str, status: int) -> int:
-    """Writes one line and gives the exit status."""
-    print(f"error: {plain(line)}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -3,23 +3,24 @@
   python train.py --data sets/ --rank 16              the bundled sets on the bundled model: minutes on a CPU
   python train.py --data my-sets --model flux-dev     the same on FLUX.1-dev, as the paper does
   python train.py --data sets/sketch --condition clean    learn to make panels from clean given ones
+  python train.py --data sets/walk --concat tokens --text panel    as in Group Diffusion Transformers, to compare
   torchrun --nproc-per-node 2 train.py --data sets/    every batch shared by two processes
 
 The same command goes on where a run was stopped.
 """
 
 import contextlib
+import functools
 import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iclora.cli import NO_MEMORY, parse, plain
+from iclora.cli import NO_MEMORY, Bar, check_folder, complain, parse, plain
 from iclora.config import ModelRow, TrainConfig, model_row, settle_training
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
@@ -60,7 +61,7 @@ def run(config: TrainConfig) -> None:
     import torch
 
     from iclora import feed as feeds
-    from iclora.monitor import Metrics
+    from iclora.monitor import Metrics, board_writer
     from iclora.plan import pick_device
     from iclora.restart import load_state, refuse_other_run, start_folder
     from iclora.training import keep_no_activations, new_state, parts, train
@@ -73,6 +74,8 @@ def run(config: TrainConfig) -> None:
     row = model_row(shape)
     config = settle_training(config, row, pick_device(config.device))
     parts(config.batch, 0, ranks, config.accumulate)  # refuses a batch that cannot be shared
+    if config.tensorboard:
+        board_writer()  # refuses what is not installed
     with torch.device("meta"):
         flux = Flux(shape)
     adapt(flux, config)  # refuses unknown targets, and a wrong --init-lora
@@ -81,7 +84,9 @@ def run(config: TrainConfig) -> None:
     refuse_other_run(folder / CHECKPOINT, config, origin)
     if ranks > 1:
         join_processes(config.device)
-    feed = in_turn(ranks, rank, lambda: feeds.prepare(config, examples, files, shape, note if rank == 0 else mute))
+    tell = note if rank == 0 else mute
+    bar = functools.partial(Bar, every=50)
+    feed = in_turn(ranks, rank, lambda: feeds.prepare(config, examples, files, shape, tell, bar))
     flux = load_flux(files.flux, config.device, getattr(torch, config.dtype))
     report = adapt(flux, config)
     if config.checkpointing:
@@ -94,12 +99,10 @@ def run(config: TrainConfig) -> None:
     if rank == 0:
         note(report)
         start_folder(folder, config)
-        run.metrics = Metrics(folder / METRICS, state.step)
+        run.metrics = Metrics(folder / METRICS, state.step, config.tensorboard)
     with stop_between_steps() as asked:
-        try:
+        with run.bar:
             train(config, flux, feed, state, run.after_step, rank, ranks, lambda: bool(asked))
-        finally:
-            run.leave_bar()
         run.save()
     if ranks > 1:
         torch.distributed.destroy_process_group()
@@ -126,16 +129,16 @@ class Run:
     folder: Path
     origin: dict[str, str]
     metrics: "Metrics | None" = None
-    began: float = field(default_factory=time.monotonic)
-    done: int = 0  # steps in this process
+
+    def __post_init__(self) -> None:
+        self.bar = Bar("training", before=self.state.step, every=50)
 
     def after_step(self, loss: float) -> None:
         """Is told the loss of the step that the state has just taken."""
         step, config = self.state.step, self.config
         if self.metrics is None:
             return
-        self.done += 1
-        self.show(loss)
+        self.bar(step, config.steps, f", loss {loss:.4f}")
         due = step % config.save_every == 0 or step == config.steps
         self.metrics.add(step=step, loss=loss, **(self.validation() if due else {}))
         if due:
@@ -143,32 +146,15 @@ class Run:
         if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
             self.sample()
 
-    def show(self, loss: float) -> None:
-        """Draws the bar: loss, steps a second, time left."""
-        step, steps = self.state.step, self.config.steps
-        speed = self.done / (time.monotonic() - self.began)
-        left = round((steps - step) / speed)
-        filled = "#" * (24 * step // steps)
-        line = f"[{filled:.<24}] step {step}/{steps}, loss {loss:.4f}, {speed:.2f} steps a second"
-        line += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        if sys.stderr.isatty():
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-        elif step % 50 == 0 or step == steps:
-            note(line)
-
-    def leave_bar(self) -> None:
-        """Ends the line of the bar."""
-        if self.done and sys.stderr.isatty():
-            print(file=sys.stderr)
-
     def validation(self) -> dict[str, float]:
         """The loss on the held-out sets with the averaged weights; nothing if none are held out."""
         from iclora.training import averaged, validation_loss
 
         if not self.feed.held_out:
             return {}
+        device = self.state.parameters[0].device
         with averaged(self.state):
-            return {"validation": validation_loss(self.flux, self.feed, self.state.parameters[0].device)}
+            return {"validation": validation_loss(self.flux, self.feed, self.config.condition, device)}
 
     def save(self) -> None:
         """Writes the checkpoint, the LoRA as it is now and the loss curve; each whole or not at all."""
@@ -185,10 +171,10 @@ class Run:
         draw_curve(self.metrics.rows(), self.folder / "loss.png")
 
     def metadata(self) -> dict[str, str]:
-        """What a reader of the LoRA file should know; sample.py picks up the condition."""
+        """What a reader of the LoRA file should know; sample.py picks up condition, concat and text."""
         grids = ",".join(sorted({f"{layout.rows}x{layout.cols}" for layout in self.feed.layouts}))
-        about = {"method": "in-context-lora", "condition": self.config.condition, "base": self.files.name}
-        about |= {"grids": grids, "steps": str(self.state.step)}
+        about = {name: getattr(self.config, name) for name in ("condition", "concat", "text")}
+        about |= {"method": "in-context-lora", "base": self.files.name, "grids": grids, "steps": str(self.state.step)}
         return {f"iclora.{name}": value for name, value in about.items()}
 
     def sample(self) -> None:
@@ -199,7 +185,7 @@ class Run:
 
         autoencoder = load_autoencoder(self.files.autoencoder, self.config.device)
         with averaged(self.state):
-            picture = sheet(self.flux, autoencoder, self.feed, self.row, self.config.condition == "clean")
+            picture = sheet(self.flux, autoencoder, self.feed, self.row, self.config)
         put_png(picture, self.folder / f"sheet-{self.state.step:06d}.png")
 
 
@@ -218,22 +204,6 @@ def adapt(flux: "Flux", config: TrainConfig) -> str:
         return f"starting from {report}; --rank and --targets are those of the file"
     fresh = attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
     return f"training {sum(p.numel() for p in fresh):,} parameters of rank {config.rank}"
-
-
-def check_folder(folder: Path) -> None:
-    """Refuses a place for the run that cannot work, without making anything there yet.
-
-    Errors: ValueError
-    """
-    try:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(folder)  # refuses impossible names
-        exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-        if not exists.is_dir() or not os.access(exists, os.W_OK | os.X_OK):
-            raise ValueError(f"{exists} is {'not writable' if exists.is_dir() else 'no folder'}")
-    except (OSError, ValueError) as error:  # ValueError: also a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--out {str(folder)[-80:]}: {reason}; choose another folder") from None
 
 
 @contextlib.contextmanager
@@ -273,12 +243,6 @@ def in_turn(ranks: int, rank: int, work: Callable):
     done = work() if rank == 0 else None
     barrier()
     return done if rank == 0 else work()
-
-
-def complain(line: str, status: int) -> int:
-    """Writes one line and gives the exit status."""
-    print(f"error: {plain(line)}", file=sys.stderr)
-    return status
 
 
 def note(line: str) -> None:

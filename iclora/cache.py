@@ -23,7 +23,7 @@ from model.text import TextEncoders
 from model.weights import ModelFiles, save_safetensors
 
 from .examples import Example, read_panels
-from .layout import Layout, compose
+from .layout import Layout, compose, through
 
 HASHED = 10**9  # bytes; of larger files, name, size and time of change stand for the content
 Progress = Callable[[int, int], None]  # entries done, entries in all
@@ -68,11 +68,12 @@ class LatentCache:
     cache: a Cache, or the folder of one
     autoencoder: the autoencoder's mark, from file_mark
     rule: how pictures come to the panel size, as for sampling.images.fit
+    concat: whether composites or single panels are encoded, as for iclora.layout.through
     """
 
-    def __init__(self, cache: Cache | str | Path, autoencoder: str, rule: str = "crop"):
+    def __init__(self, cache: Cache | str | Path, autoencoder: str, rule: str = "crop", concat: str = "pixels"):
         self.cache = cache if isinstance(cache, Cache) else Cache(cache)
-        self.autoencoder, self.rule = autoencoder, rule
+        self.autoencoder, self.rule, self.concat = autoencoder, rule, concat
 
     def key(self, example: Example, layout: Layout, masked: Sequence[int] = ()) -> str:
         """Names an entry by everything that its values depend on.
@@ -80,7 +81,7 @@ class LatentCache:
         masked: numbers of the grey panels
         """
         shape = (layout.rows, layout.cols, layout.panel_width, layout.panel_height)
-        return _key("latents", example.sha256, shape, self.rule, sorted(masked), self.autoencoder)
+        return _key("latents", example.sha256, shape, self.rule, sorted(masked), self.autoencoder, self.concat)
 
     def get(self, example: Example, layout: Layout, masked: Sequence[int] = ()) -> Tensor:
         """Reads the latents of a composite; with masked panels, those to keep in it: what is masked never leaks in.
@@ -115,7 +116,7 @@ class LatentCache:
         for done, (key, (example, layout, masked)) in enumerate(missing.items(), start=1):
             panels = dict(enumerate(read_panels(example, layout, self.rule), start=1))
             kept = {panel: picture for panel, picture in panels.items() if panel not in masked}
-            self.cache.put(key, {"z": _encode(autoencoder, compose(kept, layout))})
+            self.cache.put(key, {"z": _encode(autoencoder, compose(kept, layout), layout, self.concat)})
             progress(done, len(missing))
         del autoencoder
         _free()
@@ -207,11 +208,11 @@ def text_mark(files: ModelFiles) -> str:
     return file_mark([*paths, *(path for path in (*settings, *tokenizers) if path.is_file())])
 
 
-def _encode(autoencoder: AutoEncoder, image: Tensor) -> Tensor:
+def _encode(autoencoder: AutoEncoder, image: Tensor, layout: Layout, concat: str) -> Tensor:
     """Encodes one composite: (1, 3, h, w) pixels -> its latents without the batch axis."""
     device = next(autoencoder.parameters()).device
     with torch.no_grad():
-        return autoencoder.encode(image.to(device))[0].float()
+        return through(autoencoder.encode, image.to(device), layout, concat)[0].float()
 
 
 def _key(*parts: object) -> str:

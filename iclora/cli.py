@@ -1,8 +1,11 @@
-"""One frozen dataclass <-> one command line; the only place that knows argparse."""
+"""One frozen dataclass <-> one command line; the only place that knows argparse. And what both scripts say and draw."""
 
 import argparse
 import json
+import os
 import re
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -55,6 +58,73 @@ def plain(text: str) -> str:
     """Makes one line that commands no terminal, as names in a downloaded file might."""
     line = " ".join(text.split())
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+
+
+def complain(line: str, status: int) -> int:
+    """Writes one line and gives the exit status."""
+    sys.stderr.write(f"error: {plain(line)}\n")
+    return status
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a place for the files that cannot work, without making anything there yet.
+
+    Errors: ValueError
+    """
+    try:
+        os.lstat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # an impossible name; ValueError: a NUL in it
+        raise unusable(folder, error) from None
+    exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not exists.is_dir():
+        raise ValueError(f"--out {folder}: {exists} is not a folder; choose another")
+    if not os.access(exists, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder}: {exists} cannot be written to; choose another")
+
+
+def unusable(folder: Path, error: Exception) -> ValueError:
+    """Says what the system has against a folder."""
+    return ValueError(f"--out {str(folder)[-80:]}: {getattr(error, 'strerror', None) or error}; choose another")
+
+
+class Bar:
+    """A progress bar on stderr, where that is a terminal: how far, how fast, time left.
+
+    label: what is being done
+    before: steps that were done before, which tell nothing of the pace
+    every: elsewhere, such as in a log, a line is written every so many steps and at the end; 0 writes none
+    """
+
+    WIDTH = 24
+
+    def __init__(self, label: str, before: int = 0, every: int = 0):
+        self.label, self.before, self.every = label, before, every
+        self.drawn = False
+
+    def __enter__(self) -> "Bar":
+        self.start = time.perf_counter()
+        return self
+
+    def __call__(self, done: int, total: int, more: str = "") -> None:
+        """Draws the bar. more: is said behind the steps, such as the loss"""
+        each = (time.perf_counter() - self.start) / (done - self.before)
+        pace = f"{each:.2f} s a step" if each >= 1 else f"{1 / max(each, 1e-9):.2f} steps a second"
+        left = round(each * (total - done))
+        time_left = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        filled = "#" * (self.WIDTH * done // total)
+        line = f"{self.label} [{filled:.<{self.WIDTH}}] step {done}/{total}{more}, {pace}, {time_left} left"
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{line}\x1b[K")
+            sys.stderr.flush()
+            self.drawn = True
+        elif self.every and (done % self.every == 0 or done == total):
+            sys.stderr.write(f"{line}\n")
+
+    def __exit__(self, *_: object) -> None:
+        if self.drawn:
+            sys.stderr.write("\n")
 
 
 class _Parser(argparse.ArgumentParser):

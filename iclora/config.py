@@ -125,10 +125,24 @@ class TrainConfig:
         "none", "clean: randomly chosen panels stay clean, the loss is on the others, and sampling does the same",
         choices=("none", "clean"),
     )
-    steps: int | None = knob(None, "optimizer steps (default: 5000; tiny 400)", valid=(1, 10_000_000))
-    batch: int | None = knob(None, "sets in a step, over all processes (default: 4; tiny 8)", valid=(1, 100_000))
+    concat: str = knob(
+        "pixels", "panels become one picture before the autoencoder sees them, or one row of tokens behind it",
+        choices=("pixels", "tokens"),
+    )
+    text: str = knob(
+        "joint", "one caption for all panels, or each panel reads its own part and what stands before the first",
+        choices=("joint", "panel"),
+    )
+    steps: int | None = knob(
+        None, "optimizer steps (default: 5000; tiny 400)", valid=(1, 10_000_000), follows=("model",)
+    )
+    batch: int | None = knob(
+        None, "sets in a step, over all processes (default: 4; tiny 8)", valid=(1, 100_000), follows=("model",)
+    )
     accumulate: int = knob(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
-    lr: float | None = knob(None, "learning rate of AdamW (default: 1e-4; tiny 1e-3)", valid=(0, 1))
+    lr: float | None = knob(
+        None, "learning rate of AdamW (default: 1e-4; tiny 1e-3)", valid=(0, 1), follows=("model",)
+    )
     warmup: int = knob(10, "steps until the full learning rate", valid=(0, 1_000_000))
     ema: float = knob(
         0.99, "decay of the averaged weights, which are what is saved; 0 saves the last ones", valid=(0, 0.99999)
@@ -140,7 +154,7 @@ class TrainConfig:
     )
     panel_size: int | None = knob(
         None, "side in pixels of a square panel; others keep their shape and get its area (default: 512; tiny 64)",
-        valid=(16, 8192),
+        valid=(16, 8192), follows=("model",),
     )
     fit: str = knob("crop", "how pictures come to the size of their bucket", choices=("crop", "pad", "stretch"))
     holdout: float = knob(0.1, "share of the sets kept for the validation loss", valid=(0, 0.9))
@@ -151,8 +165,9 @@ class TrainConfig:
     device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(
         None, "of the base's weights; the LoRA's are float32 (default: bfloat16; for tiny on a CPU float32)",
-        choices=("float32", "bfloat16", "float16"),
+        choices=("float32", "bfloat16", "float16"), follows=("model",),
     )
+    tensorboard: bool = knob(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = knob("runs/lora", "folder of the run; a run found there goes on", metavar="DIR", path=True, saved=False)
     config: str | None = knob(
         None, "take the settings of another run's config.json; flags given as well win",

@@ -4,11 +4,12 @@ Panels are numbered from 1 in reading order. Grids are rows x columns, sizes wid
 Letters: I image tokens of 16x16 pixels, row by row; h, w the composite's height and width in pixels.
 """
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -198,6 +199,34 @@ def token_mask(masked: Iterable[int], layout: Layout) -> Tensor:
         left, top, right, bottom = (edge // TOKEN for edge in layout.box(panel))
         mask[top:bottom, left:right] = 1
     return mask.reshape(1, -1, 1)  # (1, I, 1)
+
+
+def sight(layout: Layout, text: int) -> Tensor:
+    """Says which tokens see which where every panel reads a text of its own.
+
+    Panels see each other, and each its own text; a text sees itself and its own panel. So the words of one panel reach
+    another only through what they make of their own panel.
+
+    text: tokens T of a panel's text; the texts stand before the image, in the panels' order
+    returns: (L, L) True where the token of the row sees that of the column; L = panels x T + I
+    Source: arXiv:2410.15027 (Group Diffusion Transformers), which conditions every image of a group on its own text
+    """
+    words = torch.arange(1, layout.panels + 1).repeat_interleave(text)
+    cells = sum(number * token_mask([number], layout)[0, :, 0] for number in range(1, layout.panels + 1))  # (I,)
+    panel, picture = torch.cat((words, cells)), torch.arange(len(words) + len(cells)) >= len(words)
+    return (panel[:, None] == panel) | (picture[:, None] & picture)  # (L, L)
+
+
+def through(network: Callable[[Tensor], Tensor], x: Tensor, layout: Layout, concat: str) -> Tensor:
+    """Sends composites through the autoencoder, in either direction.
+
+    x: (B, C, height, width) images or latents
+    concat: "pixels" shows it the composite as one picture; "tokens" shows it every panel by itself, and the results
+        stand side by side as the panels do, so that their tokens have the same ids
+    """
+    rows, cols = (layout.rows, layout.cols) if concat == "tokens" else (1, 1)
+    panels = rearrange(x, "B C (r h) (c w) -> (B r c) C h w", r=rows, c=cols)
+    return rearrange(network(panels), "(B r c) C h w -> B C (r h) (c w)", r=rows, c=cols)
 
 
 def _nearest(side: int) -> tuple[int, ...]:

@@ -17,9 +17,9 @@ from sampling.images import save_png, to_picture
 from sampling.inpaint import keep_clean
 from sampling.latents import noise, pack, unpack
 
-from .config import ModelRow
+from .config import ModelRow, TrainConfig
 from .examples import Example
-from .layout import Layout, token_mask
+from .layout import Layout, through, token_mask
 from .restart import write_whole
 from .training import Feed, to
 
@@ -30,16 +30,25 @@ SMOOTH = 0.95  # of the curve's running mean
 
 
 class Metrics:
-    """metrics.jsonl of a run: one JSON object a line. Lines of steps that a resumed run does again are dropped."""
+    """metrics.jsonl of a run: one JSON object a line. Lines of steps that a resumed run does again are dropped.
 
-    def __init__(self, path: Path, done: int):
+    board: also write events for TensorBoard into the same folder
+    Errors: ValueError if TensorBoard is wanted, but not installed
+    """
+
+    def __init__(self, path: Path, done: int, board: bool = False):
         self.path = path
         kept = [line for line in self.rows() if line["step"] <= done]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.board = board_writer()(str(path.parent), purge_step=done + 1) if board else None
 
-    def add(self, **values: float) -> None:
+    def add(self, step: int, **values: float) -> None:
         with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
 
     def rows(self) -> list[dict[str, float]]:
         """Reads what was written; a last line that a kill cut short does not count."""
@@ -52,6 +61,19 @@ class Metrics:
             except ValueError:
                 break
         return rows
+
+
+def board_writer() -> type:
+    """Finds the class that writes events for TensorBoard, which is no requirement of ours.
+
+    Errors: ValueError if it is not installed
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        advice = "pip install tensorboard, or leave it out: metrics.jsonl and loss.png tell the same"
+        raise ValueError(f"--tensorboard needs a package that is not installed; {advice}") from None
+    return SummaryWriter
 
 
 def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
@@ -105,16 +127,16 @@ def put_png(picture: Image.Image, path: Path) -> None:
 
 
 @torch.no_grad()
-def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, conditional: bool) -> Image.Image:
+def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, config: TrainConfig) -> Image.Image:
     """Samples of the first examples, made from their captions, each above the example itself as its latents decode.
 
-    conditional: the first panel is kept clean instead of being made
+    config: of the run; if it keeps panels clean, the first one is kept here instead of being made
     """
     chosen = [(layout, e) for layout, examples in feed.held_out for e in examples]
     chosen = (chosen or [(feed.batch(0)[0], e) for e in feed.batch(0)[1]])[:SAMPLES]
     columns = []
     for seed, (layout, example) in enumerate(chosen):
-        made, true = _sample(flux, autoencoder, feed, row, layout, example, seed, conditional)
+        made, true = _sample(flux, autoencoder, feed, row, layout, example, seed, config)
         column = Image.new("RGB", (made.width, 2 * made.height + 4), "white")
         column.paste(made, (0, 0))
         column.paste(true, (0, made.height + 4))
@@ -129,10 +151,10 @@ def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, condi
 
 def _sample(
     flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, layout: Layout, example: Example, seed: int,
-    conditional: bool,
+    config: TrainConfig,
 ) -> tuple[Image.Image, Image.Image]:  # fmt: skip
     device = next(flux.parameters()).device
-    keep = conditional and layout.panels > 1
+    keep = config.condition == "clean" and layout.panels > 1
     sets = to(feed.sets(layout, [example], [(1,) if keep else ()], [False]), device)
     start = pack(noise(layout.height, layout.width, seed)).to(device)
     ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device)
@@ -145,8 +167,10 @@ def _sample(
         start = after_step(start, 1.0)
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        return flux(x, ids, sets.txt, txt_ids, torch.full((1,), t, device=device), sets.vec, guidance).float()
+        t = torch.full((1,), t, device=device)
+        return flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask).float()
 
     x = euler(velocity, start, times(row.steps, tokens=start.shape[1], shift=row.shift), after_step)
-    made = to_picture(autoencoder.decode(unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)))
-    return made, to_picture(autoencoder.decode(sets.z))
+    made = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
+    made, true = (to_picture(through(autoencoder.decode, z, layout, config.concat)) for z in (made, sets.z))
+    return made, true

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
@@ -17,15 +18,16 @@ from torch import Tensor
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
 from model.position import grid_ids
-from model.text import load_text_encoders
+from model.text import TextEncoders, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.flow import euler, interpolate, times
 from sampling.images import to_picture
 from sampling.inpaint import drafted_start, keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
 
-from .layout import compose, paste, split, token_mask
+from .layout import Layout, compose, paste, sight, split, through, token_mask
 from .plan import Note, Plan, resolve
+from .prompts import texts_of
 
 __all__ = ["Pipeline", "Plan", "Result", "resolve"]
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -92,7 +94,8 @@ class Pipeline:
             x = euler(self.velocity(), x, ts, after_step)
         with timed(seconds, "decoding"):
             z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
-            image = decode_tiled(self.autoencoder, z) if config.tile else self.autoencoder.decode(z)
+            decode = partial(decode_tiled, self.autoencoder) if config.tile else self.autoencoder.decode
+            image = through(decode, z, layout, plan.concat)
             composite = paste(to_picture(image), plan.pictures(drafted=False), layout)
         panels = split(composite, layout)
         return Result(composite, {panel: panels[panel - 1] for panel in plan.masked}, seconds)
@@ -101,12 +104,14 @@ class Pipeline:
         """Makes the velocity of the sampler from the transformer: a closure over text, positions and guidance."""
         config, layout = self.plan.config, self.plan.layout
         ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(config.device)  # (1, I, 3)
-        txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=config.device)
+        text = self.txt.shape[1]
+        txt_ids = torch.zeros(1, text, 3, device=config.device)
+        mask = sight(layout, text // layout.panels).to(config.device) if self.plan.text == "panel" else None
         guidance = None if config.guidance is None else torch.full((1,), config.guidance, device=config.device)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             t = torch.full((1,), t, device=x.device)
-            return self.flux(x, ids, self.txt, txt_ids, t, self.vec, guidance).float()  # x stays in float32
+            return self.flux(x, ids, self.txt, txt_ids, t, self.vec, guidance, mask).float()  # x stays in float32
 
         return velocity
 
@@ -118,9 +123,10 @@ def encode_text(plan: Plan, dtype: torch.dtype, note: Note) -> tuple[Tensor, Ten
     Errors: ValueError if the transformer was made for other encoders
     """
     encoders = load_text_encoders(plan.files, plan.config.device, dtype)
-    for line in encoders.lost(plan.config.prompt, plan.row.text):
+    texts = texts_of(plan.config.prompt, plan.layout.rows, plan.layout.cols, plan.text)
+    for line in dict.fromkeys(line for text in texts for line in encoders.lost(text, plan.row.text)):
         note(line)
-    txt, vec = encoders.encode([plan.config.prompt], plan.row.text)
+    txt, vec = encode_captions(encoders, [plan.config.prompt], plan.row.text, plan.layout, plan.text)
     del encoders
     gc.collect()  # transformers' modules hold each other in cycles
     if plan.config.device == "cuda":
@@ -134,6 +140,21 @@ def encode_text(plan: Plan, dtype: torch.dtype, note: Note) -> tuple[Tensor, Ten
     return txt, vec
 
 
+def encode_captions(
+    encoders: TextEncoders, captions: list[str], length: int | None, layout: Layout, text: str
+) -> tuple[Tensor, Tensor]:
+    """Encodes captions; where panels read texts of their own, these stand one behind the other.
+
+    length: T5 tokens of a text
+    text: "joint" or "panel", see iclora.prompts.texts_of
+    returns: txt (B, T, C), vec (B, V), which is of what all panels share
+    """
+    texts = [texts_of(caption, layout.rows, layout.cols, text) for caption in captions]
+    txt, vec = encoders.encode([one for some in texts for one in some], length)
+    txt, vec = (features.unflatten(0, (len(captions), -1)) for features in (txt, vec))  # (B, texts, T, C)
+    return (txt[:, 1:] if text == "panel" else txt).flatten(1, 2), vec[:, 0]
+
+
 def encode_panels(autoencoder: AutoEncoder, plan: Plan, mask: Tensor) -> Tensor:
     """Encodes the kept panels as one composite and the drafts as another, so that neither sees the other.
 
@@ -144,7 +165,8 @@ def encode_panels(autoencoder: AutoEncoder, plan: Plan, mask: Tensor) -> Tensor:
     def encode(panels: dict[int, Image.Image]) -> Tensor:
         if not panels:
             return torch.zeros(1, plan.layout.tokens_high * plan.layout.tokens_wide, 64, device=mask.device)
-        return pack(autoencoder.encode(compose(panels, plan.layout).to(mask.device)))
+        image = compose(panels, plan.layout).to(mask.device)
+        return pack(through(autoencoder.encode, image, plan.layout, plan.concat))
 
     return encode(plan.pictures(drafted=True)).where(mask.bool(), encode(plan.pictures(drafted=False)))
 

@@ -17,7 +17,7 @@ from sampling.inpaint import drafted_start
 from .config import ModelRow, SampleConfig, model_row, settle
 from .data import PanelSet, Source, read_set, read_source
 from .layout import Layout, parse_grid, parse_mask, parse_size
-from .prompts import Task, build, clean, lint, markers_for, preset
+from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
 
 Note = Callable[[str], None]  # takes one line for the user
 
@@ -44,7 +44,20 @@ class Plan:
     @property
     def clean(self) -> bool:
         """Whether a LoRA was trained to see kept panels clean, so that they are fed clean."""
-        return any(read_header(path)[1].get("iclora.condition") == "clean" for path, _ in self.loras if path.is_file())
+        return self._learnt("condition", "clean")
+
+    @property
+    def concat(self) -> str:
+        """How panels are put together, as a LoRA was trained: see iclora.layout.through."""
+        return "tokens" if self._learnt("concat", "tokens") else "pixels"
+
+    @property
+    def text(self) -> str:
+        """What panels read, as a LoRA was trained: see iclora.prompts.texts_of."""
+        return "panel" if self._learnt("text", "panel") else "joint"
+
+    def _learnt(self, name: str, value: str) -> bool:
+        return any(read_header(path)[1].get(f"iclora.{name}") == value for path, _ in self.loras if path.is_file())
 
     def pictures(self, drafted: bool) -> dict[int, Image.Image]:
         """Gives the kept panels, or the drafts."""
@@ -87,7 +100,9 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
         panel_prompt=(),
         model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),
     )
-    return Plan(config, files, tuple(weight_files(files)), shape, row, layout, masked, sources, loras)
+    plan = Plan(config, files, tuple(weight_files(files)), shape, row, layout, masked, sources, loras)
+    texts_of(prompt, layout.rows, layout.cols, plan.text)  # refuses a caption that cannot be taken apart
+    return plan
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

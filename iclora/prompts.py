@@ -157,6 +157,28 @@ def lint(prompt: str, rows: int, cols: int) -> list[str]:
     return findings
 
 
+def texts_of(prompt: str, rows: int, cols: int, text: str) -> list[str]:
+    """Says what the text encoders read of a caption.
+
+    text: "joint" for the caption as it is, "panel" if every panel reads a text of its own
+    returns: the caption alone; or what stands before its first marker, then for each panel the same and its own part
+    Errors: ValueError if panels read their own parts, but the markers are not those of the grid, each once and in order
+    """
+    if text == "joint":
+        return [prompt]
+    if not prompt:  # left out, as training does now and then
+        return [""] * (1 + rows * cols)
+    if findings := lint(prompt, rows, cols):
+        raise ValueError(
+            f"each panel is to read its own part of {ascii(prompt[:60])}: {findings[0]}; correct the caption, or train "
+            "with --text joint"
+        )
+    starts = [match.start() for match in _MARKER.finditer(prompt)] or [len(prompt)]
+    shared = prompt[: starts[0]].strip()
+    own = [prompt[start:end].strip() for start, end in zip(starts, [*starts[1:], len(prompt)], strict=True)]
+    return [shared, *(f"{shared} {words}".strip() for words in own)]
+
+
 def _canonical(match: re.Match) -> tuple[str, str]:
     """Gives a marker's proper spelling and its kind."""
     if match["place"]:

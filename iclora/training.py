@@ -38,6 +38,7 @@ class Sets:
     txt: (B, T, C), vec: (B, V) their captions
     known: (B, 16, h, w) latents of the composites whose generated panels are 0; None trains all panels
     generated: (B, I, 1) True where tokens are generated; None with known
+    mask: (L, L) which tokens see which, from iclora.layout.sight; None lets all see all
     """
 
     z: Tensor
@@ -45,6 +46,7 @@ class Sets:
     vec: Tensor
     known: Tensor | None = None
     generated: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Feed(Protocol):
@@ -162,7 +164,7 @@ def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
     ids = grid_ids(sets.z.shape[2] // 2, sets.z.shape[3] // 2).to(x.device).expand(count, -1, -1)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance)
+    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
     if sets.generated is None:
         return error.mean(dim=1)
@@ -171,15 +173,19 @@ def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(flux: Flux, feed: Feed, device: torch.device) -> float:
-    """The loss on the held-out examples at fixed times and noise: unlike the training loss it can be compared."""
+def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device) -> float:
+    """The loss on held-out examples at fixed times, noise and kept panels; unlike that of training it can be compared.
+
+    condition: "clean" keeps panels as training does
+    """
     losses = []
     for number, (layout, examples) in enumerate(feed.held_out):
         generator = torch.Generator("cpu").manual_seed(number)
         tokens = layout.tokens_high * layout.tokens_wide
         for example in examples:
-            sets = to(feed.sets(layout, [example], [()], [False]), device)
             for time in VALIDATION_TIMES:
+                kept = draw_kept(layout.panels, generator) if condition == "clean" else ()
+                sets = to(feed.sets(layout, [example], [kept], [False]), device)
                 noise = torch.randn(1, tokens, 64, generator=generator).to(device)
                 losses.append(flow_loss(flux, sets, noise, torch.full((1,), time, device=device)))
     return float(torch.cat(losses).mean()) if losses else math.nan

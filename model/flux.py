@@ -113,13 +113,14 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
     """Let every token attend to every token, with rotated queries and keys.
 
     q, k, v: (B, H, L, K)
+    mask: (L, L) True where the token of the row sees that of the column; None is everywhere
     Returns (B, L, D)
     """
-    out = F.scaled_dot_product_attention(rotate(q, *pe), rotate(k, *pe), v)
+    out = F.scaled_dot_product_attention(rotate(q, *pe), rotate(k, *pe), v, attn_mask=mask)
     return rearrange(out, "B H L K -> B L (H K)")
 
 
@@ -155,12 +156,15 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden, heads)
         self.txt_mlp = mlp(hidden, config.mlp_hidden)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Let both streams exchange and think.
 
         img: (B, I, D), txt: (B, T, D)
         vec: (B, D) conditioning
         pe: cosines and sines from rotary_angles, text first
+        mask: (L, L) as for attention
         Returns (B, I, D) and (B, T, D)
         """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
@@ -174,7 +178,7 @@ class DoubleStreamBlock(nn.Module):
         q = torch.cat((txt_q, img_q), dim=2)  # (B, H, L, K)
         k = torch.cat((txt_k, img_k), dim=2)
         v = torch.cat((txt_v, img_v), dim=2)
-        txt_out, img_out = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
+        txt_out, img_out = attention(q, k, v, pe, mask).split((txt.shape[1], img.shape[1]), dim=1)
 
         # back into the image stream
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_out))
@@ -199,18 +203,19 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # attention's output and the MLP's
         self.norm = QKNorm(hidden // self.heads)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
         """Attend and think side by side.
 
         x: (B, L, D) text, then image
         vec: (B, D) conditioning
         pe: cosines and sines from rotary_angles
+        mask: (L, L) as for attention
         Returns (B, L, D)
         """
         shift, scale, gate = self.modulation(vec)
         qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
-        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe)
+        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask)
         return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(up, approximate="tanh")), dim=-1)))
 
 
@@ -278,6 +283,7 @@ class Flux(nn.Module):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity of every image token.
 
@@ -288,6 +294,7 @@ class Flux(nn.Module):
         timesteps: (B,) 1 is noise, 0 is data
         y: (B, V) pooled CLIP text
         guidance: (B,) raw scale; ignored by models without it
+        mask: (L, L) True where the token of the row sees that of the column, text first; None is everywhere
         Returns (B, I, 64), one row per token given, references included
         """
         dtype = self.img_in.weight.dtype
@@ -297,10 +304,10 @@ class Flux(nn.Module):
         txt = self.txt_in(txt.to(dtype))  # (B, T, D)
 
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe)
+            img, txt = block(img, txt, vec, pe, mask)
 
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
         for block in self.single_blocks:
-            x = block(x, vec, pe)
+            x = block(x, vec, pe, mask)
 
         return self.final_layer(x[:, txt.shape[1] :], vec)  # (B, I, 64)

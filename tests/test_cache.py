@@ -113,9 +113,23 @@ def test_the_key_covers_everything_that_the_latents_depend_on(tmp_path):
         latents.key(example, Layout(1, 2, 32, 48)),
         LatentCache(tmp_path, "another").key(example, layout),
         LatentCache(tmp_path, "ae", "pad").key(example, layout),
+        LatentCache(tmp_path, "ae", concat="tokens").key(example, layout),
     }
-    assert len(keys) == 8
+    assert len(keys) == 9
     assert latents.key(replace(example, name="x", caption="y", files=()), layout) == latents.key(example, layout)
+
+
+def test_panels_encoded_by_themselves_stand_side_by_side_and_know_nothing_of_each_other(tmp_path, autoencoder):
+    latents, found = LatentCache(tmp_path / "cache", "ae", concat="tokens"), []
+    for name, seeds in (("a", (1, 2)), ("b", (1, 9))):  # the second panel differs
+        ((layout, (example,)),) = data_set(tmp_path / name, (seeds,)).items()
+        assert latents.encode({layout: [example]}, lambda: autoencoder) == 1
+        found.append(latents.get(example, layout))
+    picture = read_source(example.files[0], (32, 32), "crop", False).picture
+    with torch.no_grad():
+        alone = autoencoder.encode(compose({1: picture}, Layout(1, 1, 32, 32)))[0]
+    assert torch.allclose(found[0][..., :4], alone, atol=1e-5)
+    assert torch.equal(found[0][..., :4], found[1][..., :4]) and not torch.equal(found[0], found[1])
 
 
 def test_a_changed_picture_is_encoded_again(tmp_path, autoencoder):

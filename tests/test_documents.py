@@ -7,31 +7,46 @@ from pathlib import Path
 import pytest
 
 import sample
+import train
 from iclora.cli import parse
-from iclora.config import SampleConfig
+from iclora.config import SampleConfig, TrainConfig
 from iclora.prompts import TASKS, preset
-from toybox import pretrain, report, train_truth
+from toybox import experiments, pretrain, report, train_truth
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"python sample\.py[^\n#`]*")
+CONFIGS = {"sample.py": SampleConfig, "train.py": TrainConfig}
 
 
-def commands(path):
-    return [match.strip() for match in COMMAND.findall(path.read_text()) if "--help" not in match]
+def commands(path, script):
+    """What documents tell to type, from the script's name on; also behind torchrun."""
+    found = re.findall(rf"(?:python|torchrun [^\n`]*?) {re.escape(script)}([^\n#`]*)", path.read_text())
+    return [(script + flags).strip() for flags in found if "--help" not in flags]
 
 
+@pytest.mark.parametrize("script", CONFIGS)
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_sampling_command_parses(path):
-    for command in commands(path):
-        argv = shlex.split(command)[2:]
+def test_every_command_parses(path, script):
+    for command in commands(path, script):
+        argv = shlex.split(command)[1:]
         if "--config" not in argv:
-            parse(SampleConfig, argv, "")
+            parse(CONFIGS[script], argv, "")
 
 
 def test_the_readme_has_commands_to_check():
-    assert len(commands(ROOT / "README.md")) >= 6
-    assert commands(ROOT / "README.md")[0] == "python sample.py --grid 2x2 --mask 3"
+    sampling, training = (commands(ROOT / "README.md", script) for script in CONFIGS)
+    assert len(sampling) >= 6 and sampling[0] == "sample.py --grid 2x2 --mask 3"
+    assert len(training) >= 3 and training[0] == "train.py --data sets/ --rank 16"
+
+
+@pytest.mark.parametrize("script", [sample, train], ids=lambda script: script.__name__)
+def test_every_command_in_a_scripts_own_help_parses(script):
+    found = re.findall(rf"{script.__name__}\.py (-[^\n]*?)(?:   |\n)", script.__doc__)
+    assert len(found) >= 4
+    for flags in found:
+        argv = shlex.split(flags)
+        if "--config" not in argv:
+            parse(CONFIGS[f"{script.__name__}.py"], argv, "")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -61,10 +76,10 @@ def test_every_preset_builds(name):
     assert parse(SampleConfig, ["--preset", name], "").preset == name and preset(name) is TASKS[name]
 
 
-@pytest.mark.parametrize("main", [sample.main, pretrain.main, report.main, train_truth.main])
-def test_help_is_printed(main, capsys):
+@pytest.mark.parametrize("entry", [sample, train, pretrain, report, train_truth, experiments])
+def test_help_is_printed(entry, capsys):
     try:
-        status = main(["--help"])
+        status = entry.main(["--help"])
     except SystemExit as stop:
         status = stop.code
     assert status == 0 and "--out" in capsys.readouterr().out

@@ -127,3 +127,42 @@ def test_a_model_with_guidance_asks_for_it():
 def test_axes_that_do_not_make_the_width_are_refused():
     with pytest.raises(ValueError, match="do not make the width"):
         FluxConfig(64, 64, 24, 40, 64, 256, 2, 1, 1, (4, 14, 16), guidance_embed=True)
+
+
+def two_texts(flux, change, mask):
+    """How much the velocity of each of two panels moves when a text's words change; tokens: 3 + 3 of text, 4 + 4."""
+    draw = torch.Generator().manual_seed(1)
+    img, txt, y = (torch.randn(1, *shape, generator=draw) for shape in ((8, 64), (6, 5), (6,)))
+    ids, t = torch.randn(1, 8, 3, generator=draw), torch.tensor([0.5])
+    other = txt.clone()
+    other[:, change] += 1
+    with torch.no_grad():
+        before, after = (flux(img, ids, words, torch.zeros(1, 6, 3), t, y, t, mask) for words in (txt, other))
+    moved = (after - before).abs().amax(dim=(0, 2))
+    return float(moved[:4].max()), float(moved[4:].max())
+
+
+def test_a_panel_reads_no_other_panels_words():
+    panel = torch.tensor([1, 1, 1, 2, 2, 2, 1, 1, 1, 1, 2, 2, 2, 2])
+    picture = torch.arange(14) >= 6
+    own = panel[:, None] == panel
+    torch.manual_seed(0)
+    one, four = (
+        Flux(FluxConfig(64, 64, 6, 5, 32, 48, 1, blocks, singles, (4, 14, 14), True))
+        for blocks, singles in ((1, 0), (2, 2))
+    )
+    pictures_meet = own | (picture[:, None] & picture)
+    still, moved = two_texts(one, slice(3, 6), pictures_meet)
+    assert still < 1e-6 and moved > 1e-4, "in one block"
+    assert two_texts(four, slice(3, 6), own)[0] < 1e-6, "in any number of blocks, while the pictures do not meet"
+    assert two_texts(four, slice(3, 6), pictures_meet)[0] > 1e-4, "through the other panel, as is meant"
+    assert two_texts(one, slice(3, 6), None)[0] > 1e-4, "else the test could not fail"
+
+
+def test_a_mask_that_hides_nothing_changes_nothing_beyond_rounding():
+    flux = load_flux(FLUX["dev"], dtype=torch.float32)
+    given = inputs(case("dev"))
+    tokens = given["img"].shape[1] + given["txt"].shape[1]
+    with torch.no_grad():
+        plain, masked = (flux(**given, mask=mask) for mask in (None, torch.ones(tokens, tokens, dtype=torch.bool)))
+    assert far(plain, masked) < EXACT

@@ -3,7 +3,19 @@ import pytest
 import torch
 from PIL import Image
 
-from iclora.layout import Layout, compose, parse_grid, parse_mask, parse_size, paste, split, stitch, token_mask
+from iclora.layout import (
+    Layout,
+    compose,
+    parse_grid,
+    parse_mask,
+    parse_size,
+    paste,
+    sight,
+    split,
+    stitch,
+    through,
+    token_mask,
+)
 from sampling.images import to_tensor
 from sampling.latents import pack
 
@@ -164,3 +176,32 @@ def test_other_masks_are_refused_in_one_line(text):
     with pytest.raises(ValueError, match="is not a list of panels") as caught:
         parse_mask(text, 4)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 150
+
+
+def test_panels_see_each_other_but_each_its_own_text_only():
+    layout = Layout(1, 2, 32, 16)  # tokens 1 1 2 2
+    seen = sight(layout, text=3)
+    words, cells = [1, 1, 1, 2, 2, 2], [1, 1, 2, 2]
+    expected = [[w == one for w in words] + [c == one for c in cells] for one in words]
+    expected += [[w == one for w in words] + [True] * 4 for one in cells]
+    assert seen.tolist() == expected
+    assert sight(Layout(1, 1, 32, 32), 5).all(), "a single panel reads everything"
+    assert sight(Layout(2, 2, 16, 16), 1).sum() == 4 * 2 + 4 * 5
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_autoencoder_is_shown_the_composite_or_its_panels_in_reading_order(grid):
+    layout, shown = Layout(*grid, 48, 32), []
+    image = torch.randn(2, 3, layout.height, layout.width)
+
+    def halved(x):
+        shown.append(x)
+        return x[..., ::2, ::2]
+
+    for concat in ("pixels", "tokens"):
+        assert torch.equal(through(halved, image, layout, concat), halved(image))
+    whole, _, panels, _ = shown
+    assert torch.equal(whole, image) and panels.shape == (2 * layout.panels, 3, 32, 48)
+    for panel in range(1, layout.panels + 1):
+        left, top, right, bottom = layout.box(panel)
+        assert torch.equal(panels[panel - 1], image[0, :, top:bottom, left:right])

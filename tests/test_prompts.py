@@ -1,7 +1,7 @@
 import pytest
 
 from iclora.layout import Layout
-from iclora.prompts import MARKER_KINDS, POSITIONS, TASKS, build, clean, lint, markers_for, preset
+from iclora.prompts import MARKER_KINDS, POSITIONS, TASKS, build, clean, lint, markers_for, preset, texts_of
 
 TEXTS = ["a fox sleeps", "a fox runs", "a fox eats", "a fox swims"]
 
@@ -147,3 +147,29 @@ def test_endless_and_foreign_prompts_are_refused():
         clean("a" * 20_001)
     with pytest.raises(ValueError, match="is int, not text"):
         clean(7)
+
+
+# apart
+
+
+def test_a_caption_is_taken_apart_so_that_every_panel_has_what_all_share_and_its_own():
+    caption = "two foxes: [LEFT] a fox, [RIGHT] the fox asleep."
+    assert texts_of(caption, 1, 2, "joint") == [caption]
+    assert texts_of(caption, 1, 2, "panel") == [
+        "two foxes:", "two foxes: [LEFT] a fox,", "two foxes: [RIGHT] the fox asleep.",
+    ]  # fmt: skip
+    assert texts_of("[IMAGE1] a, [IMAGE2] b", 2, 1, "panel") == ["", "[IMAGE1] a,", "[IMAGE2] b"]
+    assert texts_of("a fox", 1, 1, "panel") == ["a fox", "a fox"]
+    assert texts_of("", 3, 1, "panel") == [""] * 4, "left out in training"
+
+
+@pytest.mark.parametrize(("caption", "finding"), [
+    ("two foxes", "no markers for the 2 panels"),
+    ("[IMAGE1] a fox", "1 markers, but the 1x2 grid has 2 panels"),
+    ("[IMAGE2] a fox [IMAGE1] a bear", "the order"),
+    ("[LEFT] a fox [IMAGE2] a bear", "are mixed"),
+])
+def test_a_caption_that_cannot_be_taken_apart_is_refused_with_the_reason(caption, finding):
+    with pytest.raises(ValueError, match=finding) as caught:
+        texts_of(caption, 1, 2, "panel")
+    assert "is to read its own part of" in str(caught.value) and "--text joint" in str(caught.value)

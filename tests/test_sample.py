@@ -309,7 +309,7 @@ def test_on_a_terminal_progress_shows_step_pace_and_time_left(monkeypatch):
         bar.start -= 60
         bar(2, 4)
     shown = sys.stderr.getvalue()
-    assert "\rpicture 1 of 1 [############............] step 2/4, 30.00 s a step, 1:00 left" in shown
+    assert "\rpicture 1 of 1 [############............] step 2/4, 30.00 s a step, 0:01:00 left" in shown
     assert shown.endswith("\n")
 
 

@@ -138,6 +138,7 @@ def test_every_documented_shape_holds_in_a_sampling_run(seen, tmp_path):
     assert sample.main(["--grid", "2x2", "--mask", "3", "--steps", "2", "--out", str(tmp_path)]) == 0
     model.position.reference_ids((4, 4), [(2, 3)])
     sampling.inpaint.keep_clean(torch.zeros(1, 4, 64), torch.ones(1, 4, 1))
+    iclora.layout.sight(iclora.layout.Layout(1, 2, 32, 16), 3)
     golden = case("ae")
     autoencoder = load_autoencoder(AE)
     with torch.no_grad():

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"model": set(), "sampling": set(), "iclora": {"model", "sampling"}}
 OURS = {*PACKAGES, "toybox", "sample", "train", "benchmarks"}
 READING = sorted(p for folder in PACKAGES for p in (ROOT / folder).rglob("*.py")) + [ROOT / "sample.py"]
-SOURCES = READING + sorted((ROOT / "toybox").rglob("*.py"))
+SOURCES = READING + [ROOT / "train.py"] + sorted((ROOT / "toybox").rglob("*.py"))
 LONG_FILES = {"toybox/world.py"}  # mostly coordinates of drawings
 
 

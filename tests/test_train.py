@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ import iclora.training
 import model.lora
 import sample
 import train
-from iclora.cli import parse
-from iclora.config import SampleConfig, TrainConfig, flag, model_row, settle_training
+from iclora.cli import Bar, parse
+from iclora.config import DEV, SampleConfig, TrainConfig, flag, model_row, settle_training
 from iclora.feed import prepare
 from iclora.pipeline import Pipeline, resolve
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
@@ -39,12 +40,13 @@ from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora, trainable
 from model.weights import find_model, load_flux, read_flux_config
+from sampling.latents import pack
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
-    "--data --grid --model --rank --targets --init-lora --condition --steps --batch --accumulate --lr --warmup --ema "
-    "--dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
-    "--dtype --out --config"
+    "--data --grid --model --rank --targets --init-lora --condition --concat --text --steps --batch --accumulate --lr "
+    "--warmup --ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed "
+    "--device --dtype --tensorboard --out --config"
 )
 KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -181,18 +183,25 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--config", "{model}/ae.safetensors"], "it is damaged or no JSON"),
     (["--config", "{sets}/set.json"], "holds no configuration"),
     (["--config", "{sample}"], "sets 'mask', which is unknown"),
-    (["--out", "{model}/ae.safetensors"], "ae.safetensors is no folder; choose another folder"),
-    (["--out", "{model}/ae.safetensors/run"], "ae.safetensors is no folder; choose another folder"),
-    (["--out", "a\0b"], "choose another folder"),
-    (["--out", "a" * 300], "choose another folder"),
+    (["--out", "{model}/ae.safetensors"], "ae.safetensors is not a folder; choose another"),
+    (["--out", "{model}/ae.safetensors/run"], "ae.safetensors is not a folder; choose another"),
+    (["--out", "a\0b"], "choose another"),
+    (["--out", "a" * 300], "choose another"),
     (["--device", "mps"], "--device mps is not available"),
+    (["--concat", "token"], "--concat 'token' is unknown; did you mean tokens?"),
+    (["--text", "panels"], "--text 'panels' is unknown; did you mean panel?"),
+    (["--data", "{unmarked}", "--text", "panel"], "turned around': no markers for the 2 panels of the 1x2 grid"),
+    (["--tensorboard"], "--tensorboard needs a package that is not installed; pip install tensorboard, or leave it"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(world, out, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    places = {name: tmp_path / name for name in ("empty", "broken", "sample")}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    places = {name: tmp_path / name for name in ("empty", "broken", "sample", "unmarked")}
     places["empty"].mkdir()
     shutil.copytree(world / "sets", places["broken"])
     (places["broken"] / "3" / "2.png").write_bytes(b"no picture")
+    shutil.copytree(world / "sets", places["unmarked"])
+    (places["unmarked"] / "3" / "caption.txt").write_text("a picture and the same turned around")
     places["sample"].write_text(json.dumps({"config": {"mask": "all"}}))
     places |= {"sets": world / "sets", "model": world / "model"}
     before = files(world / "model")["ae.safetensors"]
@@ -212,7 +221,7 @@ def test_a_folder_that_cannot_be_written_is_refused(world, out, capsys, monkeypa
     out.mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out)
     assert go(world, out) == 2
-    assert f"{out} is not writable; choose another folder" in refused(capsys) and not files(out)
+    assert f"{out} cannot be written to; choose another" in refused(capsys) and not files(out)
 
 
 def test_encoders_of_another_model_are_refused(world, out, tmp_path, capsys):
@@ -247,8 +256,10 @@ def test_a_run_writes_checkpoint_lora_metrics_curve_and_settings(whole):
 
 def test_the_lora_file_says_what_it_is(whole):
     tensors, about = read_header(whole / "lora.safetensors")
-    told = {name: about[f"iclora.{name}"] for name in ("method", "condition", "base", "grids", "steps")}
-    assert told == {"method": "in-context-lora", "condition": "none", "base": "model", "grids": "1x2", "steps": "6"}
+    assert {name.removeprefix("iclora."): text for name, text in about.items() if name.startswith("iclora.")} == {
+        "method": "in-context-lora", "condition": "none", "concat": "pixels", "text": "joint", "base": "model",
+        "grids": "1x2", "steps": "6",
+    }  # fmt: skip
     assert {stored.dtype for stored in tensors.values()} == {"BF16"}
 
 
@@ -271,6 +282,17 @@ def test_the_settings_beside_a_run_repeat_it(world, whole, out):
     assert files(out) == files(whole)
 
 
+def test_another_model_beside_the_settings_of_a_run_brings_its_own_defaults(whole, tmp_path):
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    argv = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]
+    same, other = parse(TrainConfig, argv, ""), parse(TrainConfig, [*argv, "--model", "flux-dev"], "")
+    assert (same.steps, same.batch, same.lr, same.panel_size, same.dtype) == (6, 2, 0.01, 32, "float32")
+    settled = settle_training(other, DEV, "cuda")
+    assert (settled.steps, settled.batch, settled.lr, settled.panel_size) == (5000, 4, 1e-4, 512)
+    assert (settled.rank, settled.dropout, settled.dtype) == (2, 0.3, "bfloat16"), "what does not depend on the model"
+    assert parse(TrainConfig, [*argv, "--model", "flux-dev", "--steps", "7"], "").steps == 7
+
+
 def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
     before = files(whole)
     assert go(world, whole) == 0
@@ -284,6 +306,37 @@ def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal(world, out, capsys, 
     bars = [part for part in err.split("\r") if "step " in part]
     assert len(bars) == 6 and all(word in bars[2] for word in ("step 3/6, loss ", " steps a second, ", " left"))
     assert bars[-1].split("\n")[0].endswith("left\x1b[K") and "0:00:00 left" in bars[-1]
+
+
+def test_a_bar_is_drawn_while_texts_and_pictures_are_encoded(world, out, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    make_sets(tmp_path / "sets", count=3, seed=7)
+    assert go(world, out, "--data", str(tmp_path / "sets"), steps=1) == 0
+    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("encoding ")]
+    assert [bar.partition(" [")[0] for bar in bars[-3:]] == ["encoding pictures"] * 3
+    assert "[########................] step 1/3" in bars[-3] and "0:00:00 left\x1b[K\n" in bars[-1]
+
+
+def test_metrics_also_go_to_tensorboard_if_that_is_wanted(world, out, monkeypatch):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, step))
+
+        def flush(self):
+            pass
+
+    told = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    assert go(world, out, "--tensorboard", steps=1) == 0
+    assert go(world, out, "--tensorboard", steps=2) == 0
+    assert told == [
+        (str(out), 1), ("loss", 1), ("validation", 1),
+        (str(out), 2), ("loss", 2), ("validation", 2),
+    ]  # fmt: skip
+    assert "tensorboard" not in (out / "config.json").read_text()
 
 
 def test_sheets_of_samples_are_the_same_for_the_same_weights(world, out):
@@ -617,7 +670,7 @@ def test_pixels_of_masked_panels_never_reach_the_kept_latents(world, tmp_path):
             Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0" / "2.png")
         argv = command(world, tmp_path / "run", "--condition", "clean", "--data", str(tmp_path / name))
         config = settle_training(parse(TrainConfig, argv, ""), model_row(shape), "cpu")
-        feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None)
+        feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None, Bar)
         ((layout, examples),) = [(feed.layouts[0], feed.trained[0][:1])]
         known.append([feed.sets(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
     left, right, none = zip(*known, strict=True)
@@ -682,6 +735,37 @@ def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, c
         same = [torch.equal(x[kept], networks.data[0, kept]) for x in seen]
         assert len(same) == 3 and all(same) == stays and any(same) == stays
         assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+
+
+def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(world, out):
+    """Texts, latents of kept panels, and who sees whom; the whole way through the file's metadata."""
+    flags = ["--condition", "clean", "--concat", "tokens", "--text", "panel"]
+    assert go(world, out, *flags, "--sample-every", "1", steps=1) == 0
+    files_of_model = find_model(str(world / "model"))
+    shape = read_flux_config(files_of_model.flux)
+    config = settle_training(parse(TrainConfig, command(world, out, *flags), ""), model_row(shape), "cpu")
+    feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None, Bar)
+    sets = feed.sets(feed.layouts[0], feed.trained[0][:1], [(1,)], [False])
+    panel = str(world / "sets" / "0" / "1.png")
+    told = {"prompt": feed.trained[0][0].caption, "mask": "2", "panels": (panel,)}
+    networks, _ = pipeline(world, out / "lora.safetensors", **told)
+    plain, _ = pipeline(world, **told)
+    kept = ~networks.mask[0, :, 0].bool()
+    for fed, trained in ((networks.txt, sets.txt), (networks.vec, sets.vec)):
+        assert torch.allclose(fed, trained, atol=1e-5), "but for rounding: training encodes texts one by one"
+    assert torch.equal(networks.data[:, kept], pack(sets.known)[:, kept])
+    assert networks.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(networks.vec, plain.vec)
+    assert not torch.equal(networks.data, plain.data), "encoded by itself"
+    masks, real = [], networks.flux.forward
+    networks.flux.forward = lambda *given: masks.append(given[7]) or real(*given)
+    networks.sample(0, lambda *_: None)
+    assert len(masks) == 3 and all(torch.equal(mask, sets.mask) for mask in masks)
+
+
+def test_a_caption_that_a_lora_of_panel_texts_cannot_read_is_refused_before_anything_loads(world, out):
+    assert go(world, out, "--text", "panel", steps=1) == 0
+    with pytest.raises(ValueError, match="each panel is to read its own part of 'a fox and a bear': no mark"):
+        pipeline(world, out / "lora.safetensors", prompt="a fox and a bear")
 
 
 def test_the_sheet_of_a_clean_run_keeps_the_first_panel(world, out, monkeypatch):

@@ -259,12 +259,29 @@ def test_recomputing_really_keeps_fewer_activations():
 def test_the_validation_loss_repeats_exactly_and_sees_a_change():
     flux, state = adapted()
     shelf = Shelf()
-    losses = [training.validation_loss(flux, shelf, torch.device("cpu")) for _ in range(2)]
-    assert losses[0] == losses[1] and math.isfinite(losses[0])
+    cpu = torch.device("cpu")
+    losses = [training.validation_loss(flux, shelf, condition, cpu) for condition in ("none", "clean") for _ in "ab"]
+    assert losses[0] == losses[1] and losses[2] == losses[3] and losses[0] != losses[2]
+    assert all(map(math.isfinite, losses))
     torch.nn.init.normal_(state.parameters[1])
-    assert training.validation_loss(flux, shelf, torch.device("cpu")) != losses[0]
+    assert training.validation_loss(flux, shelf, "none", cpu) != losses[0]
     shelf.held_out = []
-    assert math.isnan(training.validation_loss(flux, shelf, torch.device("cpu")))
+    assert math.isnan(training.validation_loss(flux, shelf, "none", cpu))
+
+
+def test_validation_keeps_panels_clean_if_training_does():
+    flux, _ = adapted()
+    kept = {}
+    for condition in ("none", "clean"):
+        shelf, asked = Shelf(), []
+        real = shelf.sets
+        shelf.sets = lambda layout, examples, some, dropped, real=real, asked=asked: (
+            asked.extend(some) or real(layout, examples, some, dropped)
+        )
+        training.validation_loss(flux, shelf, condition, torch.device("cpu"))
+        kept[condition] = asked
+    assert set(kept["none"]) == {()}
+    assert len(kept["clean"]) == 10 and set(kept["clean"]) == {(), (1,), (2,)}
 
 
 # the loop
@@ -395,13 +412,13 @@ def test_equal_contents_make_equal_bytes_in_any_number_of_saves(tmp_path):
 
 
 CHANGES = {
-    "rank": 4, "targets": "attn", "condition": "clean", "batch": 2, "lr": 0.5, "warmup": 3, "ema": 0.5, "dropout": 0.25,
-    "times": "uniform", "panel_size": 48, "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
-    "init_lora": "other.safetensors",
+    "rank": 4, "targets": "attn", "condition": "clean", "concat": "tokens", "text": "panel", "batch": 2, "lr": 0.5,
+    "warmup": 3, "ema": 0.5, "dropout": 0.25, "times": "uniform", "panel_size": 48, "fit": "pad", "holdout": 0.5,
+    "seed": 1, "grid": "1x2", "dtype": "bfloat16", "init_lora": "other.safetensors",
 }  # fmt: skip
 FREE = {
     "steps": 9, "save_every": 9, "sample_every": 9, "accumulate": 2, "checkpointing": True, "device": "cuda",
-    "out": "elsewhere", "config": "a.json",
+    "tensorboard": True, "out": "elsewhere", "config": "a.json",
 }  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from iclora.config import model_row
-from iclora.layout import Layout, token_mask
+from iclora.layout import Layout, sight, through, token_mask
+from iclora.pipeline import encode_captions
 from model.autoencoder import AutoEncoder
 from model.flux import Flux
 from model.position import grid_ids
@@ -53,6 +54,8 @@ def generate(
     kept: Tensor | None = None,
     masked: tuple[int, ...] = (),
     clean: bool = False,
+    concat: str = "pixels",
+    text: str = "joint",
     batch: int = 20,
 ) -> Tensor:
     """Make one set for each caption.
@@ -61,6 +64,7 @@ def generate(
     kept: (N, 3, h, w) in -1..1, composites whose masked panels are filled with 0
     masked: the panels that are generated, from 1; all of them if kept is not given
     clean: feed kept panels clean at every step, as `--condition clean` trains it, instead of noised with the rest
+    concat, text: as train.py has them
     Returns (N, 3, h, w) in -1..1; kept panels are pasted over the decoded ones, as iclora does
     """
     layout = Layout(*grid, PANEL, PANEL)
@@ -68,30 +72,35 @@ def generate(
     for first in range(0, len(captions), batch):
         part = slice(first, first + batch)
         known = None if kept is None else kept[part]
-        made.append(_generate(networks, captions[part], layout, seeds[part], steps, guidance, known, masked, clean))
+        how = (steps, guidance, known, masked, clean, concat, text)
+        made.append(_generate(networks, captions[part], layout, seeds[part], *how))
     return torch.cat(made)
 
 
 def _generate(
     networks: Networks, captions: list[str], layout: Layout, seeds: list[int], steps: int, guidance: float,
-    kept: Tensor | None, masked: tuple[int, ...], clean: bool,
+    kept: Tensor | None, masked: tuple[int, ...], clean: bool, concat: str, text: str,
 ) -> Tensor:  # fmt: skip
     flux, count = networks.flux, len(captions)
-    txt, vec = networks.text.encode(captions, networks.length)
+    txt, vec = encode_captions(networks.text, captions, networks.length, layout, text)
+    seen = sight(layout, txt.shape[1] // layout.panels) if text == "panel" else None
     start = pack(torch.cat([noise(layout.height, layout.width, seed) for seed in seeds]))
     ids = grid_ids(layout.tokens_high, layout.tokens_wide).expand(count, -1, -1)
     txt_ids = torch.zeros(count, txt.shape[1], 3)
     scale = torch.full((count,), guidance)
     mask = torch.ones(1, start.shape[1], 1) if kept is None else token_mask(masked, layout)
-    known = torch.zeros_like(start) if kept is None else pack(networks.autoencoder.encode(kept))
+    known = torch.zeros_like(start)
+    if kept is not None:
+        known = pack(through(networks.autoencoder.encode, kept, layout, concat))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        return flux(x, ids, txt, txt_ids, torch.full((count,), t), vec, scale)
+        return flux(x, ids, txt, txt_ids, torch.full((count,), t), vec, scale, seen)
 
     ts = times(steps, tokens=start.shape[1], shift=networks.shift)
     keep = keep_clean(known, mask) if clean else keep_known(known, start, mask)
     x = euler(velocity, keep(start, 1.0), ts, keep)
-    image = networks.autoencoder.decode(unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)).clamp(-1, 1)
+    z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
+    image = through(networks.autoencoder.decode, z, layout, concat).clamp(-1, 1)
     if kept is None:
         return image
     pixels = unpack(mask.expand(1, -1, 64), 2 * layout.tokens_high, 2 * layout.tokens_wide)[:, :1]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from . import entry
 from .captions import panel_prompt
 from .sets import PANEL
 from .tasks import with_pencil
@@ -152,15 +153,18 @@ def write_pairs(pairs: list[Pair], path: Path) -> None:
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def make(args: argparse.Namespace) -> None:
+    """Draw the pairs that the command line asks for."""
+    write_pairs(make_pairs(args.kind, args.count, args.seed), args.out / f"{args.kind}.json")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m toybox.pairs", description="Draw pairs for UNO.")
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"), help="folder that receives <kind>.json")
     parser.add_argument("--kind", choices=tuple(KINDS), default="one", help="what the pairs are")
     parser.add_argument("--count", type=int, default=2000, help="pairs")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    write_pairs(make_pairs(args.kind, args.count, args.seed), args.out / f"{args.kind}.json")
-    return 0
+    return entry.run(parser, make, argv)
 
 
 if __name__ == "__main__":

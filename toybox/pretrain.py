@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from model.text import TextEncoders, load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 
-from . import train_autoencoder, train_clip, train_flow, train_text
+from . import entry, train_autoencoder, train_clip, train_flow, train_text
 from .export import write_model
 from .sets import GRIDS, draw_sets, load_sets, sets_of
 from .tokenizers import make_clip_tokenizer, make_t5_tokenizer
@@ -110,13 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=2, help="that draw, and on a CPU train together, a core each")
     parser.add_argument("--compile", action="store_true", help="compile the transformer; needs a C++ compiler")
-    args = parser.parse_args(argv)
-    try:
-        pretrain(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return entry.run(parser, pretrain, argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor
 from model.weights import find_model
 from sampling.images import to_picture
 
-from . import eyes
+from . import entry, eyes
 from .captions import joint_caption
 from .generate import Networks, generate, load_networks
 from .measure import psnr, survival, tiling
@@ -29,7 +29,7 @@ from .train_truth import draw_some, round_trip
 from .truth import Reader, Reading, groups, load_reader
 from .world import POSITIONS, Panel, random_set
 
-OPENING, CLOSING = "<!-- tables of toybox.report -->", "<!-- end of tables -->"
+OPENING, CLOSING = "<!-- tables of {} -->", "<!-- end of tables -->"
 SEED = 7_000_000  # far from the seeds of pretraining
 BARS = {
     "colour and shape": 0.90, "scene": 0.95, "position": 0.85, "same subject in all four": 0.85,
@@ -219,19 +219,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--document", type=Path, help="also write the tables between the marks in this file")
     parser.add_argument("--sets", type=int, default=200, help="sets of each experiment")
     parser.add_argument("--columns", type=int, default=6, help="sets on a contact sheet")
-    args = parser.parse_args(argv)
-    try:
-        networks = load_networks(args.model)
-        reader = load_reader(args.reader or find_model(args.model).flux.parent / "truth" / "model.safetensors")
-        write(networks, reader, args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return entry.run(parser, write, argv)
 
 
-def write(networks: Networks, reader: Reader, args: argparse.Namespace) -> None:
+def write(args: argparse.Namespace) -> None:
     """Run every experiment, print its table as it comes, write all of them down, and draw the contact sheets."""
+    networks = load_networks(args.model)
+    reader = load_reader(args.reader or find_model(args.model).flux.parent / "truth" / "model.safetensors")
     few = max(2, args.sets // 4)
     experiments = {
         "Autoencoder, and reader: fresh panels / after the autoencoder": lambda: autoencoder_rows(
@@ -256,22 +250,24 @@ def write(networks: Networks, reader: Reader, args: argparse.Namespace) -> None:
     for name, masked in (("text-to-set", False), ("panel-3-from-the-others", True)):
         sheet(networks, args.columns, masked).save(args.out / f"{name}.png", optimize=True)
     if args.document:
-        put_between(args.document, "\n".join(tables))
+        put_between(args.document, "toybox.report", "\n".join(tables))
 
 
 def bullets(lines: list[str]) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def put_between(path: Path, text: str) -> None:
+def put_between(path: Path, name: str, text: str) -> None:
     """Replace what stands between the marks of a document.
 
+    name: of what made the tables, which the first mark tells
     Errors: ValueError if it has no marks
     """
-    before, opening, rest = path.read_text().partition(OPENING)
+    mark = OPENING.format(name)
+    before, opening, rest = path.read_text().partition(mark)
     _, closing, after = rest.partition(CLOSING)
     if not closing:
-        raise ValueError(f"{path} has no place for tables; write {OPENING} and {CLOSING} there")
+        raise ValueError(f"{path} has no place for tables; write {mark} and {CLOSING} there")
     path.write_text(f"{before}{opening}\n{text}{closing}{after}")
 
 

@@ -66,6 +66,15 @@ def interval(values: Sequence[float], rounds: int = 1000) -> tuple[float, float,
     return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
+def ratio(values: Sequence[float], most: Sequence[float], rounds: int = 1000) -> tuple[float, float, float]:
+    """Mean of values over the mean of the most that the same sets allow, and its 95 % bootstrap interval."""
+    both = np.asarray([values, most], dtype=float)
+    picks = np.random.default_rng(0).integers(both.shape[1], size=(rounds, both.shape[1]))
+    means = np.concatenate((both.mean(axis=1)[:, None], both[:, picks].mean(axis=2)), axis=1)  # (2, 1 + rounds)
+    shares = means[0] / np.where(means[1] > 0, means[1], np.nan)
+    return float(shares[0]), float(np.nanquantile(shares[1:], 0.025)), float(np.nanquantile(shares[1:], 0.975))
+
+
 def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: float | None = None) -> str:
     """One row of a table; the ceiling is what the reader says of true panels after the autoencoder."""
     mean, low, high = interval(values)

@@ -243,13 +243,13 @@ def _alike(a: Tensor, b: Tensor) -> float:
 # on disk
 
 
-def write_tasks(folder: Path) -> None:
-    """Write the committed sets: COUNT of every task, sketch as composites, the others as folders of panels."""
+def write_tasks(folder: Path, count: int = COUNT) -> None:
+    """Write sets of every task, by default those that are committed: sketch as composites, the others as panels."""
     for task, (rows, cols) in GRIDS.items():
         place = folder / task
         place.mkdir(parents=True, exist_ok=True)
         (place / "set.json").write_text(json.dumps({"grid": f"{rows}x{cols}"}) + "\n")
-        for number, one in enumerate(task_sets(task, COUNT, SEED), start=1):
+        for number, one in enumerate(task_sets(task, count, SEED), start=1):
             stem = f"{number:02d}"
             if task == "sketch":
                 composite = stitch(one.pictures, Layout(rows, cols, PANEL, PANEL))

@@ -32,6 +32,7 @@ from model.autoencoder import AutoEncoder
 from model.checkpoint import read_json, save_safetensors
 from model.weights import ModelFiles, find_model, load_autoencoder
 
+from . import entry
 from .captions import panel_prompt
 from .export import bfloat16, replace_file, write_config
 from .eyes import OPTIONS, hub_name, text_tower, to_pictures, twin, with_subject, with_trait
@@ -322,13 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=2, help="that draw panels")
-    args = parser.parse_args(argv)
-    try:
-        train_both(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return entry.run(parser, train_both, argv)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from model.autoencoder import AutoEncoder
 from model.checkpoint import save_safetensors
 from model.weights import find_model, load_autoencoder
 
+from . import entry
 from .pretrain import SETS
 from .scores import tiles
 from .sets import GRIDS, draw_sets, load_sets, plan_sets
@@ -124,23 +125,22 @@ def train(stage: Stage, autoencoder: AutoEncoder, work: Work, processes: int = 2
     return run(stage, reader, loss_at, work, is_hidden).to(memory_format=torch.contiguous_format)
 
 
+def make(args: argparse.Namespace) -> None:
+    """Train the reader and write it."""
+    autoencoder = load_autoencoder(find_model(args.model).autoencoder)
+    reader = train(STAGE, autoencoder, Work(args.work), args.processes)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = {k: v.bfloat16() if v.is_floating_point() else v for k, v in reader.eval().state_dict().items()}
+    save_safetensors({k: v.contiguous() for k, v in kept.items()}, args.out)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m toybox.train_truth", description=__doc__)
     parser.add_argument("--model", default="tiny", help="whose autoencoder the panels also pass through")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny/truth/model.safetensors"))
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints and drawn pictures")
     parser.add_argument("--processes", type=int, default=2, help="that draw panels")
-    args = parser.parse_args(argv)
-    try:
-        autoencoder = load_autoencoder(find_model(args.model).autoencoder)
-        reader = train(STAGE, autoencoder, Work(args.work), args.processes)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        kept = {k: v.bfloat16() if v.is_floating_point() else v for k, v in reader.eval().state_dict().items()}
-        save_safetensors({k: v.contiguous() for k, v in kept.items()}, args.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return entry.run(parser, make, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""The experiments' runner: what it trains, how it judges, and what it writes; with made-up networks and readings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from toybox import experiments, judge
+from toybox.experiments import EXPERIMENTS, Arm, Experiment
+from toybox.scores import ratio
+from toybox.tasks import COUNT, GRIDS, SEED, task_sets
+from toybox.truth import Reading, Seen
+
+MARKS = "# Experiments\n\n<!-- tables of toybox.experiments {} -->\nold\n<!-- end of tables -->\nafter\n"
+
+
+def seen(subject, **other):
+    traits = {name: getattr(subject, name) for name in ("shape", "colour", "pattern", "accessory", "face", "hue")}
+    traits |= {"position": "left", "size": "big", "angle": subject.angle, "spacing": subject.spacing}
+    return Seen(**{**traits, **other})
+
+
+def test_traits_count_only_with_somebody_of_the_subjects_shape():
+    subject = task_sets("walk", 1, 0)[0].panels[0].placed[0].subject
+    face = subject.face + 1
+    assert judge.traits(Reading("beach", (seen(subject),)), subject) == (1, 1)
+    assert judge.traits(Reading("beach", (seen(subject, colour="none", face=face),)), subject) == (
+        0.75, pytest.approx(1 - 1 / (2 if subject.pattern == "plain" else 4)),
+    )  # fmt: skip
+    assert judge.traits(Reading("beach", (seen(subject, shape="none"),)), subject) == (0, 0)
+    assert judge.traits(Reading("beach", ()), subject) == (0, 0)
+
+
+def test_identity_looks_at_the_later_panels_only(monkeypatch):
+    sets = task_sets("walk", 2, 0)
+    subjects = [one.panels[0].placed[0].subject for one in sets]
+    nobody = Reading("beach", ())
+    first, second = (Reading("beach", (seen(subject),)) for subject in subjects)
+    found = [nobody, first, first, second, nobody, nobody]
+    monkeypatch.setattr(judge, "read", lambda reader, image: found)
+    figures = judge.identity(None, torch.zeros(2, 3, 192, 64), sets, "own panel")
+    assert figures == {"named, own panel": [1, 0], "unnamed, own panel": [1, 0]}
+
+
+def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it():
+    mean, low, high = ratio([0.5, 0.0, 1.0, 0.5], [1.0, 0.5, 1.0, 0.5])
+    assert mean == pytest.approx(2 / 3) and 0 <= low < mean < high <= 1.01
+    assert ratio([1.0, 1.0], [1.0, 1.0]) == (1, 1, 1)
+
+
+def test_every_experiment_compares_arms_of_every_task():
+    for experiment in EXPERIMENTS.values():
+        assert {arm.task for arm in experiment.arms} == set(GRIDS)
+        for task in GRIDS:
+            own = [arm for arm in experiment.arms if arm.task == task]
+            assert len(own) >= 2 and len({(arm.flags, arm.sets) for arm in own}) == len(own)
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """No network is loaded and nothing is trained; what train.py is told is noted."""
+
+    def main(flags):
+        told.append(flags)
+        folder = Path(flags[flags.index("--out") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / train.CHECKPOINT).touch()
+        return 0
+
+    def measure(task, networks, settings, reader, count):
+        judged.append((task, networks))
+        right = [1.0 if networks else 0.0] * count
+        figures = dict.fromkeys(judge.SUCCESS, right)
+        kept = {f"{kind}, {whose} panel": right for kind in judge.KINDS for whose in ("own", "another's")}
+        return figures | (kept if task == "walk" else {}), [torch.zeros(count, 3, 64, 64)] * 2
+
+    def measure_truth(task, networks, reader, count):
+        figures, _ = measure(task, "true", {}, reader, count)
+        return figures, [torch.zeros(count, 3, 64, 64)]
+
+    told, judged = [], []
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(experiments, "load_reader", lambda path: None)
+    monkeypatch.setattr(experiments, "load_networks", lambda model: None)
+    monkeypatch.setattr(experiments, "with_lora", lambda model, lora: (lora, {}))
+    arms = (Arm("walk", "base", None), Arm("walk", "LoRA"), Arm("sketch", "base", None), Arm("sketch", "few", (), 3))
+    for name in ("one", "two"):
+        monkeypatch.setitem(EXPERIMENTS, name, Experiment(name, arms, judge.SUCCESS, measure, measure_truth))
+    return told, judged
+
+
+def run(tmp_path, *names):
+    document = tmp_path / "doc.md"
+    document.write_text("".join(MARKS.format(name) for name in names))
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--document", str(document)]
+    return experiments.main([*names, "--count", "2", "--steps", "7", *places]), document.read_text()
+
+
+def test_the_runner_trains_judges_and_writes_tables_values_and_sheets(made_up, tmp_path, capsys):
+    told, judged = made_up
+    status, text = run(tmp_path, "one", "two")
+    assert status == 0 and "old" not in text and text.count("after\n") == 2
+    assert "| walk | base | 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |  |" in text
+    assert "| walk | LoRA, difference | +100.0 (+100.0 to +100.0) |" in text
+    assert "| LoRA | unnamed | 100.0 (100.0 to 100.0) |" in text and "| few | named" not in text
+    assert text.count("![one, walk](out/one-walk.png)") == 1
+    assert capsys.readouterr().out.count("### one") == 1
+    rows = json.loads((tmp_path / "out" / "one.json").read_text())["rows"]
+    assert [(row["task"], row["name"]) for row in rows] == [
+        ("walk", "true sets"), ("sketch", "true sets"), ("walk", "base"), ("walk", "LoRA"), ("sketch", "base"),
+        ("sketch", "few"),
+    ]  # fmt: skip
+    assert rows[3]["figures"]["from text"] == [1.0, 1.0] and rows[3]["seconds"] >= 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "one-sketch.png", "one-walk.png", "two-sketch.png", "two-walk.png",
+    ]  # fmt: skip
+    assert told[0] == told[2] and told[1] == told[3]
+    assert told[0][:6] == ["--data", "sets/walk", "--model", "tiny", "--steps", "7"]
+    few = Path(told[1][1])
+    assert few == tmp_path / "work" / "sets-3" / "sketch" and len(list(few.glob("*.png"))) == 3
+    assert len(judged) == 2 + 4, "arms that two experiments share are judged once"
+
+
+def test_a_failed_training_or_a_missing_mark_is_one_line(made_up, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", lambda flags: 2)
+        assert run(tmp_path, "one")[0] == 2
+    assert "did not end well" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "doc.md").write_text("no marks")
+    argv = ["one", "--count", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert experiments.main([*argv, "--document", str(tmp_path / "doc.md")]) == 2
+    assert "has no place for tables; write <!-- tables of toybox.experiments one -->" in capsys.readouterr().err
+    assert (tmp_path / "doc.md").read_text() == "no marks"
+
+
+def test_the_first_sets_of_a_task_are_the_committed_ones():
+    assert task_sets("walk", 3, SEED) == task_sets("walk", COUNT, SEED)[:3]
