@@ -27,6 +27,7 @@ CONFIG = FluxConfig(
 )  # fmt: skip
 DROPPED = 0.05  # share of the captions replaced by the empty one
 READING = 0.2  # weight of the facts beside the velocity
+LATE = 0.7  # mean of the times' logits: what a subject is gets settled near noise, where its shape is learned last
 GUIDANCE = (1.0, 5.0)  # drawn uniformly; says nothing until it is distilled
 
 
@@ -128,7 +129,7 @@ def batch_of(data: Data, grid: tuple[int, int], count: int, generator: torch.Gen
 
 
 def noised(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pack latents and move them towards noise, to logit-normal times.
+    """Pack latents and move them towards noise, to logit-normal times about LATE.
 
     z: (B, 16, h, w)
     Returns the points (B, I, 64), the velocities there (B, I, 64), and the times (B)
@@ -136,7 +137,7 @@ def noised(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     """
     data = pack(z)
     noise = torch.randn(data.shape, generator=generator).to(z)
-    t = torch.sigmoid(torch.randn(len(z), generator=generator)).to(z)
+    t = torch.sigmoid(LATE + torch.randn(len(z), generator=generator)).to(z)
     return interpolate(data, noise, t[:, None, None]), noise - data, t
 
 
