@@ -1,7 +1,7 @@
 """The FLUX.1 transformer (MMDiT): two streams of tokens, text and image, that attend to each other.
 
-Letters: B batch, T text tokens, I image tokens (target and references), L = T + I, D width, H heads,
-K head width, A position axes. Parameter names are those of the released checkpoints, so loading is strict
+Letters: B batch, T text tokens, I image tokens (target and references), R reference tokens among them, L = T + I,
+N tokens of the target or asked for, D width, H heads, K head width, A position axes. Parameter names are those of the released checkpoints, so loading is strict
 and needs no renaming. Small parts first, the whole model last.
 """
 
@@ -18,6 +18,7 @@ from .position import rotary_angles, rotate
 EPS = 1e-6  # of every LayerNorm and RMSNorm
 SINUSOID = 256  # channels of the time and guidance sinusoids
 LAST_BIT = 1.75e-9  # see sinusoid_frequencies
+EVERY = slice(None)  # every row of a sequence
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,16 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor], rows: slice = EVERY) -> Tensor:
     """Let every token attend to every token, with rotated queries and keys.
 
     q, k, v: (B, H, L, K)
-    Returns (B, L, D)
+    rows: the tokens whose result is wanted
+    Returns (B, N, D)
     """
-    out = F.scaled_dot_product_attention(rotate(q, *pe), rotate(k, *pe), v)
+    cos, sin = pe
+    q = rotate(q[:, :, rows], cos[:, :, rows], sin[:, :, rows])  # (B, H, N, K)
+    out = F.scaled_dot_product_attention(q, rotate(k, cos, sin), v)
     return rearrange(out, "B H L K -> B L (H K)")
 
 
@@ -199,19 +203,21 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # attention's output and the MLP's
         self.norm = QKNorm(hidden // self.heads)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], rows: slice = EVERY) -> Tensor:
         """Attend and think side by side.
 
         x: (B, L, D) text, then image
         vec: (B, D) conditioning
         pe: cosines and sines from rotary_angles
-        Returns (B, L, D)
+        rows: the tokens that are wanted; of the others only keys and values count
+        Returns (B, N, D), one row per token wanted
         """
         shift, scale, gate = self.modulation(vec)
         qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
-        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe)
-        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(up, approximate="tanh")), dim=-1)))
+        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, rows)
+        thought = F.gelu(up[:, rows], approximate="tanh")
+        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat((attended, thought), dim=-1)))
 
 
 class LastLayer(nn.Module):
@@ -223,6 +229,15 @@ class LastLayer(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What all steps of a run share; Flux.prepare computes it once."""
+
+    txt: Tensor  # (B, T, D)
+    references: Tensor  # (B, R, D)
+    pe: tuple[Tensor, Tensor]  # of text, target and references
 
 
 class Flux(nn.Module):
@@ -290,17 +305,41 @@ class Flux(nn.Module):
         guidance: (B,) raw scale; ignored by models without it
         Returns (B, I, 64), one row per token given, references included
         """
-        dtype = self.img_in.weight.dtype
         vec = self.conditioning(timesteps, y, guidance)  # (B, D)
+        return self.predict(img, self.prepare(img_ids, txt, txt_ids), vec)
+
+    def prepare(self, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, references: Tensor | None = None) -> Fixed:
+        """Compute what does not depend on time, to be used in every step.
+
+        img_ids: (B, I, 3) float32 positions of the target, then of the references
+        txt: (B, T, C) T5 tokens
+        txt_ids: (B, T, 3) zeros
+        references: (B, R, 64) packed clean latent tokens; None leaves everything to predict
+        """
+        dtype = self.img_in.weight.dtype
+        if references is None:
+            references = txt.new_zeros(len(txt), 0, self.config.in_channels)
         pe = rotary_angles(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        img = self.img_in(img.to(dtype))  # (B, I, D)
-        txt = self.txt_in(txt.to(dtype))  # (B, T, D)
+        return Fixed(self.txt_in(txt.to(dtype)), self.img_in(references.to(dtype)), pe)
+
+    def predict(self, img: Tensor, fixed: Fixed, vec: Tensor) -> Tensor:
+        """Predict the velocity of the target's tokens; what is fixed was computed before, and is not predicted.
+
+        img: (B, N, 64) packed noisy latent tokens of the target
+        vec: (B, D) from conditioning
+        Returns (B, N, 64)
+        """
+        txt, pe = fixed.txt, fixed.pe  # (B, T, D)
+        target = slice(txt.shape[1], txt.shape[1] + img.shape[1])
+        img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), fixed.references), dim=1)  # (B, I, D)
 
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, pe)
 
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
-        for block in self.single_blocks:
+        for block in self.single_blocks[:-1]:
             x = block(x, vec, pe)
+        for block in self.single_blocks[-1:]:  # of the last one, nothing but the target is read any more
+            x = block(x, vec, pe, target)  # (B, N, D)
 
-        return self.final_layer(x[:, txt.shape[1] :], vec)  # (B, I, 64)
+        return self.final_layer(x, vec)  # (B, N, 64)
