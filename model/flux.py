@@ -1,11 +1,10 @@
 """The FLUX.1 transformer (MMDiT): two streams of tokens, text and image, that attend to each other.
 
 Letters: B batch, T text tokens, I image tokens (target and references), R reference tokens among them, L = T + I,
-N tokens of the target or asked for, D width, H heads, K head width, A position axes. Parameter names are those of the released checkpoints, so loading is strict
-and needs no renaming. Small parts first, the whole model last.
+N tokens that are wanted, D width, H heads, K head width, A position axes. Parameter names are those of the released
+checkpoints, so loading is strict and needs no renaming. Small parts first, the whole model last.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .position import rotary_angles, rotate
+from .position import SINUSOID, rotary_angles, rotate, timestep_embedding
 
 EPS = 1e-6  # of every LayerNorm and RMSNorm
-SINUSOID = 256  # channels of the time and guidance sinusoids
-LAST_BIT = 1.75e-9  # see sinusoid_frequencies
 EVERY = slice(None)  # every row of a sequence
 
 
@@ -43,33 +40,6 @@ class FluxConfig:
             raise ValueError(
                 f"rotary axes {self.axes_dim} times {self.num_heads} heads do not make the width {self.hidden_size}"
             )
-
-
-def sinusoid_frequencies(device: torch.device) -> Tensor:
-    """Give the 128 frequencies, 1 down to 1/10000, with the same bits on every machine.
-
-    The official code calls exp in float32. Maths libraries round its last bit differently, and at guidance
-    3.5 (times 1000) that bit moves an angle by 1e-4 and the model's output by 2e-5. So exp runs in float64
-    on the float32 exponent, and LAST_BIT settles the near-ties as the reference run did.
-    """
-    half = SINUSOID // 2
-    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
-    return (exponent.double().exp() * (1 + LAST_BIT)).float().to(device)
-
-
-def timestep_embedding(t: Tensor, exact: bool = False) -> Tensor:
-    """Spread a scalar per sample over sines and cosines of geometrically spaced frequencies.
-
-    Official FLUX multiplies by 1000 in the dtype of t: in bfloat16 a guidance of 3.5 becomes 3504. That
-    rounding is what the released models are sampled with, hence the default; exact multiplies in float32.
-
-    t: (B,) time in 0..1, or guidance
-    Returns (B, 256) in the dtype of t: cosines, then sines
-    Source: black-forest-labs/flux@802fb47 modules/layers.py timestep_embedding
-    """
-    x = (1000.0 * t.float() if exact else 1000.0 * t).float()
-    angle = x[:, None] * sinusoid_frequencies(t.device)  # (B, 128)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1).to(t.dtype)
 
 
 class MLPEmbedder(nn.Module):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from golden import EXACT, FLUX, LOOP, case, far
-from model.flux import Flux, FluxConfig, timestep_embedding
-from model.position import rotary_angles
+from model.flux import Flux, FluxConfig
+from model.position import rotary_angles, timestep_embedding
 from model.weights import load_flux
 from sampling.flow import euler
 
