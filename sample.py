@@ -3,6 +3,7 @@
   python sample.py --grid 2x2 --mask 3                        a bundled example, panel 3 made from the other three
   python sample.py --grid 1x2 --mask all --prompt "..."       from text alone
   python sample.py --mask 2,4 --panels a.png b.png --panel-prompt "..." "..." "..." "..."
+  python sample.py --ref cat.png --ref robot.png --prompt "a cat beside a robot"        with subjects of references
   python sample.py --config out/0001.json                     the same picture again
 """
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
-        return complain("memory ran out; try a smaller --panel-size, fewer panels, --tile or --device cpu", 2)
+        return complain("memory ran out; try a smaller --panel-size, fewer panels or --ref, --tile or --device cpu", 2)
     return 0
 
 
@@ -74,12 +75,13 @@ def describe(plan: "Plan") -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
     versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
     versions["gpu"] = torch.cuda.get_device_name() if plan.config.device == "cuda" else None
+    used = [(panel, "draft" if source.drafted else "kept", source) for panel, source in plan.sources.items()]
+    used += [(None, "reference", source) for source in plan.references]
     return {
         "model": {"name": plan.files.name, "defaults": plan.row.name, "files": files},
         "inputs": [
-            {"panel": panel, "use": "draft" if source.drafted else "kept", "file": str(source.path),
-             "sha256": source.sha256}
-            for panel, source in plan.sources.items()
+            {"panel": panel, "use": use, "file": str(source.path), "sha256": source.sha256}
+            for panel, use, source in used
         ],
         "versions": versions,
     }

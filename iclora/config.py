@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # torch takes a second to import, and a typo shall be answere
     from model.flux import FluxConfig
 
 GRID = "2x2"
+REFERENCE_GUIDANCE = 4.0  # UNO's
 LAST_SEED = 2**63 - 1
 
 
@@ -39,7 +40,7 @@ class SampleConfig:
     """
 
     grid: str | None = knob(
-        None, f"the set's rows and columns, 3x1 being three rows (default: the preset's, else {GRID})",
+        None, f"rows and columns of the set, 3x1 being three rows (default: the preset's; 1x1 with --ref; else {GRID})",
         metavar="ROWSxCOLS", follows=("preset",),
     )
     mask: str = knob("all", "panels to generate, in reading order: 3 or 2,4 or 2-4; the others are kept")
@@ -50,6 +51,10 @@ class SampleConfig:
     set: str | None = knob(
         None, "a folder instead of --panels, with 1.png, 2.png, ... and, if there is one, caption.txt",
         metavar="DIR", path=True, follows=("panels",),
+    )
+    ref: tuple[str, ...] = knob(
+        (), "reference pictures, any number; what they show is to appear in the picture (UNO)",
+        metavar="PICTURE", path=True,
     )
     prompt: str | None = knob(
         None, "the joint caption of all panels; beside --panel-prompt the sentence before them",
@@ -65,8 +70,8 @@ class SampleConfig:
     )
     steps: int | None = knob(None, "Euler steps (default: 20; schnell 4)", valid=(1, 1000), follows=("model",))
     guidance: float | None = knob(
-        None, "strength of the text, as distilled into the model (default: 3.5; schnell has none)",
-        valid=(0, 100), follows=("model",),
+        None, "strength of the text, as distilled into the model (default: 3.5, with --ref 4; schnell has none)",
+        valid=(0, 100), follows=("model", "ref"),
     )
     seed: int = knob(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
     num: int = knob(1, "how many pictures to make", valid=(1, 10_000))
@@ -77,6 +82,25 @@ class SampleConfig:
     panel_size: str | None = knob(
         None, "pixels, 512 or 512x768 (default: the preset's, else 512, for tiny 64)",
         metavar="WIDTHxHEIGHT", follows=("preset", "model"),
+    )
+    ref_size: int | None = knob(
+        None, "longer side of a reference in pixels (default: the LoRA's, or 512, of several 320, for tiny 64)",
+        valid=(16, 2048), follows=("model", "lora", "ref"),
+    )
+    offset: str | None = knob(
+        None, "references' places: d diagonally off, h below, w beside, o on the picture (default: the LoRA's, or d)",
+        choices=("d", "h", "w", "o"), follows=("lora",),
+    )
+    offset_scale: float | None = knob(
+        None, "multiplies how far past it they stand (default: the LoRA's, or 1)", valid=(0, 100), follows=("lora",)
+    )
+    posterior: str | None = knob(
+        None, "references' latents: a sample under the seed, as UNO's, or the mean (default: the LoRA's, or sample)",
+        choices=("sample", "mean"), follows=("lora",),
+    )
+    schedule: str = knob(
+        "tokens", "times for the picture's number of tokens, or for 64 times too few, as UNO's release has them",
+        choices=("tokens", "uno-release"),
     )
     strength: float = knob(
         1.0, "below 1, masked panels start from the given ones as drafts, for that part of the steps", valid=(0, 1)
@@ -186,6 +210,7 @@ class ModelRow:
     guidance: None if the model embeds none
     shift: whether longer sequences spend more steps near noise
     panel: pixels of a square panel
+    references: pixels of the longer side of a single reference, and of each of several
     cpu_dtype: of the weights on a CPU; elsewhere it is bfloat16
     """
 
@@ -195,12 +220,13 @@ class ModelRow:
     guidance: float | None
     shift: bool
     panel: int
+    references: tuple[int, int]
     cpu_dtype: str
 
 
-DEV = ModelRow("dev", 512, 20, 3.5, True, 512, "bfloat16")
-SCHNELL = ModelRow("schnell", 256, 4, None, False, 512, "bfloat16")
-TINY = ModelRow("tiny", None, 20, 3.5, True, 64, "float32")
+DEV = ModelRow("dev", 512, 20, 3.5, True, 512, (512, 320), "bfloat16")
+SCHNELL = ModelRow("schnell", 256, 4, None, False, 512, (512, 320), "bfloat16")
+TINY = ModelRow("tiny", None, 20, 3.5, True, 64, (64, 64), "float32")
 TRAINING = {  # defaults of train.py by the name of the row
     "dev": {"steps": 5000, "batch": 4, "lr": 1e-4, "panel_size": 512},  # as in arXiv:2410.23775
     "schnell": {"steps": 5000, "batch": 4, "lr": 1e-4, "panel_size": 512},
@@ -222,10 +248,14 @@ def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) 
     returns: no field is None any more, except those that may be: set, prompt, preset, config, and guidance without it
     """
     chosen = {
-        "grid": f"{task.rows}x{task.cols}" if task else GRID,
+        "grid": f"{task.rows}x{task.cols}" if task else "1x1" if config.ref else GRID,
         "panel_size": "{}x{}".format(*task.panel_size) if task else str(row.panel),
         "steps": row.steps,
-        "guidance": row.guidance,
+        "guidance": REFERENCE_GUIDANCE if config.ref and row.guidance is not None else row.guidance,
+        "ref_size": row.references[len(config.ref) > 1],
+        "offset": "d",
+        "offset_scale": 1.0,
+        "posterior": "sample",
         "dtype": row.cpu_dtype if device == "cpu" else "bfloat16",
     }
     undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}

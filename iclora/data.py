@@ -44,16 +44,16 @@ class PanelSet:
 
 @dataclass(frozen=True)
 class Source:
-    """One panel read from a file.
+    """One panel or reference read from a file.
 
-    picture: of panel size
-    drafted: True if a masked panel starts from it, False if it is kept
+    picture: of its final size
+    drafted: True if a masked panel starts from it, False if it is kept or a reference
     """
 
     path: Path
     sha256: str
     picture: Image.Image
-    drafted: bool
+    drafted: bool = False
 
 
 def read_set(folder: Path) -> PanelSet:

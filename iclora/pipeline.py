@@ -1,7 +1,8 @@
 """A plan in, a set of pictures out: load the networks of a plan, one after the other, and sample.
 
 The way of the data, top-down: argv -> SampleConfig -> resolve -> Plan -> Pipeline -> sample -> Result.
-Letters: I image tokens of the composite, T text tokens, C width of the T5 tokens, V width of the CLIP vector.
+Letters: I image tokens of the composite, R reference tokens, T text tokens, C width of the T5 tokens, V width of the
+CLIP vector.
 """
 
 import gc
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
-from model.position import grid_ids
 from model.text import TextEncoders, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.flow import euler, interpolate, times
@@ -28,6 +28,7 @@ from sampling.latents import noise, pack, unpack
 from .layout import Layout, compose, paste, sight, split, through, token_mask
 from .plan import Note, Plan, resolve
 from .prompts import texts_of
+from .references import encode, place
 
 __all__ = ["Pipeline", "Plan", "Result", "resolve"]
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -80,7 +81,8 @@ class Pipeline:
         plan, config, layout, seconds = self.plan, self.plan.config, self.plan.layout, dict(self.seconds)
         dtype = getattr(torch, config.dtype)  # rounds the noise as the official sampler does; x itself is float32
         start = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)  # (1, I, 64)
-        ts = drafted_start(times(config.steps, tokens=start.shape[1], shift=plan.row.shift), config.strength)
+        ts = times(config.steps, tokens=start.shape[1], shift=plan.row.shift, schedule=config.schedule)
+        ts = drafted_start(ts, config.strength)
         clean = plan.clean and config.strength == 1
         keep = keep_clean(self.data, self.mask) if clean else keep_known(self.data, start, self.mask)
 
@@ -89,9 +91,11 @@ class Pipeline:
             progress(ts.index(t_next), len(ts) - 1)
             return keep(x, t_next)
 
+        with timed(seconds, "references"):
+            references = self.encode_references(seed)  # (1, R, 64)
         with timed(seconds, "sampling"):
             x = keep(interpolate(self.data, start, ts[0]), ts[0])  # at t = 1 this is the noise
-            x = euler(self.velocity(), x, ts, after_step)
+            x = euler(self.velocity(references), x, ts, after_step)
         with timed(seconds, "decoding"):
             z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
             decode = partial(decode_tiled, self.autoencoder) if config.tile else self.autoencoder.decode
@@ -100,18 +104,32 @@ class Pipeline:
         panels = split(composite, layout)
         return Result(composite, {panel: panels[panel - 1] for panel in plan.masked}, seconds)
 
-    def velocity(self) -> Callable[[Tensor, float], Tensor]:
-        """Makes the velocity of the sampler from the transformer: a closure over text, positions and guidance."""
-        config, layout = self.plan.config, self.plan.layout
-        ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(config.device)  # (1, I, 3)
-        text = self.txt.shape[1]
-        txt_ids = torch.zeros(1, text, 3, device=config.device)
-        mask = sight(layout, text // layout.panels).to(config.device) if self.plan.text == "panel" else None
+    def encode_references(self, seed: int) -> Tensor:
+        """Encodes the references, each picture's own sample of their posterior unless the mean is wanted.
+
+        returns: (1, R, 64) clean tokens
+        """
+        generator = torch.Generator("cpu").manual_seed(~seed)  # not the stream that the noise comes from
+        pictures = [source.picture for source in self.plan.references]
+        return encode(self.autoencoder, pictures, generator if self.plan.config.posterior == "sample" else None)
+
+    def velocity(self, references: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """Makes the velocity of the sampler from the transformer: a closure over text, references and guidance.
+
+        references: (1, R, 64) clean tokens, the same in every step
+        """
+        config, pictures = self.plan.config, [source.picture for source in self.plan.references]
+        ids = place(self.plan.layout, pictures, config.offset, config.offset_scale).to(config.device)  # (1, I + R, 3)
+        txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=config.device)
+        mask = None
+        if self.plan.text == "panel":
+            mask = sight(self.plan.layout, self.txt.shape[1] // self.plan.layout.panels).to(config.device)
+        fixed = self.flux.prepare(ids, self.txt, txt_ids, references, mask)
         guidance = None if config.guidance is None else torch.full((1,), config.guidance, device=config.device)
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            t = torch.full((1,), t, device=x.device)
-            return self.flux(x, ids, self.txt, txt_ids, t, self.vec, guidance, mask).float()  # x stays in float32
+            vec = self.flux.conditioning(torch.full((1,), t, device=x.device), self.vec, guidance)
+            return self.flux.predict(x, fixed, vec).float()  # x stays in float32
 
         return velocity
 

@@ -18,6 +18,7 @@ from .config import ModelRow, SampleConfig, model_row, settle
 from .data import PanelSet, Source, read_set, read_source
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
+from .references import check_memory, follow_loras, read_references
 
 Note = Callable[[str], None]  # takes one line for the user
 
@@ -29,6 +30,7 @@ class Plan:
     config: nothing in it is left open, and the prompt is the joint caption
     masked: numbers of the panels to generate
     sources: panel number -> what is kept or drafted there
+    references: whose subjects are to appear, in the order of their places
     """
 
     config: SampleConfig
@@ -40,6 +42,7 @@ class Plan:
     masked: tuple[int, ...]
     sources: Mapping[int, Source]
     loras: tuple[tuple[Path, float], ...] = ()
+    references: tuple[Source, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -77,8 +80,11 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
     if config.guidance is not None and not shape.guidance_embed:
         note(f"{files.name} has no guidance; --guidance {config.guidance:g} is ignored")
         config = replace(config, guidance=None)
-    config = settle(config, task, row, pick_device(config.device))
+    if config.schedule != "tokens" and not row.shift:
+        note(f"{files.name} has even times; --schedule {config.schedule} is ignored")
+        config = replace(config, schedule="tokens")
     loras = tuple(parse_lora(text) for text in config.lora)
+    config = settle(follow_loras(config, loras, note), task, row, pick_device(config.device))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     masked = parse_mask(config.mask, layout.panels)
     if not masked:
@@ -90,17 +96,23 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
     found = find_panels(config, layout, masked, note)
     prompt = joint_caption(config, layout, task, found, note)
     sources = read_sources(config, layout, masked, found, note)
+    if config.ref:
+        check_memory(config, layout, files.flux, shape.hidden_size)
+    references = read_references(config.ref, config.ref_size)
     config = replace(
         config,
         mask=",".join(map(str, masked)),
         panels=tuple(os.path.abspath(path) for path in config.panels),
         set=config.set and os.path.abspath(config.set),
+        ref=tuple(os.path.abspath(path) for path in config.ref),
         lora=tuple(f"{os.path.abspath(path)}:{strength:g}" for path, strength in loras),
         prompt=prompt,
         panel_prompt=(),
         model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),
     )
-    plan = Plan(config, files, tuple(weight_files(files)), shape, row, layout, masked, sources, loras)
+    plan = Plan(config, files, tuple(weight_files(files)), shape, row, layout, masked, sources, loras, references)
+    if references and plan.text == "panel":
+        raise ValueError("a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out")
     texts_of(prompt, layout.rows, layout.cols, plan.text)  # refuses a caption that cannot be taken apart
     return plan
 

@@ -1,11 +1,10 @@
 """The FLUX.1 transformer (MMDiT): two streams of tokens, text and image, that attend to each other.
 
-Letters: B batch, T text tokens, I image tokens (target and references), L = T + I, D width, H heads,
-K head width, A position axes. Parameter names are those of the released checkpoints, so loading is strict
-and needs no renaming. Small parts first, the whole model last.
+Letters: B batch, T text tokens, I image tokens (target and references), R reference tokens among them, L = T + I,
+N tokens that are wanted, D width, H heads, K head width, A position axes. Parameter names are those of the released
+checkpoints, so loading is strict and needs no renaming. Small parts first, the whole model last.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .position import rotary_angles, rotate
+from .position import SINUSOID, rotary_angles, rotate, timestep_embedding
 
 EPS = 1e-6  # of every LayerNorm and RMSNorm
-SINUSOID = 256  # channels of the time and guidance sinusoids
-LAST_BIT = 1.75e-9  # see sinusoid_frequencies
+EVERY = slice(None)  # every row of a sequence
 
 
 @dataclass(frozen=True)
@@ -42,33 +40,6 @@ class FluxConfig:
             raise ValueError(
                 f"rotary axes {self.axes_dim} times {self.num_heads} heads do not make the width {self.hidden_size}"
             )
-
-
-def sinusoid_frequencies(device: torch.device) -> Tensor:
-    """Give the 128 frequencies, 1 down to 1/10000, with the same bits on every machine.
-
-    The official code calls exp in float32. Maths libraries round its last bit differently, and at guidance
-    3.5 (times 1000) that bit moves an angle by 1e-4 and the model's output by 2e-5. So exp runs in float64
-    on the float32 exponent, and LAST_BIT settles the near-ties as the reference run did.
-    """
-    half = SINUSOID // 2
-    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
-    return (exponent.double().exp() * (1 + LAST_BIT)).float().to(device)
-
-
-def timestep_embedding(t: Tensor, exact: bool = False) -> Tensor:
-    """Spread a scalar per sample over sines and cosines of geometrically spaced frequencies.
-
-    Official FLUX multiplies by 1000 in the dtype of t: in bfloat16 a guidance of 3.5 becomes 3504. That
-    rounding is what the released models are sampled with, hence the default; exact multiplies in float32.
-
-    t: (B,) time in 0..1, or guidance
-    Returns (B, 256) in the dtype of t: cosines, then sines
-    Source: black-forest-labs/flux@802fb47 modules/layers.py timestep_embedding
-    """
-    x = (1000.0 * t.float() if exact else 1000.0 * t).float()
-    angle = x[:, None] * sinusoid_frequencies(t.device)  # (B, 128)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1).to(t.dtype)
 
 
 class MLPEmbedder(nn.Module):
@@ -113,14 +84,20 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None, rows: slice = EVERY
+) -> Tensor:
     """Let every token attend to every token, with rotated queries and keys.
 
     q, k, v: (B, H, L, K)
     mask: (L, L) True where the token of the row sees that of the column; None is everywhere
-    Returns (B, L, D)
+    rows: the tokens whose result is wanted
+    Returns (B, N, D)
     """
-    out = F.scaled_dot_product_attention(rotate(q, *pe), rotate(k, *pe), v, attn_mask=mask)
+    cos, sin = pe
+    q = rotate(q[:, :, rows], cos[:, :, rows], sin[:, :, rows])  # (B, H, N, K)
+    mask = None if mask is None else mask[rows]  # (N, L)
+    out = F.scaled_dot_product_attention(q, rotate(k, cos, sin), v, attn_mask=mask)
     return rearrange(out, "B H L K -> B L (H K)")
 
 
@@ -203,20 +180,24 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # attention's output and the MLP's
         self.norm = QKNorm(hidden // self.heads)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None, rows: slice = EVERY
+    ) -> Tensor:
         """Attend and think side by side.
 
         x: (B, L, D) text, then image
         vec: (B, D) conditioning
         pe: cosines and sines from rotary_angles
         mask: (L, L) as for attention
-        Returns (B, L, D)
+        rows: the tokens that are wanted; of the others only keys and values count
+        Returns (B, N, D), one row per token wanted
         """
         shift, scale, gate = self.modulation(vec)
         qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
-        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask)
-        return torch.addcmul(x, gate, self.linear2(torch.cat((attended, F.gelu(up, approximate="tanh")), dim=-1)))
+        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows)
+        thought = F.gelu(up[:, rows], approximate="tanh")
+        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat((attended, thought), dim=-1)))
 
 
 class LastLayer(nn.Module):
@@ -228,6 +209,16 @@ class LastLayer(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
         return self.linear(modulated_norm(x, shift, scale))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What all steps of a run share; Flux.prepare computes it once."""
+
+    txt: Tensor  # (B, T, D)
+    references: Tensor  # (B, R, D)
+    pe: tuple[Tensor, Tensor]  # of text, target and references
+    mask: Tensor | None  # (L, L)
 
 
 class Flux(nn.Module):
@@ -297,17 +288,49 @@ class Flux(nn.Module):
         mask: (L, L) True where the token of the row sees that of the column, text first; None is everywhere
         Returns (B, I, 64), one row per token given, references included
         """
-        dtype = self.img_in.weight.dtype
         vec = self.conditioning(timesteps, y, guidance)  # (B, D)
+        return self.predict(img, self.prepare(img_ids, txt, txt_ids, mask=mask), vec)
+
+    def prepare(
+        self,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        references: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Fixed:
+        """Compute what does not depend on time, to be used in every step.
+
+        img_ids: (B, I, 3) float32 positions of the target, then of the references
+        txt: (B, T, C) T5 tokens
+        txt_ids: (B, T, 3) zeros
+        references: (B, R, 64) packed clean latent tokens; None leaves everything to predict
+        mask: (L, L) as for forward
+        """
+        dtype = self.img_in.weight.dtype
+        if references is None:
+            references = txt.new_zeros(len(txt), 0, self.config.in_channels)
         pe = rotary_angles(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        img = self.img_in(img.to(dtype))  # (B, I, D)
-        txt = self.txt_in(txt.to(dtype))  # (B, T, D)
+        return Fixed(self.txt_in(txt.to(dtype)), self.img_in(references.to(dtype)), pe, mask)
+
+    def predict(self, img: Tensor, fixed: Fixed, vec: Tensor) -> Tensor:
+        """Predict the velocity of the target's tokens; what is fixed was computed before, and is not predicted.
+
+        img: (B, N, 64) packed noisy latent tokens of the target
+        vec: (B, D) from conditioning
+        Returns (B, N, 64)
+        """
+        txt, pe, mask = fixed.txt, fixed.pe, fixed.mask  # txt (B, T, D)
+        target = slice(txt.shape[1], txt.shape[1] + img.shape[1])
+        img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), fixed.references), dim=1)  # (B, I, D)
 
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, pe, mask)
 
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
-        for block in self.single_blocks:
+        for block in self.single_blocks[:-1]:
             x = block(x, vec, pe, mask)
+        for block in self.single_blocks[-1:]:  # of the last one, nothing but the target is read any more
+            x = block(x, vec, pe, mask, target)  # (B, N, D)
 
-        return self.final_layer(x[:, txt.shape[1] :], vec)  # (B, I, 64)
+        return self.final_layer(x, vec)  # (B, N, 64)

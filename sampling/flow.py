@@ -9,27 +9,32 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+SCHEDULES = ("tokens", "uno-release")
 Velocity = Callable[[Tensor, float], Tensor]
 AfterStep = Callable[[Tensor, float], Tensor]
 
 
-def times(steps: int, tokens: int, shift: bool = True) -> list[float]:
+def times(steps: int, tokens: int, shift: bool = True, schedule: str = "tokens") -> list[float]:
     """Noise-to-data times; longer sequences spend more steps near noise.
 
     steps: Euler steps; the list has steps + 1 entries, 1.0 to 0.0
     tokens: target image tokens I; read it off the tensor, never recompute it
     shift: False gives even times, as FLUX.1-schnell wants
-    Errors: ValueError if steps < 1 or tokens < 1
-    Source: arXiv:2403.03206 section 5.3.2; black-forest-labs/flux@802fb47 sampling.py get_schedule
+    schedule: "uno-release" counts tokens as UNO's released sampler does, 64 times too few; "tokens" counts them all
+    Errors: ValueError if steps < 1, tokens < 1 or the schedule has another name
+    Source: arXiv:2403.03206 section 5.3.2; black-forest-labs/flux@802fb47 sampling.py get_schedule;
+        bytedance/UNO@d305981 uno/flux/pipeline.py:259
     """
     if steps < 1:
         raise ValueError(f"{steps} steps cannot reach the data; use 1 or more")
     if tokens < 1:
         raise ValueError(f"a picture of {tokens} tokens cannot be sampled; it needs 1 or more")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     even = [1 - i / steps for i in range(steps + 1)]
     if not shift:
         return even
-    stretch = time_stretch(tokens)
+    stretch = time_stretch(tokens if schedule == "tokens" else tokens // 64)  # (w/8)(h/8)/256 of its w x h pixels
     return [stretch / (stretch + 1 / t - 1) if t > 0 else 0.0 for t in even]
 
 

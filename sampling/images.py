@@ -45,6 +45,16 @@ def open_picture(path: str | Path) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(picture))
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Reads width and height of a picture file off its header, before any EXIF orientation.
+
+    Errors: as open_picture, as far as a header tells
+    """
+    with _strict_pillow(), _reading(path) as file, Image.open(file, formats=FORMATS) as header:
+        _check_size(header.size)
+        return header.size
+
+
 def fit(picture: Image.Image, width: int, height: int, rule: str = "crop") -> Image.Image:
     """Brings a picture to width x height with Lanczos; one of that size already is returned as it is.
 

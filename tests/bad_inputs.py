@@ -46,7 +46,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Lists all bad inputs."""
-    groups = (flags, prompts, pictures, panels, records, folders)
+    groups = (flags, prompts, pictures, panels, references, records, folders)
     return [case for group in groups for case in group()]
 
 
@@ -98,7 +98,7 @@ def recorded(**values) -> Callable[[Path, Path], list[str]]:
 
 
 def flags() -> Iterator[Case]:
-    valueless = ["--grid", "--mask", "--panels", "--steps", "--out", "--config", "--prompt"]
+    valueless = ["--grid", "--mask", "--panels", "--ref", "--steps", "--out", "--config", "--prompt"]
     wrong = {
         "--grid": ["", "0x1", "1x0", "2", "x", "2*2", "2x2x2", "-1x2", "1e3x1", "65x1", "9x9", "9999x9999", "2x2\0",
                    "9" * 5000 + "x1", "\udcff"],
@@ -112,6 +112,11 @@ def flags() -> Iterator[Case]:
         "--guidance": ["", "-0.1", "100.1", "nan", "inf", "-inf", "1e400", "9" * 5000, "strong", "3,5"],
         "--strength": ["", "-0.1", "1.01", "nan", "inf", "1e-320x", "half", "0", "1e-9", "0.5"],
         "--fit": ["", "CROP", "squash", "\0"],
+        "--ref-size": ["", "0", "15", "-64", "2049", "64x64", "1e2", "nan", "9" * 5000],
+        "--offset": ["", "D", "x", "dh", "\0"],
+        "--offset-scale": ["", "-1", "101", "nan", "inf", "1e400", "far"],
+        "--posterior": ["", "mode", "MEAN"],
+        "--schedule": ["", "uno", "tokens "],
         "--dtype": ["", "float8", "int8", "float64", "torch.float32"],
         "--device": ["", "gpu", "cuda:9", "tpu", "meta"],
         "--preset": ["", "film", "x" * 10_000, "film-storyboard\n"],
@@ -274,6 +279,31 @@ def panels() -> Iterator[Case]:
         yield Case(f"a set with {name}", make)
 
 
+# references
+
+
+def references() -> Iterator[Case]:
+    good = picture("PNG")
+    for what in SPECIAL:
+        yield Case(f"a reference that is {what}", special(what, "a.png", lambda f: [*SMALL, "--ref", str(f / "a.png")]))
+    for name in ("a\0b", "a" * 300, "a/" * 3000, "a\nb", "\udcff", "", "."):
+        yield Case(f"a reference named {ascii(name)[:20]}", small("--ref", name))
+    bad = {
+        "empty": b"", "cut short": cut(0.5)(good), "random bytes": JUNK, "of 100,000 a side": png(100_000, 100_000),
+        "of no size": png(0, 0), "narrower than 32:1": picture("PNG", (400, 2)),
+        "narrower than a token": picture("PNG", (400, 40)), "higher than a token is wide": picture("PNG", (30, 900)),
+    }
+    for name, data in bad.items():
+        yield Case(f"a reference {name}", lambda f, m, data=data: [*SMALL, "--ref", put(f / "a.png", data)])
+    second = lambda f, m: [*SMALL, "--ref", put(f / "a.png", good), str(f / "b.png")]  # noqa: E731
+    yield Case("a second reference that is missing", second)
+    for count, size in ((4200, "64"), (50, "2048")):
+        def make(folder: Path, model: Path, count: int = count, size: str = size) -> list[str]:
+            return [*SMALL, "--ref-size", size, "--ref", *[put(folder / "a.png", picture("PNG", (16, 16)))] * count]
+
+        yield Case(f"{count} references of {size} pixels", make)
+
+
 # records to replay
 
 
@@ -306,7 +336,9 @@ def records() -> Iterator[Case]:
         ("model", {}), ("model", None), ("model", "a\0b"), ("model", "\ud800"), ("dtype", ["float32"]), ("tile", 0),
         ("tile", None), ("strength", 0), ("grid", "\ud800"), ("grid", []), ("mask", None), ("mask", "9"),
         ("preset", "\0"), ("device", "meta"), ("panel_size", "a" * 100_000), ("unknown", 1), ("", None),
-        ("unknown\n" * 50, 1),
+        ("unknown\n" * 50, 1), ("ref", "a.png"), ("ref", [None]), ("ref", ["\0"]), ("ref", [""]), ("ref_size", "64"),
+        ("ref_size", 10**4000), ("offset", 1), ("offset", "x"), ("offset_scale", "1"), ("offset_scale", float("nan")),
+        ("posterior", True), ("schedule", None),
     ]
     for name, value in wrong:
         shown = value if not isinstance(value, int) or value < 10**9 else f"of {len(str(value))} digits"

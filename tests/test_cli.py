@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +10,15 @@ import pytest
 from iclora.cli import parse, read_record
 from iclora.config import DEV, LAST_SEED, SCHNELL, TINY, SampleConfig, flag, model_row, saved, settle
 from iclora.prompts import TASKS, preset
+from model.position import MODES
+from sampling.flow import SCHEDULES
 from sampling.images import FIT_RULES
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
-    "--grid --mask --panels --set --prompt --panel-prompt --preset --model --steps --guidance --seed --num --lora "
-    "--panel-size --strength --fit --device --dtype --tile --out --config"
+    "--grid --mask --panels --set --ref --prompt --panel-prompt --preset --model --steps --guidance --seed --num "
+    "--lora --panel-size --ref-size --offset --offset-scale --posterior --schedule --strength --fit --device "
+    "--dtype --tile --out --config"
 )
 
 
@@ -52,9 +55,10 @@ def test_several_texts_may_follow_one_flag_or_repeat_it():
     assert read("--panel-prompt", "a", "--panel-prompt", "b").panel_prompt == ("a", "b")
 
 
-def test_the_fit_choices_are_the_rules_there_are():
-    fit = next(field for field in fields(SampleConfig) if field.name == "fit")
-    assert fit.metadata["choices"] == FIT_RULES
+@pytest.mark.parametrize(("name", "known"), [("fit", FIT_RULES), ("offset", MODES), ("schedule", SCHEDULES)])
+def test_the_choices_are_the_ones_there_are(name, known):
+    field = next(field for field in fields(SampleConfig) if field.name == name)
+    assert field.metadata["choices"] == known
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -131,6 +135,9 @@ def test_what_is_put_into_pictures_says_nothing_about_places():
     ({"grid": "2x2", "panel_size": "64"}, ["--preset", "film-storyboard"], "grid panel_size"),
     ({"prompt": "the joint caption"}, ["--panel-prompt", "a"], "prompt"),
     ({"set": "x"}, ["--panels", "a.png"], "set"),
+    ({"ref_size": 64, "guidance": 3.5}, ["--ref", "a.png"], "ref_size guidance"),
+    ({"ref_size": 64, "offset": "d", "offset_scale": 1, "posterior": "mean"}, ["--lora", "a.safetensors"],
+     "ref_size offset offset_scale posterior"),
 ])
 def test_a_flag_makes_void_what_the_file_only_derived(tmp_path, values, flags, forgotten):
     config = read("--config", recorded(tmp_path, **values), *flags)
@@ -188,6 +195,20 @@ def test_the_models_row_decides_what_is_left_open(row, device, steps, guidance, 
     config = settle(SampleConfig(), None, row, device)
     assert (config.steps, config.guidance, config.panel_size, config.dtype) == (steps, guidance, size, dtype)
     assert (config.grid, config.device) == ("2x2", device)
+
+
+@pytest.mark.parametrize(("row", "references", "guidance", "size"), [
+    (DEV, 1, 4.0, 512), (DEV, 2, 4.0, 320), (DEV, 5, 4.0, 320), (SCHNELL, 2, None, 320), (TINY, 1, 4.0, 64),
+    (TINY, 3, 4.0, 64),
+])
+def test_references_bring_unos_defaults(row, references, guidance, size):
+    config = settle(SampleConfig(ref=("a.png",) * references), None, row, "cpu")
+    assert (config.grid, config.guidance, config.ref_size) == ("1x1", guidance, size)
+    assert (config.offset, config.offset_scale, config.posterior, config.schedule) == ("d", 1.0, "sample", "tokens")
+    given = SampleConfig(ref=("a.png",), guidance=2.0, grid="1x2", ref_size=100, offset="w", posterior="mean")
+    assert settle(given, None, row, "cpu") == replace(
+        given, steps=row.steps, panel_size=str(row.panel), offset_scale=1.0, device="cpu", dtype=row.cpu_dtype
+    )
 
 
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_model():

@@ -27,6 +27,19 @@ def test_impossible_times_are_refused(steps, tokens):
         times(steps, tokens)
 
 
+@pytest.mark.parametrize(("tokens", "stretch"), [(1024, 1.5831), (1936, 1.5868), (24, 1.5788)])
+def test_the_released_uno_sampler_counts_a_sixty_fourth_of_the_tokens(tokens, stretch):
+    middle = times(2, tokens, schedule="uno-release")[1]  # of even times it would be 0.5
+    assert middle / (1 - middle) == pytest.approx(stretch, abs=1e-4) and times(2, tokens)[1] > middle
+    assert times(4, 1024, schedule="uno-release") == times(4, 16)
+    assert times(4, 1024, False, "uno-release") == times(4, 1024, False)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="schedule 'fast' is unknown; choose one of tokens, uno-release"):
+        times(4, 16, schedule="fast")
+
+
 def test_euler_is_exact_on_a_straight_path():
     data, start = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
     x = euler(lambda x, t: start - data, start, times(7, 256))

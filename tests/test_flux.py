@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from golden import EXACT, FLUX, LOOP, case, far
-from model.flux import Flux, FluxConfig, timestep_embedding
-from model.position import rotary_angles
+from model.flux import Flux, FluxConfig
+from model.position import rotary_angles, timestep_embedding
 from model.weights import load_flux
 from sampling.flow import euler
 
@@ -44,7 +44,7 @@ def test_every_block_and_the_output_equal_the_official_model(name):
             assert far(img, golden[f"{block}.img"]) < EXACT, block
             assert far(txt, golden[f"{block}.txt"]) < EXACT, block
         else:
-            assert far(output, golden[block]) < EXACT, block
+            assert far(output, golden[block][:, -output.shape[1] :]) < EXACT, block  # the last one leaves out text
     assert len(seen) == 5
     assert far(out, golden["out"]) < EXACT
 

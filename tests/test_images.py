@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from sampling.images import MAX_PIXELS, fit, open_picture, read_png_text, save_png, to_picture, to_tensor, write_new
+from sampling.images import (
+    MAX_PIXELS,
+    fit,
+    open_picture,
+    picture_size,
+    read_png_text,
+    save_png,
+    to_picture,
+    to_tensor,
+    write_new,
+)
 
 
 def noise_picture(width=40, height=24, seed=0):
@@ -218,6 +228,14 @@ def test_a_decompression_bomb_is_refused_from_its_header_without_a_warning(tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert f"{MAX_PIXELS // 10**6} megapixels" in refusal(tmp_path / "bomb.png")
+
+
+def test_the_size_is_read_off_the_header_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(png_with_header(400, 300))  # has no pixels to speak of
+    assert picture_size(tmp_path / "a.png") == (400, 300)
+    (tmp_path / "a.png").write_bytes(png_with_header(20000, 20000))
+    with pytest.raises(ValueError, match="a.png: 20000x20000 is more than 100 megapixels"):
+        picture_size(tmp_path / "a.png")
 
 
 def test_a_picture_too_narrow_for_any_panel_is_refused(tmp_path):

@@ -266,7 +266,7 @@ def test_below_full_strength_the_path_starts_between_draft_and_noise(tmp_path, m
     plan, _ = plan_for(mask="2", panels=pictures(tmp_path, 2), prompt=PROMPT, strength=0.7)
     networks = Pipeline(plan, print)
     eps = pack(noise(32, 64, seed=5))
-    monkeypatch.setattr(networks, "velocity", lambda: lambda x, t: eps - networks.data)  # straight to the draft
+    monkeypatch.setattr(networks, "velocity", lambda _: lambda x, t: eps - networks.data)  # straight to the draft
     panel = networks.sample(5, lambda *_: None).panels[2]
     with torch.inference_mode():
         draft = to_picture(networks.autoencoder.decode(unpack(networks.data, 4, 8))).crop((32, 0, 64, 32))
@@ -294,7 +294,7 @@ def test_a_kept_panel_never_sees_the_draft_beside_it(tmp_path):
 def test_the_point_stays_in_float32_between_the_steps_of_a_bfloat16_model():
     networks = Pipeline(plan_for(prompt=PROMPT, dtype="bfloat16")[0], print)
     with torch.inference_mode():
-        v = networks.velocity()(torch.zeros(1, 8, 64), 0.5)
+        v = networks.velocity(networks.encode_references(0))(torch.zeros(1, 8, 64), 0.5)
     assert v.dtype == torch.float32 and networks.flux.img_in.weight.dtype == torch.bfloat16
     assert networks.data.dtype == torch.float32
 

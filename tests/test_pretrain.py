@@ -10,7 +10,7 @@ from sampling.flow import interpolate
 from sampling.latents import pack
 from toybox import pretrain, sets, train_autoencoder, train_flow, train_text
 from toybox.captions import joint_caption, length, reticent, vocabulary
-from toybox.export import EXAMPLES
+from toybox.export import EXAMPLES, REFERENCES
 from toybox.sets import GRIDS, draw_chunk
 from toybox.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
 from toybox.training import Stage, Work, orthogonal, rate, run, step_generator
@@ -158,6 +158,7 @@ def test_the_base_never_sees_a_held_out_subject_and_examples_are_held_out(monkey
     for grid, seed in EXAMPLES.items():
         panels = random_set(np.random.default_rng(seed), *grid, subjects=1, held_out=True)
         assert all(is_held_out(one.subject) for panel in panels for one in panel.placed)
+    assert all(is_held_out(subject) for _, subject in REFERENCES.values())
 
 
 def test_flow_batches_cost_about_the_same_for_every_grid():

@@ -15,6 +15,7 @@ import torch
 
 import iclora.layout
 import iclora.pipeline
+import iclora.references
 import model.autoencoder
 import model.flux
 import model.position
@@ -24,12 +25,12 @@ import sampling.flow
 import sampling.images
 import sampling.inpaint
 import sampling.latents
-from golden import AE, case
-from model.weights import load_autoencoder
+from golden import AE, FLUX, case
+from model.weights import examples_folder, load_autoencoder, load_flux
 
 MODULES = [model.flux, model.position, model.autoencoder, model.text]
 MODULES += [sampling.flow, sampling.latents, sampling.inpaint, sampling.images, iclora.layout]
-MODULES += [iclora.pipeline]
+MODULES += [iclora.pipeline, iclora.references]
 PACKAGES = ("model", "sampling", "iclora", "sample")
 ARGUMENT = re.compile(r"(?:^\s*|, )([a-z_]\w*(?:, [a-z_]\w*)*): (\([^()]+\))", re.M)
 FREE = {"h", "w"}  # sizes of pictures, which some functions take from an object and not from an argument
@@ -135,10 +136,14 @@ def seen(monkeypatch):
 
 
 def test_every_documented_shape_holds_in_a_sampling_run(seen, tmp_path):
-    assert sample.main(["--grid", "2x2", "--mask", "3", "--steps", "2", "--out", str(tmp_path)]) == 0
-    model.position.reference_ids((4, 4), [(2, 3)])
+    references = [str(examples_folder() / "references" / name) for name in ("cat.png", "robot.png")]
+    command = ["--grid", "2x2", "--mask", "3", "--steps", "2", "--out", str(tmp_path), "--ref", *references]
+    assert sample.main(command) == 0
     sampling.inpaint.keep_clean(torch.zeros(1, 4, 64), torch.ones(1, 4, 1))
     iclora.layout.sight(iclora.layout.Layout(1, 2, 32, 16), 3)
+    case_of = case("dev")
+    names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
+    load_flux(FLUX["dev"], dtype=torch.float32)(**{name: case_of[name] for name in names})
     golden = case("ae")
     autoencoder = load_autoencoder(AE)
     with torch.no_grad():

@@ -1,8 +1,13 @@
-"""Write trained networks as a model folder in the layout of the FLUX.1-dev hub repository, in bfloat16."""
+"""Write trained networks as a model folder in the layout of the FLUX.1-dev hub repository, in bfloat16.
 
+python -m toybox.export draws the bundled reference pictures again, which need no network.
+"""
+
+import argparse
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +20,15 @@ from model.checkpoint import save_safetensors
 from model.flux import Flux
 
 from .captions import joint_caption
-from .world import draw, random_set
+from .world import Panel, Placed, Subject, draw, random_set
 
 EXAMPLES = {(1, 2): 11, (2, 1): 22, (2, 2): 33, (3, 1): 44}  # grid -> seed
 EXAMPLE_SIDE = 256  # pixels; fitted to the panel size of any model
+REFERENCES = {  # subjects that training never shows, each in a scene of its own
+    "cat": ("bedroom", Subject("cat", "purple", "striped", "hat", 0.4, 20.0, 0.5, 2)),
+    "mushroom": ("meadow", Subject("mushroom", "blue", "checked", "none", -0.5, 45.0, 0.4, 0)),
+    "robot": ("city", Subject("robot", "yellow", "checked", "scarf", 0.0, 0.0, 0.6, 3)),
+}
 
 
 def bfloat16(module: nn.Module) -> dict[str, Tensor]:
@@ -49,6 +59,7 @@ def write_model(
         for file in sorted(source.iterdir()):
             replace_file(folder / name / file.name, file.read_bytes())
     write_examples(folder / "examples")
+    write_references(folder / "examples" / "references")
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -71,7 +82,31 @@ def write_examples(folder: Path) -> None:
         place = folder / f"{rows}x{cols}"
         place.mkdir(parents=True, exist_ok=True)
         for i, panel in enumerate(panels, 1):
-            png = io.BytesIO()
-            draw(panel, EXAMPLE_SIDE).save(png, "PNG", optimize=True)
-            replace_file(place / f"{i}.png", png.getvalue())
+            replace_file(place / f"{i}.png", drawn(panel))
         replace_file(place / "caption.txt", (joint_caption(panels, rows, cols) + "\n").encode())
+
+
+def write_references(folder: Path) -> None:
+    """Draw each reference picture: cat.png, mushroom.png, robot.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (scene, subject) in REFERENCES.items():
+        replace_file(folder / f"{name}.png", drawn(Panel(scene, (Placed(subject, "middle", "big"),), seed=1)))
+
+
+def drawn(panel: Panel) -> bytes:
+    """Draw a panel as the bytes of a PNG."""
+    png = io.BytesIO()
+    draw(panel, EXAMPLE_SIDE).save(png, "PNG", optimize=True)
+    return png.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m toybox.export", description="Draw the bundled reference pictures.")
+    default = Path("weights/tiny/examples/references")
+    parser.add_argument("--out", type=Path, default=default, help="folder that receives them")
+    write_references(parser.parse_args(argv).out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

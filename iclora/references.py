@@ -1,0 +1,155 @@
+"""Reference pictures (UNO): clean latent tokens behind the target's, each picture at a place of its own.
+
+Letters: R reference tokens, N those and the target's; h, w in tokens of 16x16 pixels.
+Source: arXiv:2504.02160; bytedance/UNO@d305981 uno/flux/pipeline.py, uno/flux/sampling.py
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.autoencoder import AutoEncoder
+from model.checkpoint import open_checkpoint, read_header
+from model.position import grid_ids, reference_ids
+from sampling.images import open_picture, picture_size, to_tensor
+from sampling.latents import TOKEN, pack
+
+from .config import SampleConfig, flag
+from .data import Source
+from .layout import MAX_TOKENS, Layout
+
+TRAINED = {"offset": str, "offset_scale": float, "ref_size": int, "posterior": str}  # told by a LoRA as iclora.NAME
+TEXT = 512  # tokens, at most
+ACTIVATIONS = 40  # values held at once, a token and unit of width; 24 to 47 were measured on a CPU
+
+
+def follow_loras(
+    config: SampleConfig, loras: Sequence[tuple[Path, float]], note: Callable[[str], None]
+) -> SampleConfig:
+    """Takes over how LoRAs for references were trained, where no flag says otherwise.
+
+    loras: files and strengths
+    note: is told of LoRAs that want references and get none, and of references without a LoRA
+    Errors: ValueError if two LoRAs differ, or what one says makes no sense
+    """
+    told: dict[str, str | float | int] = {}
+    for path, _ in loras:
+        about = read_header(path)[1] if path.is_file() else {}
+        if about.get("iclora.method") == "uno" and not config.ref:
+            note(f"{path.name} was trained to follow reference pictures (UNO) and gets none; give some with --ref")
+        for name, kind in TRAINED.items():
+            if f"iclora.{name}" not in about or getattr(config, name) is not None:
+                continue
+            try:
+                value = kind(about[f"iclora.{name}"])
+                replace(config, **{name: value})  # checks its range
+            except ValueError as error:
+                raise ValueError(f"{path} has a damaged iclora.{name} in its metadata ({str(error)[:120]})") from None
+            if told.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{path.name} was trained with {flag(name)} {value}, another LoRA with {told[name]}; say which to "
+                    f"use with {flag(name)}"
+                )
+    if config.ref and not loras:
+        note("references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora")
+    return replace(config, **told)
+
+
+def read_references(paths: Sequence[str], long_side: int) -> tuple[Source, ...]:
+    """Reads reference pictures, upright, and brings each to its size.
+
+    Errors: ValueError in one line if one cannot be read or is too narrow
+    """
+    references = []
+    for path in map(Path, paths):
+        picture = fit_reference(open_picture(path), long_side)
+        references.append(Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture))
+    return tuple(references)
+
+
+def fit_reference(picture: Image.Image, long_side: int) -> Image.Image:
+    """Scales the longer side to a length, small pictures up too, and cuts both sides to whole tokens, at the centre.
+
+    long_side: pixels
+    Errors: ValueError if the shorter side is less than a token then
+    Source: bytedance/UNO@d305981 uno/flux/pipeline.py preprocess_ref
+    """
+    wide, high = scaled(picture.size, long_side)
+    width, height = wide // TOKEN * TOKEN, high // TOKEN * TOKEN
+    left, top = (wide - width) // 2, (high - height) // 2
+    picture = picture.resize((wide, high), Image.Resampling.LANCZOS)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def scaled(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    """Gives width and height when the longer is long_side; the release's floats lose a pixel of it now and then.
+
+    Errors: ValueError if the shorter is less than a token then
+    """
+    wide, high = (side * long_side // max(size) for side in size)
+    if min(wide, high) < TOKEN:
+        raise ValueError(
+            f"a reference of {size[0]}x{size[1]} pixels becomes {wide}x{high}, but a token has {TOKEN}x{TOKEN}; crop "
+            "it or raise --ref-size"
+        )
+    return wide, high
+
+
+def place(layout: Layout, references: Sequence[Image.Image], mode: str, scale: float) -> Tensor:
+    """Gives the positions of the target's tokens and, behind them, of the references', see reference_ids.
+
+    returns: (1, N, 3) ids
+    """
+    target = layout.tokens_high, layout.tokens_wide
+    sizes = [(picture.height // TOKEN, picture.width // TOKEN) for picture in references]
+    return torch.cat([grid_ids(*target), *reference_ids(target, sizes, mode, scale)])[None]
+
+
+def encode(
+    autoencoder: AutoEncoder, references: Sequence[Image.Image], generator: torch.Generator | None = None
+) -> Tensor:
+    """Encodes references, each by itself, into clean tokens.
+
+    generator: draws from the posterior, as the release does; None takes its mean
+    returns: (1, R, 64) tokens; R is 0 without references
+    """
+    device = next(autoencoder.parameters()).device
+    tokens = [pack(autoencoder.encode(to_tensor(picture).to(device), generator)) for picture in references]
+    return torch.cat([torch.empty(1, 0, 64, device=device), *tokens], dim=1)  # (1, R, 64)
+
+
+def check_memory(config: SampleConfig, layout: Layout, flux: Path, width: int) -> None:
+    """Refuses more references than a run can hold, before a pixel of them is read.
+
+    flux: the transformer's file
+    width: of the transformer, D
+    Errors: ValueError with the tokens and an estimate of the memory; or for a file that is no picture, or too narrow
+    """
+    shapes = [scaled(picture_size(path), config.ref_size) for path in config.ref]
+    count, target = sum(w // TOKEN * (h // TOKEN) for w, h in shapes), layout.tokens_high * layout.tokens_wide
+    size = getattr(torch, config.dtype).itemsize
+    weights = size * sum(math.prod(stored.shape) for stored in open_checkpoint(flux, "transformer").tensors.values())
+    needed = weights + size * width * ACTIVATIONS * (TEXT + target + count)
+    about = (
+        f"{count} tokens of references (--ref, {len(shapes)} given) beside {target} of the picture take about "
+        f"{needed / 1e9:.3g} GB in the transformer"
+    )
+    free = free_memory(config.device)
+    if weights <= free < needed:
+        raise ValueError(f"{about}, but {config.device} has {free / 1e9:.3g} GB; give fewer, or lower --ref-size")
+    if target + count > MAX_TOKENS:
+        raise ValueError(f"{about}; at most {MAX_TOKENS} tokens are possible, so give fewer, or lower --ref-size")
+
+
+def free_memory(device: str) -> int:
+    """Says how many bytes a GPU has left, or how many the machine has in all."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
