@@ -6,7 +6,7 @@ import torch
 from golden import FLUX, case, far
 from iclora.config import SampleConfig
 from iclora.pipeline import Pipeline, resolve
-from model.weights import load_flux
+from model.weights import examples_folder, load_flux
 from toybox.training import Stage, Work, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -21,10 +21,11 @@ def test_the_golden_forward_holds_on_the_gpu():
     assert far(out.cpu(), golden["out"]) < 1e-4
 
 
-def test_a_set_on_the_gpu_is_the_set_of_the_cpu_to_rounding():
+@pytest.mark.parametrize("ref", [(), (str(examples_folder() / "references" / "cat.png"),)], ids=["plain", "reference"])
+def test_a_set_on_the_gpu_is_the_set_of_the_cpu_to_rounding(ref):
     made = []
     for device in ("cpu", "cuda"):
-        config = SampleConfig(grid="2x2", mask="3", steps=4, device=device, dtype="float32")
+        config = SampleConfig(grid="2x2", mask="3", ref=ref, steps=4, device=device, dtype="float32")
         composite = Pipeline(resolve(config, print), print).sample(0, lambda *_: None).composite
         made.append(torch.frombuffer(bytearray(composite.tobytes()), dtype=torch.uint8).float())
     assert (made[0] - made[1]).abs().mean() < 1

@@ -234,7 +234,7 @@ def test_the_size_is_read_off_the_header_alone(tmp_path):
     (tmp_path / "a.png").write_bytes(png_with_header(400, 300))  # has no pixels to speak of
     assert picture_size(tmp_path / "a.png") == (400, 300)
     (tmp_path / "a.png").write_bytes(png_with_header(20000, 20000))
-    with pytest.raises(ValueError, match="a.png: 20000x20000 is more than 100 megapixels"):
+    with pytest.raises(ValueError, match="a.png: .*more than 100 megapixels"):
         picture_size(tmp_path / "a.png")
 
 

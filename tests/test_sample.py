@@ -257,7 +257,7 @@ def test_running_out_of_memory_says_what_helps(tmp_path, capsys, monkeypatch, er
 
     monkeypatch.setattr(pipeline, "load_flux", fail)
     assert run(tmp_path, "--prompt", PROMPT) == 2
-    assert "memory ran out; try a smaller --panel-size, fewer panels, --tile" in refused(capsys)
+    assert "memory ran out; try a smaller --panel-size, fewer panels or --ref, --tile" in refused(capsys)
 
 
 def test_another_runtime_error_is_a_bug_and_is_shown_whole(tmp_path, monkeypatch):
