@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .lora_files import Delta, LoraReport, describe, read_deltas, read_lora
 from .lora_names import rows
@@ -72,12 +73,37 @@ class Part(nn.Module):
         return Delta(module, self.start, self.stop, down, up, self.factor, bias)
 
 
-class LoraLinear(nn.Module):
-    """A frozen Linear and the adapters beside it.
+class Adapted(torch.autograd.Function):
+    """y = W x + b, and in the rows of each part, up (down x) on top; W and b are frozen.
 
-    It computes in the dtype of its input: float32 adapters, as training wants them, are cast on the fly. All parts
-    share two matrix products, their downs stacked and their ups side by side, each in its own rows.
+    Autograd by itself would need ups padded to all rows, or copy the whole gradient once a part.
     """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, spans: list[slice], *ups: Tensor) -> Tensor:
+        y = F.linear(x, weight, bias)  # not of a flat x, which may be rounded differently: fresh adapters change no bit
+        ctx.shape, ctx.spans, ctx.ranks = x.shape, spans, [up.shape[1] for up in ups]
+        x = x.flatten(0, -2)  # (N, inputs)
+        hidden = F.linear(x, down)  # (N, r of all parts)
+        for span, part, up in zip(spans, hidden.split(ctx.ranks, dim=1), ups, strict=True):
+            y.view(-1, len(weight))[:, span].addmm_(part, up.T)
+        ctx.save_for_backward(x, weight, hidden, down, *ups)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, hidden, down, *ups = ctx.saved_tensors
+        grad = grad.flatten(0, -2)  # (N, outputs)
+        parts = hidden.split(ctx.ranks, dim=1)
+        to_ups = [grad[:, span].T @ part for span, part in zip(ctx.spans, parts, strict=True)]
+        to_hidden = torch.cat([grad[:, span] @ up for span, up in zip(ctx.spans, ups, strict=True)], dim=1)
+        to_x = (grad @ weight).addmm_(to_hidden, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return to_x, None, None, to_hidden.T @ x, None, *to_ups
+
+
+class LoraLinear(nn.Module):
+    """A frozen Linear and the adapters beside it, which may be float32: they are cast to the dtype of its input."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -90,25 +116,14 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        # Adding in place is cheapest, but not to a view, whose gradient would be copied; so x becomes flat first.
-        # A strided x stays as it is for the base, which would round it differently: fresh adapters change no bit.
-        flat = x.flatten(0, -2)  # (N, inputs)
-        y = self.base(flat) if x.is_contiguous() else self.base(x).flatten(0, -2)
-        down, up = self.stacked(x.dtype)
+        down = torch.cat([part.scaled_down(x.dtype) for part in self.parts]).to(x.dtype)  # one product for all parts
+        ups = [part.up.to(x.dtype) for part in self.parts]
+        spans = [slice(part.start, part.stop) for part in self.parts]
+        y = Adapted.apply(x, self.base.weight, self.base.bias, down, spans, *ups)
         for part in self.parts:
             if part.bias is not None:
-                y[:, part.start : part.stop] += (part.bias * part.factor).to(y.dtype)
-        y.addmm_(F.linear(flat, down.to(x.dtype)), up.to(x.dtype).T)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Make one down and one up of all parts, for an input of that dtype."""
-        downs = [part.scaled_down(dtype) for part in self.parts]
-        outputs = len(self.weight)
-        if len(downs) == 1 and len(self.parts[0].up) == outputs:
-            return downs[0], self.parts[0].up
-        ups = [F.pad(part.up, (0, 0, part.start, outputs - part.stop)) for part in self.parts]
-        return torch.cat(downs), torch.cat(ups, dim=1)
+                y = y + F.pad((part.bias * part.factor).to(y.dtype), (part.start, len(self.weight) - part.stop))
+        return y
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

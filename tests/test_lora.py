@@ -463,6 +463,23 @@ def test_only_adapters_learn_and_gradients_equal_those_of_the_merged_weight(flux
     assert far(part.down.grad, part.up.detach().T @ want) < 1e-4
 
 
+def test_gradients_of_parts_that_overlap_are_those_of_the_formula():
+    layer = LoraLinear(torch.nn.Linear(3, 5).double())
+    for start, stop, rank, bias in ((0, 5, 2, True), (1, 3, 1, False), (2, 5, 1, False)):
+        down, up = torch.randn(rank, 3).double(), torch.randn(stop - start, rank).double()
+        delta = Delta("", start, stop, down, up, 0.5, torch.randn(5).double() if bias else None)
+        layer.parts.append(lora.Part(delta, 1.5))
+    wide = torch.randn(2, 8, 3).double()
+    for x in (wide, wide[:, ::4], wide[0], wide[:, :0]):
+        x = x.detach().requires_grad_()
+        assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *layer.parts.parameters()))
+        want = layer.base(x)
+        for part in layer.parts:
+            change = x @ part.down.T @ part.up.T + (0 if part.bias is None else part.bias)
+            want = want + 0.75 * torch.nn.functional.pad(change, (part.start, 5 - part.stop))
+        assert torch.allclose(layer(x), want)
+
+
 def test_master_weights_stay_float32_beside_a_bfloat16_model():
     flux = fresh(torch.bfloat16)
     attach(flux, rank=2)
