@@ -128,14 +128,12 @@ class LatentCache:
 class ReferenceCache:
     """The posteriors of reference pictures, mean and spread, from which training draws anew in every step.
 
-    cache: a Cache, or the folder of one
     autoencoder: the autoencoder's mark, from file_mark
     long_sides: pixels of the longer side of a single reference, and of each of several
     """
 
-    def __init__(self, cache: Cache | str | Path, autoencoder: str, long_sides: tuple[int, int]):
-        self.cache = cache if isinstance(cache, Cache) else Cache(cache)
-        self.autoencoder, self.long_sides = autoencoder, long_sides
+    def __init__(self, cache: Cache, autoencoder: str, long_sides: tuple[int, int]):
+        self.cache, self.autoencoder, self.long_sides = cache, autoencoder, long_sides
 
     def keys(self, example: Example) -> list[str]:
         """Names the entries of an example by everything that their values depend on."""
@@ -151,12 +149,7 @@ class ReferenceCache:
         found = [self.cache.need(key, f"references of {example.name}") for key in self.keys(example)]
         return torch.cat([one["mean"] for one in found]), torch.cat([one["spread"] for one in found])
 
-    def encode(
-        self,
-        examples: Iterable[Example],
-        load: Callable[[], AutoEncoder],
-        progress: Progress = lambda done, total: None,
-    ) -> int:
+    def encode(self, examples: Iterable[Example], load: Callable[[], AutoEncoder], progress: Progress) -> int:
         """Writes what is missing, as LatentCache.encode does; a picture that many pairs share is encoded once."""
         missing = {
             key: (path, self.long_sides[len(example.references) > 1])

@@ -126,7 +126,7 @@ class TrainConfig:
         IN_CONTEXT, "uno learns to follow reference pictures, the other relations between panels", choices=METHODS
     )
     stage: int | None = knob(
-        None, "of uno: 1 one reference, 2 several, from stage 1's --init-lora (default: 1)", valid=(1, 2),
+        None, "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)", valid=(1, 2),
         follows=("method",),
     )
     grid: str | None = knob(
@@ -138,8 +138,7 @@ class TrainConfig:
         metavar="NAME|PATH", path=True,
     )
     rank: int | None = knob(
-        None, "of the LoRA; alpha is the same, so its scale is 1 (default: 16; uno 512, on tiny 64)", valid=(1, 4096),
-        follows=("method",),
+        None, "of the LoRA, and its alpha (default: 16; uno 512, on tiny 64)", valid=(1, 4096), follows=("method",)
     )
     targets: str | None = knob(
         None, "what is adapted: all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: "
@@ -163,18 +162,18 @@ class TrainConfig:
         valid=(16, 2048), follows=("model", "method"),
     )
     offset: str | None = knob(
-        None, "references' places, as sample.py's (default: the --init-lora's, or d)", choices=("d", "h", "w", "o"),
+        None, "references' places, as sample.py's (default: the starting LoRA's, or d)", choices=("d", "h", "w", "o"),
         follows=("method", "init_lora"),
     )
     offset_scale: float | None = knob(
-        None, "as sample.py's (default: the --init-lora's, or 1)", valid=(0, 100), follows=("method", "init_lora")
+        None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100), follows=("method", "init_lora")
     )
     posterior: str | None = knob(
-        None, "references' latents: a new sample in every step, or the mean (default: the --init-lora's, or sample)",
+        None, "references' latents: a new sample in every step, or the mean (default: the starting LoRA's, or sample)",
         choices=("sample", "mean"), follows=("method", "init_lora"),
     )
     steps: int | None = knob(
-        None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000), follows=PAPER,
+        None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000), follows=PAPER
     )
     batch: int | None = knob(
         None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=(1, 100_000), follows=PAPER

@@ -1,7 +1,4 @@
-"""Data sets: drafts -> examples, each a set of panels with one joint caption -> buckets of one shape -> batches.
-
-A pair of UNO's is a set of one panel, the target, with reference pictures.
-"""
+"""Data sets: drafts -> examples, each a set of panels with one joint caption -> buckets of one shape -> batches."""
 
 import hashlib
 import math
@@ -26,7 +23,7 @@ WRITE_GRID = f'give --grid, or write {SETTINGS} beside or above, such as {{"grid
 
 @dataclass(frozen=True)
 class Example:
-    """One set to learn from.
+    """One set to learn from. A pair of UNO's is a set of one panel, the target, with reference pictures.
 
     name: for messages
     grid: (rows, cols)

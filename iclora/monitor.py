@@ -128,9 +128,7 @@ def put_png(picture: Image.Image, path: Path) -> None:
 
 @torch.no_grad()
 def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, config: TrainConfig) -> Image.Image:
-    """Samples of a few examples, made from their captions, each above the example itself as its latents decode.
-
-    Every bucket gives its first example, then its second. References stand above what is made from them.
+    """Samples of the first examples of every bucket, each below its references and above the example itself.
 
     config: of the run; if it keeps panels clean, the first one is kept here instead of being made
     """

@@ -51,10 +51,7 @@ def follow_loras(
 
 
 def as_trained(config: Config, loras: Sequence[Path]) -> Config:
-    """Takes what LoRA files say about the references they were trained with, where a configuration leaves it open.
-
-    Errors: as follow_loras
-    """
+    """Takes what LoRA files say of the references in their training, where a configuration leaves it open."""
     told: dict[str, str | float | int] = {}
     for path in loras:
         about = read_header(path)[1] if path.is_file() else {}

@@ -180,9 +180,9 @@ def pairs(folder):
 
 def test_references_are_cached_as_sampling_encodes_them_with_all_that_drawing_needs(tmp_path, autoencoder):
     single, several = pairs(tmp_path / "pairs")
-    cached = ReferenceCache(tmp_path / "cache", "ae", (64, 48))
-    assert cached.encode([single, several], lambda: autoencoder) == 3, "as a single one it has another size"
-    assert cached.encode([single, several], never) == 0
+    cached, done = ReferenceCache(Cache(tmp_path / "cache"), "ae", (64, 48)), []
+    assert cached.encode([single, several], lambda: autoencoder, lambda *of: done.append(of)) == 3, "one in two sizes"
+    assert done == [(1, 3), (2, 3), (3, 3)] and cached.encode([single, several], never, None) == 0
     for example, long_side in ((single, 64), (several, 48)):
         pictures = [source.picture for source in read_references(example.references, long_side)]
         mean, spread = cached.get(example)
@@ -198,10 +198,11 @@ def test_references_are_cached_as_sampling_encodes_them_with_all_that_drawing_ne
 
 def test_the_keys_of_references_cover_pixels_size_and_autoencoder_and_nothing_else(tmp_path):
     single, several = pairs(tmp_path / "pairs")
-    of = ReferenceCache(tmp_path, "ae", (64, 48)).keys
+    cache = Cache(tmp_path)
+    of = ReferenceCache(cache, "ae", (64, 48)).keys
     assert len({*of(single), *of(several)}) == 3
-    assert of(single) != ReferenceCache(tmp_path, "ae", (65, 48)).keys(single), "though it is cut to the same tokens"
-    assert of(single) != ReferenceCache(tmp_path, "another", (64, 48)).keys(single)
+    assert of(single) != ReferenceCache(cache, "ae", (65, 48)).keys(single), "though it is cut to the same tokens"
+    assert of(single) != ReferenceCache(cache, "another", (64, 48)).keys(single)
     assert of(replace(single, caption="y", sha256=("z",), references=several.references[:1])) == of(single)
 
 

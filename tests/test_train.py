@@ -747,8 +747,8 @@ def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
 
 def inputs_of(networks):
     """What the transformer gets in every step: (steps, I, 64)."""
-    seen, real = [], networks.flux.forward
-    networks.flux.forward = lambda x, *more: seen.append(x.clone()) or real(x, *more)
+    seen, real = [], networks.flux.predict
+    networks.flux.predict = lambda x, *more: seen.append(x.clone()) or real(x, *more)
     networks.sample(0, lambda *_: None)
     return torch.cat(seen)
 
@@ -782,10 +782,10 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     assert torch.equal(networks.data[:, kept], pack(sets.known)[:, kept])
     assert networks.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(networks.vec, plain.vec)
     assert not torch.equal(networks.data, plain.data), "encoded by itself"
-    masks, real = [], networks.flux.forward
-    networks.flux.forward = lambda *given: masks.append(given[7]) or real(*given)
+    masks, real = [], networks.flux.prepare
+    networks.flux.prepare = lambda *given: masks.append(given[4]) or real(*given)
     networks.sample(0, lambda *_: None)
-    assert len(masks) == 3 and all(torch.equal(mask, sets.mask) for mask in masks)
+    assert len(masks) == 1 and torch.equal(masks[0], sets.mask)
 
 
 def test_a_caption_that_a_lora_of_panel_texts_cannot_read_is_refused_before_anything_loads(world, out):
