@@ -255,7 +255,7 @@ def test_a_bucket_holds_one_number_of_references_and_sizes_are_those_of_sampling
     shapes = {layout.references: len(members) for layout, members in found.items()}
     assert shapes == {((64, 64),): 2, ((48, 48), (48, 48)): 1, ((64, 32),): 1}
     assert {(b.panels, b.panel_width, b.panel_height) for b in found} == {(1, 32, 32)}
-    assert [b.reference_tokens for b in found] == [8, 18, 16]
+    assert [b.reference_tokens for b in found] == [18, 8, 16]
 
 
 BAD_PAIRS = {
