@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iclora.cli import NO_MEMORY, Bar, check_folder, complain, parse, plain, read_record, unusable
-from iclora.config import SampleConfig, saved
+from iclora.config import SampleConfig
+from iclora.knobs import saved
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
     from iclora.pipeline import Plan, Result

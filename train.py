@@ -1,9 +1,12 @@
-"""Trains a LoRA that teaches FLUX.1 a relation between panels, from 20 to 100 sets of pictures that show it.
+"""Trains a LoRA: a relation between panels, from 20 to 100 sets that show it (In-Context LoRA), or to draw what
+reference pictures show, from many pairs of references and target (UNO, in two stages).
 
   python train.py --data sets/ --rank 16              the bundled sets on the bundled model: minutes on a CPU
   python train.py --data my-sets --model flux-dev     the same on FLUX.1-dev, as the paper does
   python train.py --data sets/sketch --condition clean    learn to make panels from clean given ones
   python train.py --data sets/walk --concat tokens --text panel    as in Group Diffusion Transformers, to compare
+  python train.py --method uno --data pairs.json --out runs/one       UNO's first stage: one reference
+  python train.py --method uno --stage 2 --init-lora runs/one/lora.safetensors --data more.json    and its second
   torchrun --nproc-per-node 2 train.py --data sets/    every batch shared by two processes
 
 The same command goes on where a run was stopped.
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iclora.cli import NO_MEMORY, Bar, check_folder, complain, parse, plain
-from iclora.config import ModelRow, TrainConfig, model_row, settle_training
+from iclora.config import IN_CONTEXT, UNO, ModelRow, TrainConfig, model_row, settle_training
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
     from iclora.feed import Feed
@@ -31,6 +34,7 @@ if TYPE_CHECKING:  # torch loads after the command line was found to be right
     from model.weights import ModelFiles
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"
+DIALECTS = {IN_CONTEXT: "diffusers", UNO: "xlabs"}  # of the file, by method; the latter is the release's
 LOST = re.compile("onnection (closed|reset|refused)|gloo|NCCL")  # what a process says when another one has ended
 
 
@@ -63,6 +67,7 @@ def run(config: TrainConfig) -> None:
     from iclora import feed as feeds
     from iclora.monitor import Metrics, board_writer
     from iclora.plan import pick_device
+    from iclora.references import as_trained
     from iclora.restart import load_state, refuse_other_run, start_folder
     from iclora.training import keep_no_activations, new_state, parts, train
     from model.flux import Flux
@@ -72,6 +77,8 @@ def run(config: TrainConfig) -> None:
     files = find_model(config.model)
     shape = read_flux_config(files.flux)
     row = model_row(shape)
+    if config.method == UNO and config.init_lora:
+        config = as_trained(config, [Path(config.init_lora)])
     config = settle_training(config, row, pick_device(config.device))
     parts(config.batch, 0, ranks, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
@@ -98,6 +105,8 @@ def run(config: TrainConfig) -> None:
     run = Run(config, files, row, feed, flux, state, folder, origin)
     if rank == 0:
         note(report)
+        if config.stage == 2 and not config.init_lora:
+            note("stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes to --init-lora")
         start_folder(folder, config)
         run.metrics = Metrics(folder / METRICS, state.step, config.tensorboard)
     with stop_between_steps() as asked:
@@ -109,7 +118,8 @@ def run(config: TrainConfig) -> None:
     if state.step < config.steps:
         raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; the same command goes on there")
     if rank == 0:
-        note(f"wrote {folder / RESULT}; try it with `python sample.py --lora {folder / RESULT}`")
+        more = " --ref PICTURE --prompt TEXT" if config.method == UNO else ""
+        note(f"wrote {folder / RESULT}; try it with `python sample.py --lora {folder / RESULT}{more}`")
 
 
 @dataclass
@@ -167,15 +177,21 @@ class Run:
             return
         save_state(self.folder / CHECKPOINT, self.state, self.config, self.origin)
         with averaged(self.state):
-            save_lora(self.flux, self.folder / RESULT, metadata=self.metadata())
+            save_lora(self.flux, self.folder / RESULT, DIALECTS[self.config.method], self.metadata())
         draw_curve(self.metrics.rows(), self.folder / "loss.png")
 
     def metadata(self) -> dict[str, str]:
-        """What a reader of the LoRA file should know; sample.py picks up condition, concat and text."""
-        grids = ",".join(sorted({f"{layout.rows}x{layout.cols}" for layout in self.feed.layouts}))
-        about = {name: getattr(self.config, name) for name in ("condition", "concat", "text")}
-        about |= {"method": "in-context-lora", "base": self.files.name, "grids": grids, "steps": str(self.state.step)}
-        return {f"iclora.{name}": value for name, value in about.items()}
+        """What a reader of the LoRA file should know; sample.py follows the settings among it."""
+        from iclora.references import TRAINED
+
+        config = self.config
+        if config.method == UNO:
+            told = {name: getattr(config, name) for name in ("stage", *TRAINED)}
+        else:
+            told = {name: getattr(config, name) for name in ("condition", "concat", "text")}
+            told["grids"] = ",".join(sorted({f"{layout.rows}x{layout.cols}" for layout in self.feed.layouts}))
+        told |= {"method": config.method, "base": self.files.name, "steps": self.state.step}
+        return {f"iclora.{name}": str(value) for name, value in told.items() if value is not None}
 
     def sample(self) -> None:
         """Writes a sheet of samples, made with the averaged weights."""
@@ -193,17 +209,24 @@ def adapt(flux: "Flux", config: TrainConfig) -> str:
     """Attaches the adapters that are trained: those of --init-lora, else fresh ones.
 
     returns: a line about them
-    Errors: ValueError for targets that mean nothing here, or a file that is no LoRA for this model
+    Errors: ValueError for targets that mean nothing here or cannot be saved, or a file that is no LoRA for this model
     """
     import torch
 
-    from model.lora import attach, load_lora
+    from model.lora import attach, load_lora, refuse_unnamed
 
     if config.init_lora:
         report = load_lora(flux, config.init_lora, train=True)
-        return f"starting from {report}; --rank and --targets are those of the file"
-    fresh = attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
-    return f"training {sum(p.numel() for p in fresh):,} parameters of rank {config.rank}"
+        report = f"starting from {report}; --rank and --targets are those of the file"
+    else:
+        fresh = attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
+        report = f"training {sum(p.numel() for p in fresh):,} parameters of rank {config.rank}"
+    try:
+        refuse_unnamed(flux, DIALECTS[config.method])
+    except ValueError as error:
+        line = str(error).partition(";")[0]
+        raise ValueError(f"{line}, so the release's names cannot hold it; use --targets uno, or another file") from None
+    return report
 
 
 @contextlib.contextmanager

@@ -21,9 +21,11 @@ from model.autoencoder import AutoEncoder
 from model.checkpoint import open_checkpoint, read_header
 from model.text import TextEncoders
 from model.weights import ModelFiles, save_safetensors
+from sampling.images import open_picture
 
 from .examples import Example, read_panels
 from .layout import Layout, compose, through
+from .references import encode_posterior, fit_reference
 
 HASHED = 10**9  # bytes; of larger files, name, size and time of change stand for the content
 Progress = Callable[[int, int], None]  # entries done, entries in all
@@ -117,6 +119,49 @@ class LatentCache:
             panels = dict(enumerate(read_panels(example, layout, self.rule), start=1))
             kept = {panel: picture for panel, picture in panels.items() if panel not in masked}
             self.cache.put(key, {"z": _encode(autoencoder, compose(kept, layout), layout, self.concat)})
+            progress(done, len(missing))
+        del autoencoder
+        _free()
+        return len(missing)
+
+
+class ReferenceCache:
+    """The posteriors of reference pictures, mean and spread, from which training draws anew in every step.
+
+    autoencoder: the autoencoder's mark, from file_mark
+    long_sides: pixels of the longer side of a single reference, and of each of several
+    """
+
+    def __init__(self, cache: Cache, autoencoder: str, long_sides: tuple[int, int]):
+        self.cache, self.autoencoder, self.long_sides = cache, autoencoder, long_sides
+
+    def keys(self, example: Example) -> list[str]:
+        """Names the entries of an example by everything that their values depend on."""
+        long_side = self.long_sides[len(example.references) > 1]
+        return [_key("reference", sha256, long_side, self.autoencoder) for sha256 in example.reference_sha256]
+
+    def get(self, example: Example) -> tuple[Tensor, Tensor]:
+        """Reads the references of an example, one behind the other.
+
+        returns: mean and spread, both (R, 64) tokens in float32
+        Errors: ValueError if they are gone
+        """
+        found = [self.cache.need(key, f"references of {example.name}") for key in self.keys(example)]
+        return torch.cat([one["mean"] for one in found]), torch.cat([one["spread"] for one in found])
+
+    def encode(self, examples: Iterable[Example], load: Callable[[], AutoEncoder], progress: Progress) -> int:
+        """Writes what is missing, as LatentCache.encode does; a picture that many pairs share is encoded once."""
+        missing = {
+            key: (path, self.long_sides[len(example.references) > 1])
+            for example in examples
+            for key, path in zip(self.keys(example), example.references, strict=True)
+            if self.cache.get(key) is None
+        }
+        autoencoder = load() if missing else None
+        for done, (key, (path, long_side)) in enumerate(missing.items(), start=1):
+            with torch.no_grad():
+                mean, spread = encode_posterior(autoencoder, fit_reference(open_picture(path), long_side))
+            self.cache.put(key, {"mean": mean[0].float(), "spread": spread[0].float()})
             progress(done, len(missing))
         del autoencoder
         _free()

@@ -11,7 +11,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from .config import flag, nearest
+from .knobs import flag, nearest
 
 Config = TypeVar("Config")
 MAX_RECORD = 10_000_000  # bytes of a JSON to replay
@@ -22,7 +22,7 @@ KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 def parse(kind: type[Config], argv: Sequence[str] | None, about: str) -> Config:
     """Reads a command line into a configuration.
 
-    kind: a dataclass whose fields come from iclora.config.knob
+    kind: a dataclass whose fields come from iclora.knobs.knob
     argv: without the script's name; None takes the process's own
     about: the text of --help above the flags
     Errors: ValueError in one line for whatever is wrong; SystemExit(0) after --help

@@ -4,10 +4,10 @@ One frozen dataclass per script, one field per knob. None means undecided: a fla
 the model's row, the row beats the plain default.
 """
 
-import difflib
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from .knobs import check, flag, knob
 from .prompts import TASKS, Task
 
 if TYPE_CHECKING:  # torch takes a second to import, and a typo shall be answered at once
@@ -16,20 +16,8 @@ if TYPE_CHECKING:  # torch takes a second to import, and a typo shall be answere
 GRID = "2x2"
 REFERENCE_GUIDANCE = 4.0  # UNO's
 LAST_SEED = 2**63 - 1
-
-
-def knob(default: Any, help: str, **more: Any) -> Any:
-    """Makes one field of a configuration.
-
-    help: one line for --help; the default is added to it unless that is None, False or empty
-    metavar: stands for the value in --help
-    choices: the valid texts
-    valid: (least, most) of a number
-    path: True if it says where something lies, which is kept out of pictures
-    saved: False if it has no influence on the result and is not replayed
-    follows: names of other knobs; where one of them is given beside a replayed file, the file's value is forgotten
-    """
-    return field(default=default, metadata={"help": help, **more})
+METHODS = IN_CONTEXT, UNO = "in-context-lora", "uno"
+PAPER = ("model", "method")  # what decides the settings that a paper gives
 
 
 @dataclass(frozen=True)
@@ -131,57 +119,86 @@ class TrainConfig:
     Errors: ValueError for a number outside its range or an unknown choice
     """
 
-    data: str = knob("sets", "folder with sets, or a .jsonl that lists them", metavar="PATH", path=True)
+    data: str = knob(
+        "sets", "folder with sets, or a .jsonl that lists them; with uno a .json of pairs", metavar="PATH", path=True
+    )
+    method: str = knob(
+        IN_CONTEXT, "uno learns to follow reference pictures, the other relations between panels", choices=METHODS
+    )
+    stage: int | None = knob(
+        None, "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)", valid=(1, 2),
+        follows=("method",),
+    )
     grid: str | None = knob(
         None, "rows and columns of every set, 3x1 being three rows (default: what each set.json says)",
-        metavar="ROWSxCOLS",
+        metavar="ROWSxCOLS", follows=("method",),
     )
     model: str = knob(
         "tiny", "the base: a folder under weights/, or the path of a model folder or of a transformer file",
         metavar="NAME|PATH", path=True,
     )
-    rank: int = knob(16, "of the LoRA; alpha is the same, so its scale is 1", valid=(1, 4096))
-    targets: str = knob(
-        "all-linear", "what is adapted: all-linear, attn, mlp, mod, several with commas, or names of modules"
+    rank: int | None = knob(
+        None, "of the LoRA, and its alpha (default: 16; uno 512, on tiny 64)", valid=(1, 4096), follows=("method",)
+    )
+    targets: str | None = knob(
+        None, "what is adapted: all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: "
+        "all-linear; uno uno, which is qkv and proj)", follows=("method",),
     )
     init_lora: str | None = knob(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
     condition: str = knob(
         "none", "clean: randomly chosen panels stay clean, the loss is on the others, and sampling does the same",
-        choices=("none", "clean"),
+        choices=("none", "clean"), follows=("method",),
     )
     concat: str = knob(
         "pixels", "panels become one picture before the autoencoder sees them, or one row of tokens behind it",
-        choices=("pixels", "tokens"),
+        choices=("pixels", "tokens"), follows=("method",),
     )
     text: str = knob(
         "joint", "one caption for all panels, or each panel reads its own part and what stands before the first",
-        choices=("joint", "panel"),
+        choices=("joint", "panel"), follows=("method",),
+    )
+    ref_size: int | None = knob(
+        None, "longer side of a reference in pixels (default: of a single one 512, of several 320; tiny 64)",
+        valid=(16, 2048), follows=("model", "method"),
+    )
+    offset: str | None = knob(
+        None, "references' places, as sample.py's (default: the starting LoRA's, or d)", choices=("d", "h", "w", "o"),
+        follows=("method", "init_lora"),
+    )
+    offset_scale: float | None = knob(
+        None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100), follows=("method", "init_lora")
+    )
+    posterior: str | None = knob(
+        None, "references' latents: a new sample in every step, or the mean (default: the starting LoRA's, or sample)",
+        choices=("sample", "mean"), follows=("method", "init_lora"),
     )
     steps: int | None = knob(
-        None, "optimizer steps (default: 5000; tiny 400)", valid=(1, 10_000_000), follows=("model",)
+        None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000), follows=PAPER
     )
     batch: int | None = knob(
-        None, "sets in a step, over all processes (default: 4; tiny 8)", valid=(1, 100_000), follows=("model",)
+        None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=(1, 100_000), follows=PAPER
     )
     accumulate: int = knob(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
     lr: float | None = knob(
-        None, "learning rate of AdamW (default: 1e-4; tiny 1e-3)", valid=(0, 1), follows=("model",)
+        None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1), follows=PAPER
     )
     warmup: int = knob(10, "steps until the full learning rate", valid=(0, 1_000_000))
     ema: float = knob(
         0.99, "decay of the averaged weights, which are what is saved; 0 saves the last ones", valid=(0, 0.99999)
     )
-    dropout: float = knob(0.05, "share of captions that are left out", valid=(0, 1))
-    times: str = knob(
-        "logit-normal", "how times are drawn; shifted moves them towards noise as sampling does",
-        choices=("logit-normal", "shifted", "uniform"),
+    dropout: float | None = knob(
+        None, "share of captions that are left out (default: 0.05; uno 0.1)", valid=(0, 1), follows=("method",)
+    )
+    times: str | None = knob(
+        None, "how times are drawn; shifted moves them towards noise as sampling does (default: logit-normal; uno "
+        "shifted)", choices=("logit-normal", "shifted", "uniform"), follows=("method",),
     )
     panel_size: int | None = knob(
         None, "side in pixels of a square panel; others keep their shape and get its area (default: 512; tiny 64)",
         valid=(16, 8192), follows=("model",),
     )
     fit: str = knob("crop", "how pictures come to the size of their bucket", choices=("crop", "pad", "stretch"))
-    holdout: float = knob(0.1, "share of the sets kept for the validation loss", valid=(0, 0.9))
+    holdout: float = knob(0.1, "share of the sets kept for the validation loss, at most 32 of a bucket", valid=(0, 0.9))
     save_every: int = knob(250, "steps between checkpoints", valid=(1, 10_000_000))
     sample_every: int = knob(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
     checkpointing: bool = knob(False, "recompute activations instead of keeping them: less memory, a third slower")
@@ -227,10 +244,20 @@ class ModelRow:
 DEV = ModelRow("dev", 512, 20, 3.5, True, 512, (512, 320), "bfloat16")
 SCHNELL = ModelRow("schnell", 256, 4, None, False, 512, (512, 320), "bfloat16")
 TINY = ModelRow("tiny", None, 20, 3.5, True, 64, (64, 64), "float32")
-TRAINING = {  # defaults of train.py by the name of the row
-    "dev": {"steps": 5000, "batch": 4, "lr": 1e-4, "panel_size": 512},  # as in arXiv:2410.23775
-    "schnell": {"steps": 5000, "batch": 4, "lr": 1e-4, "panel_size": 512},
-    "tiny": {"steps": 400, "batch": 8, "lr": 1e-3, "panel_size": 64},
+TRAINING = {  # defaults of train.py, as in arXiv:2410.23775 and arXiv:2504.02160
+    IN_CONTEXT: {
+        "steps": 5000, "batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05,
+        "times": "logit-normal",
+    },
+    UNO: {
+        "steps": 5000, "batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": "shifted",
+        "stage": 1, "offset": "d", "offset_scale": 1.0, "posterior": "sample",
+    },
+}  # fmt: skip
+TINY_TRAINING = {IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3}, UNO: {"steps": 1500, "lr": 1e-3, "rank": 64}}
+USELESS = {  # to a method
+    IN_CONTEXT: ("stage", "ref_size", "offset", "offset_scale", "posterior"),
+    UNO: ("grid", "condition", "concat", "text"),
 }
 
 
@@ -263,51 +290,17 @@ def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) 
 
 
 def settle_training(config: TrainConfig, row: ModelRow, device: str) -> TrainConfig:
-    """Decides what was left open for training, by the model.
+    """Decides what was left open for training, by the method and the model.
 
     device: cpu, cuda or mps
-    returns: no field is None any more, except those that may be: grid, init_lora and config
+    returns: no field is None any more, except those that may be: grid, init_lora, config, ref_size where it follows
+        the number of references, and what the method has no use for
+    Errors: ValueError for a setting of another method
     """
-    chosen = {**TRAINING[row.name], "dtype": row.cpu_dtype if device == "cpu" else "bfloat16"}
+    for name in USELESS[config.method]:
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise ValueError(f"{flag(name)} means nothing to --method {config.method}; leave it out")
+    chosen = {**TRAINING[config.method], **(TINY_TRAINING[config.method] if row.name == "tiny" else {})}
+    chosen |= {"panel_size": row.panel, "dtype": row.cpu_dtype if device == "cpu" else "bfloat16"}
     undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}
     return replace(config, **undecided, device=device)
-
-
-def saved(config: Any, paths: bool = True) -> dict[str, Any]:
-    """Lists the knobs that make the result, to be written beside it and replayed.
-
-    paths: False leaves out what says where something lies
-    """
-    kept = [f for f in fields(config) if f.metadata.get("saved", True) and (paths or not f.metadata.get("path"))]
-    return {f.name: getattr(config, f.name) for f in kept}
-
-
-def flag(name: str) -> str:
-    """Writes a knob's name as its flag."""
-    return "--" + name.replace("_", "-")
-
-
-def nearest(word: str, words: Any) -> str:
-    """Suggests what may have been meant, as the beginning of a sentence, or nothing."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}? " if near else ""
-
-
-def check(config: Any) -> None:
-    """Refuses unknown choices and numbers outside their ranges; NaN is outside of every range.
-
-    Errors: ValueError with the flag, its value and what is valid
-    """
-    for knob_field in fields(config):
-        value, about = getattr(config, knob_field.name), knob_field.metadata
-        if value is None:
-            continue
-        if "choices" in about and value not in about["choices"]:
-            raise ValueError(
-                f"{flag(knob_field.name)} {ascii(value[:40])} is unknown; {nearest(value, about['choices'])}"
-                f"choose one of {', '.join(about['choices'])}"
-            )
-        if "valid" in about:
-            least, most = about["valid"]
-            if not least <= value <= most:
-                raise ValueError(f"{flag(knob_field.name)} {str(value)[:40]} is out of range; use {least} to {most}")

@@ -20,7 +20,7 @@ from model.lora_write import DIALECTS, write_lora
 from model.weights import find_model, read_flux_config
 
 from .cli import parse
-from .config import check, knob
+from .knobs import check, knob
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
 WIDTHS = {

@@ -2,6 +2,7 @@
 
   python -m iclora.data sets/                                 what a training would use, what is doubtful, what broken
   python -m iclora.data photos/ --grid 2x2 --panel-size 512   the same for other data; the folder comes first
+  python -m iclora.data pairs.json --model flux-dev           the same for UNO's pairs
 """
 
 import hashlib
@@ -20,7 +21,8 @@ from model.weights import ModelFiles, find_model, read_flux_config
 from sampling.images import fit, open_picture
 
 from .cli import parse
-from .config import ModelRow, check, knob, model_row
+from .config import ModelRow, model_row
+from .knobs import check, knob
 from .layout import parse_grid
 from .prompts import MAX_CHARACTERS, clean
 
@@ -107,7 +109,7 @@ def read_source(path: Path, size: tuple[int, int], rule: str, drafted: bool) -> 
 class DataConfig:
     """What the check is asked for."""
 
-    data: str = knob("sets", "folder with sets, or a .jsonl that lists them", metavar="PATH")
+    data: str = knob("sets", "folder with sets, a .jsonl that lists them, or a .json of pairs", metavar="PATH")
     grid: str | None = knob(
         None, "of every set, 3x1 being three rows (default: what each set.json says)", metavar="ROWSxCOLS"
     )
@@ -149,12 +151,18 @@ def report(config: DataConfig) -> tuple[list[str], bool]:
     examples, found = look(config.data, config.grid and parse_grid(config.grid))
     sizes = Counter(f"{wide}x{high}" for example in examples for wide, high in example.sizes)
     lines = [f"{config.data}: {len(examples)} sets in {sum(sizes.values())} pictures of {_most(sizes)}"]
-    sorted_out = buckets(examples, resolution)
+    shown = Counter(f"{wide}x{high}" for example in examples for wide, high in example.reference_sizes)
+    lines += [f"references: {sum(shown.values())} pictures of {_most(shown)}"] if shown else []
+    sorted_out = buckets(examples, resolution, row.references)
     for layout, members in sorted_out.items():
         shape = f"{layout.rows}x{layout.cols} panels of {layout.panel_width}x{layout.panel_height}"
         loss = max(cropped(example, layout) for example in members)
         cut = f", cropped by up to {loss:.0%}" if loss > 0.005 else ""
-        lines.append(f"bucket: {shape}, {layout.tokens_wide * layout.tokens_high} tokens: {len(members)} sets{cut}")
+        tokens = f"{layout.tokens_wide * layout.tokens_high} tokens"
+        if layout.references:
+            beside = ", ".join(f"{wide}x{high}" for wide, high in layout.references)
+            tokens += f", references of {beside}, {layout.reference_tokens} tokens"
+        lines.append(f"bucket: {shape}, {tokens}: {len(members)} sets{cut}")
     small = [e.name for e in examples if min(wide * high for wide, high in e.panel_sizes()) < 0.9 * resolution**2]
     if small:
         found.notes.append(f"{len(small)} sets have panels of fewer pixels than {resolution}x{resolution} ({small[0]})")

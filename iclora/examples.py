@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,21 @@ from sampling.latents import TOKEN
 from .forms import SETTINGS, Draft, Findings, read_drafts
 from .layout import Layout
 from .prompts import build, clean, lint, markers_for
+from .references import fitted
 
 WRITE_GRID = f'give --grid, or write {SETTINGS} beside or above, such as {{"grid": "2x1"}}'
 
 
 @dataclass(frozen=True)
 class Example:
-    """One set to learn from.
+    """One set to learn from. A pair of UNO's is a set of one panel, the target, with reference pictures.
 
     name: for messages
     grid: (rows, cols)
     files: one composite, or the panels in reading order
     sizes: (width, height) of each file in pixels
     sha256: of each file's pixels
+    references, reference_sizes, reference_sha256: the same of its reference pictures
     """
 
     name: str
@@ -37,6 +39,9 @@ class Example:
     files: tuple[Path, ...]
     sizes: tuple[tuple[int, int], ...]
     sha256: tuple[str, ...]
+    references: tuple[Path, ...] = ()
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    reference_sha256: tuple[str, ...] = ()
 
     def panel_sizes(self) -> list[tuple[float, float]]:
         """Gives width and height of each panel in pixels; those of a composite may be fractions."""
@@ -49,7 +54,7 @@ class Example:
 def find_examples(folder: str | Path, grid: tuple[int, int] | None = None) -> list[Example]:
     """Reads a data set, and refuses it if any of it cannot be used: nothing is dropped silently.
 
-    folder: of all sets, or one .jsonl file
+    folder: of all sets, or one .jsonl file of them, or one .json file of pairs
     grid: (rows, cols) for everything, whatever the files say
     Errors: ValueError for anything broken, or if there are no sets
     """
@@ -70,10 +75,11 @@ def look(folder: str | Path, grid: tuple[int, int] | None = None) -> tuple[list[
     Errors: ValueError if there is no such folder
     """
     root = Path(folder)
-    rows = root.suffix.lower() == ".jsonl" and os.path.isfile(root)
-    if not rows and not os.path.isdir(root):  # False where Path.is_dir raises: a name too long
-        shown = ascii(str(root)[-80:])
-        raise ValueError(f"there is no folder {shown}; --data takes one with pictures and captions, or a .jsonl")
+    file = root.suffix.lower() in (".jsonl", ".json") and os.path.isfile(root)
+    if not file and not os.path.isdir(root):  # False where Path.is_dir raises: a name too long
+        shown, what = ascii(str(root)[-80:]), "file" if root.suffix.lower() in (".jsonl", ".json") else "folder"
+        advice = "--data takes one with pictures and captions, a .jsonl, or a .json of pairs"
+        raise ValueError(f"there is no {what} {shown}; {advice}")
     found = Findings()
     examples = [example for draft in read_drafts(root, grid, found) if (example := _finish(draft, found))]
     _note_duplicates(examples, found)
@@ -102,13 +108,15 @@ def _cut(picture: Image.Image, rows: int, cols: int) -> list[Image.Image]:
 # from examples to batches
 
 
-def bucket_of(example: Example, resolution: int) -> Layout:
+def bucket_of(example: Example, resolution: int, long_sides: tuple[int, int] = (512, 320)) -> Layout:
     """Chooses the panel size for an example: its own aspect, in multiples of a token, and about the area asked for.
 
-    Panels are never enlarged, but for rounding. Of panels of different shapes the middle is taken.
+    Panels are never enlarged, but for rounding. Of panels of different shapes the middle is taken. References get the
+    size that sampling gives them.
 
     resolution: pixels; a panel is to have about resolution x resolution of them, and at most a tenth more
-    Errors: ValueError if the composite would be too large
+    long_sides: pixels of the longer side of a single reference, and of each of several
+    Errors: ValueError if the composite would be too large, or a reference is too narrow
     """
     sizes = example.panel_sizes()
     aspect = math.exp(sum(math.log(width / height) for width, height in sizes) / len(sizes))
@@ -120,7 +128,8 @@ def bucket_of(example: Example, resolution: int) -> Layout:
             cost = abs(math.log(width / height / aspect)) + abs(math.log(width * height / area)) / 2
             if width * height <= 1.1 * area and cost < least:
                 best, least = (width, height), cost
-    return Layout(*example.grid, *best)
+    long_side = long_sides[len(example.references) > 1]
+    return Layout(*example.grid, *best, tuple(fitted(size, long_side) for size in example.reference_sizes))
 
 
 def cropped(example: Example, layout: Layout) -> float:
@@ -129,21 +138,22 @@ def cropped(example: Example, layout: Layout) -> float:
     return max(1 - math.exp(-abs(math.log(width / height / target))) for width, height in example.panel_sizes())
 
 
-def buckets(examples: Sequence[Example], resolution: int) -> dict[Layout, list[Example]]:
-    """Sorts examples by grid and panel size; a batch is formed within one bucket.
+def buckets(
+    examples: Sequence[Example], resolution: int, long_sides: tuple[int, int] = (512, 320)
+) -> dict[Layout, list[Example]]:
+    """Sorts examples by grid, panel size, and number and sizes of references; a batch is formed within one bucket.
 
-    resolution: as for bucket_of
+    resolution, long_sides: as for bucket_of
     returns: in a fixed order, whatever the order of the examples' shapes
-    Errors: ValueError, with the example's name, if a composite would be too large
+    Errors: ValueError, with the example's name, as bucket_of
     """
     sorted_out: dict[Layout, list[Example]] = {}
     for example in examples:
         try:
-            sorted_out.setdefault(bucket_of(example, resolution), []).append(example)
+            sorted_out.setdefault(bucket_of(example, resolution, long_sides), []).append(example)
         except ValueError as error:
             raise ValueError(f"{example.name}: {error}") from None
-    shapes = {(b.rows, b.cols, b.panel_width, b.panel_height): b for b in sorted_out}
-    return {shapes[shape]: sorted_out[shapes[shape]] for shape in sorted(shapes)}
+    return {layout: sorted_out[layout] for layout in sorted(sorted_out, key=astuple)}
 
 
 class Batches:
@@ -213,16 +223,17 @@ def _finish(draft: Draft, found: Findings) -> Example | None:
         caption = _join(draft, grid)
     except ValueError as error:
         problems.append(str(error))
-    for path in draft.files:
+    for path in (*draft.files, *draft.references):
         try:
             measured.append(_measure(path))
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(f"{draft.name}: {error}" if draft.references else str(error))
     if problems:
         found.broken += [problem for problem in problems if problem not in found.broken]
         return None
-    sizes, hashes = zip(*measured, strict=True)
-    example = Example(draft.name, grid, caption, draft.files, sizes, hashes)
+    count = len(draft.files)
+    (own, shown) = (tuple(zip(*some, strict=True)) or ((), ()) for some in (measured[:count], measured[count:]))
+    example = Example(draft.name, grid, caption, draft.files, *own, draft.references, *shown)
     if any(min(size) < 1 for size in example.panel_sizes()):
         found.broken.append(f"{draft.name} has fewer pixels than its {grid[0]}x{grid[1]} grid has panels; correct it")
         return None
@@ -273,7 +284,7 @@ def _note_duplicates(examples: list[Example], found: Findings) -> None:
     """Notes examples with the pictures of an earlier one; they are used, but weigh double."""
     first: dict[tuple, Example] = {}
     for example in examples:
-        other = first.setdefault((example.grid, example.sha256), example)
+        other = first.setdefault((example.grid, example.sha256, example.reference_sha256), example)
         if other is not example:
             caption = "the same caption" if other.caption == example.caption else "another caption"
             found.notes.append(f"{example.name} shows the same as {other.name}, with {caption}; it counts double")

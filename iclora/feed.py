@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,30 +15,35 @@ from model.flux import FluxConfig
 from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
-from .cache import HASHED, Cache, LatentCache, Progress, TextCache, every_mask, file_mark, text_mark
-from .config import TrainConfig, model_row
+from .cache import HASHED, Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
+from .config import UNO, TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, sight, token_mask
 from .prompts import texts_of
+from .references import place
 from .training import Sets
 
 Note = Callable[[str], None]
+HELD = 4 * 2**30  # bytes of entries that stay in memory; the others are read whenever they are needed
+MOST_HELD_OUT = 32  # of a bucket: every validation goes through all of them
 
 
 @dataclass
 class Feed:
-    """Encoded examples, in buckets of one grid and panel size; entries are read from the disk once."""
+    """Encoded examples, in buckets of one grid, panel size and references; what is read from the disk is kept."""
 
     batches: Batches
     layouts: list[Layout]
     trained: list[list[Example]]  # of each bucket
     held_out: list[tuple[Layout, list[Example]]]
     latents: LatentCache
+    references: ReferenceCache
     texts: TextCache
     config: TrainConfig
 
     def __post_init__(self) -> None:
-        self.read: dict[tuple | str, Tensor | tuple[Tensor, Tensor]] = {}
+        self.read: dict[Hashable, tuple[Tensor, ...]] = {}
+        self.held = 0  # bytes of what was read
         self.sight: dict[Layout, Tensor] = {}
 
     def batch(self, number: int) -> tuple[Layout, list[Example]]:
@@ -57,6 +63,11 @@ class Feed:
         features = [self._text("" if left else e.caption, layout) for e, left in zip(examples, dropped, strict=True)]
         txt, vec = (torch.stack(tensors) for tensors in zip(*features, strict=True))
         mask = self._sight(layout, txt.shape[1]) if self.config.text == "panel" else None
+        if layout.references:
+            shown = [self._once(e.reference_sha256, partial(self.references.get, e)) for e in examples]
+            references, spread = (torch.stack(tensors) for tensors in zip(*shown, strict=True))
+            ids = place(layout, self.config.offset, self.config.offset_scale)
+            return Sets(z, txt, vec, references=references, spread=spread, ids=ids)
         if self.config.condition == "none":
             return Sets(z, txt, vec, mask=mask)
         everything = range(1, layout.panels + 1)
@@ -70,17 +81,24 @@ class Feed:
 
     def _latents(self, example: Example, layout: Layout, masked: tuple[int, ...]) -> Tensor:
         key = example.sha256, layout, masked
-        if key not in self.read:
-            self.read[key] = self.latents.get(example, layout, masked)
-        return self.read[key]
+        return self._once(key, lambda: (self.latents.get(example, layout, masked),))[0]
 
     def _text(self, caption: str, layout: Layout) -> tuple[Tensor, Tensor]:
         texts = texts_of(caption, layout.rows, layout.cols, self.config.text)
-        for text in texts:
-            if text not in self.read:
-                self.read[text] = self.texts.get(text)
-        own = texts[1:] if self.config.text == "panel" else texts
-        return torch.cat([self.read[text][0] for text in own]), self.read[texts[0]][1]
+        features = [self._once(text, partial(self.texts.get, text)) for text in texts]
+        own = features[1:] if self.config.text == "panel" else features
+        return torch.cat([txt for txt, _ in own]), features[0][1]
+
+    def _once(self, key: Hashable, load: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Reads an entry, and keeps it in memory as long as there is room."""
+        if key in self.read:
+            return self.read[key]
+        found = load()
+        size = sum(tensor.nbytes for tensor in found)
+        if self.held + size <= HELD:
+            self.read[key] = found
+            self.held += size
+        return found
 
     def _sight(self, layout: Layout, text: int) -> Tensor:
         if layout not in self.sight:
@@ -89,7 +107,10 @@ class Feed:
 
 
 def find(config: TrainConfig) -> list[Example]:
-    """Read what --data names. Errors: ValueError for anything broken in it"""
+    """Read what --data names. Errors: ValueError for anything broken in it, or of another method"""
+    if (Path(config.data).suffix.lower() == ".json") != (config.method == UNO):
+        takes = "a .json of pairs" if config.method == UNO else "sets; pairs are for --method uno"
+        raise ValueError(f"--data {config.data[-80:]!a} is not for --method {config.method}, which takes {takes}")
     return find_examples(config.data, parse_grid(config.grid) if config.grid else None)
 
 
@@ -98,7 +119,7 @@ def origin(examples: Sequence[Example], files: ModelFiles) -> dict[str, str]:
 
     Of a transformer over 1 GB, name and size stand for the content.
     """
-    sets = json.dumps([(example.grid, example.caption, example.sha256) for example in examples])
+    sets = json.dumps([(e.grid, e.caption, e.sha256 + e.reference_sha256) for e in examples])
     size = files.flux.stat().st_size
     model = file_mark([files.flux]) if size <= HASHED else f"{files.flux.name} of {size} bytes"
     return {"data": hashlib.sha256(sets.encode()).hexdigest(), "model": model}
@@ -117,11 +138,16 @@ def prepare(
     Errors: ValueError for too large composites, captions that cannot be taken apart, or encoders of another model;
         OSError if the disk is full
     """
-    every = buckets(examples, config.panel_size)
+    row = model_row(shape)
+    long_sides = row.references if config.ref_size is None else (config.ref_size, config.ref_size)
+    every = buckets(examples, config.panel_size, long_sides)
     trained, held_out = hold_out(every, config.holdout)
     cache, dtype = Cache(Path(config.out).absolute().parent / ".cache"), getattr(torch, config.dtype)
-    latents = LatentCache(cache, file_mark([files.autoencoder]), config.fit, config.concat)
-    texts = TextCache(cache, text_mark(files), model_row(shape).text, dtype)
+    mark = file_mark([files.autoencoder])
+    latents = LatentCache(cache, mark, config.fit, config.concat)
+    references = ReferenceCache(cache, mark, long_sides)
+    texts = TextCache(cache, text_mark(files), row.text, dtype)
+    load = partial(load_autoencoder, files.autoencoder, config.device)
     masks = every_mask if config.condition == "clean" else lambda layout: ((),)
     captions = ["", *(text for e in examples for text in texts_of(e.caption, *e.grid, config.text))]
     with bar("encoding texts") as progress:
@@ -133,20 +159,23 @@ def prepare(
             f"transformer takes {wanted[0]} and {wanted[1]}; use the encoders that belong to it"
         )
     with bar("encoding pictures") as progress:
-        made = latents.encode(every, lambda: load_autoencoder(files.autoencoder, config.device), masks, progress)
-    note(f"{len(examples)} sets in {len(every)} buckets; {made} composites and {read} texts encoded, others cached")
+        made = latents.encode(every, load, masks, progress)
+    with bar("encoding references") as progress:
+        made += references.encode(examples, load, progress)
+    note(f"{len(examples)} sets in {len(every)} buckets; {made} pictures and {read} texts encoded, others cached")
     layouts = list(trained)
     batches = Batches([len(trained[layout]) for layout in layouts], config.batch, config.seed)
-    return Feed(batches, layouts, [trained[layout] for layout in layouts], held_out, latents, texts, config)
+    chosen = [trained[layout] for layout in layouts]
+    return Feed(batches, layouts, chosen, held_out, latents, references, texts, config)
 
 
 def hold_out(
     every: dict[Layout, list[Example]], part: float
 ) -> tuple[dict[Layout, list[Example]], list[tuple[Layout, list[Example]]]]:
-    """Split every bucket: the last ones of each are kept for validation, but never all of it."""
+    """Split every bucket: the last ones of each are kept for validation, but never all of it, nor very many."""
     trained, held_out = {}, []
     for layout, examples in every.items():
-        count = min(len(examples) - 1, round(part * len(examples)))
+        count = min(MOST_HELD_OUT, len(examples) - 1, round(part * len(examples)))
         trained[layout] = examples[: len(examples) - count]
         if count:
             held_out.append((layout, examples[len(examples) - count :]))

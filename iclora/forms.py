@@ -1,10 +1,13 @@
 """How sets are written down: files in folders -> drafts, whose pictures are not opened yet.
 
-Three forms are understood, in the folder that is given and in all below it:
+Of sets of panels three forms are understood, in the folder that is given and in all below it:
   composites    a picture of the whole grid and a text of the same name: 0001.jpg, 0001.txt
   panels        a folder per set with 1.png, 2.png, ... and caption.txt, or 1.txt, 2.txt, ... and perhaps summary.txt
   rows          *.jsonl with {"panels": [...] or "image": ..., "grid": ..., "prompt": ... or "summary" and "prompts"}
 A set.json, such as {"grid": "2x1", "preset": ..., "markers": ...}, holds for its folder and all below it.
+
+Pairs are a single file as UNO has it: a list of {"prompt": ..., "image_path": ... or "image_paths": [...],
+"image_tgt_path": ...}, references and target being named relative to the file.
 """
 
 import json
@@ -53,6 +56,7 @@ class Settings:
 class Draft:
     """A set as it is written down, before its pictures are opened.
 
+    files: the composite, the panels, or the target of a pair
     composite: True if the one file shows the whole grid
     prompt: the joint caption; None if it is built from prompts, one a panel, behind the summary
     """
@@ -64,15 +68,18 @@ class Draft:
     prompt: str | None
     summary: str = ""
     prompts: tuple[str, ...] = ()
+    references: tuple[Path, ...] = ()
 
 
 def read_drafts(root: Path, grid: tuple[int, int] | None, found: Findings) -> list[Draft]:
     """Reads everything but pictures.
 
-    root: a folder, or one file of rows, for which a set.json beside it holds
+    root: a folder, or one file of rows, for which a set.json beside it holds, or of pairs
     grid: (rows, cols) of all sets, whatever the files say
     """
     settings = Settings(grid=grid, forced=grid is not None)
+    if root.suffix.lower() == ".json" and root.is_file():
+        return _read_pairs(root, found)
     if root.is_dir():
         places = list(_places(root, settings, found, {root.resolve()}))
     else:
@@ -252,6 +259,45 @@ def _read_row(row: Any, name: str, place: Path, settings: Settings) -> Draft:
     files = tuple(_inside(place, name) for name in ([row["image"]] if composite else row["panels"]))
     draft = Draft(name, files, composite, settings, row.get("prompt"))
     return replace(draft, summary=row.get("summary", ""), prompts=tuple(row.get("prompts", ())))
+
+
+def _read_pairs(path: Path, found: Findings) -> list[Draft]:
+    """Reads UNO's JSON; a broken row is named by its number."""
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged or no JSON"
+        found.broken.append(f"cannot read {path}: {reason}; correct it")
+        return []
+    if not isinstance(rows, list) or not rows:
+        found.broken.append(f"{path} is no list of pairs; write [{{...}}, ...]")
+        return []
+    drafts = []
+    for number, row in enumerate(rows, start=1):
+        name = f"{path} row {number}"
+        try:
+            drafts.append(_read_pair(row, name, path.parent))
+        except ValueError as error:
+            found.broken.append(f"{name}: {error}")
+    return drafts
+
+
+def _read_pair(row: Any, name: str, place: Path) -> Draft:
+    """Turns one row of UNO's JSON into a draft; other keys are left alone, such as the scores of its filters."""
+    if not isinstance(row, dict):
+        raise ValueError("it is not a JSON object; write {...}")
+    if "image_path" in row and "image_paths" in row:
+        raise ValueError('it has both "image_path" and "image_paths"; keep the one with the references')
+    references = [row["image_path"]] if "image_path" in row else row.get("image_paths", [])
+    if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
+        raise ValueError("image_path is not a text, or image_paths not a list of texts; correct it")
+    if not references:
+        raise ValueError('it has no references; name one as "image_path" or several as "image_paths"')
+    for key in ("prompt", "image_tgt_path"):
+        if not isinstance(row.get(key), str):
+            raise ValueError(f'it has no "{key}", a text; training needs prompt, references and target')
+    target, *shown = (_inside(place, file) for file in (row["image_tgt_path"], *references))
+    return Draft(name, (target,), False, Settings(grid=(1, 1)), row["prompt"], references=tuple(shown))
 
 
 def _inside(folder: Path, name: str) -> Path:

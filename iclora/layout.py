@@ -22,9 +22,10 @@ MAX_TOKENS = 65_536  # of the composite: 4096x4096 pixels, seven times the large
 
 @dataclass(frozen=True)
 class Layout:
-    """A grid of equal panels whose edges are token edges.
+    """A grid of equal panels whose edges are token edges, and the references that stand behind it.
 
     panel_width, panel_height: pixels, multiples of 16
+    references: (width, height) of each in pixels, multiples of 16
     Errors: ValueError for other sizes (with the nearest valid ones) and for absurd grids
     """
 
@@ -32,6 +33,7 @@ class Layout:
     cols: int
     panel_width: int
     panel_height: int
+    references: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1:
@@ -73,6 +75,11 @@ class Layout:
     def tokens_high(self) -> int:
         """Height of the composite in tokens."""
         return self.height // TOKEN
+
+    @property
+    def reference_tokens(self) -> int:
+        """Number of tokens of all references."""
+        return sum(width // TOKEN * (height // TOKEN) for width, height in self.references)
 
     def box(self, panel: int) -> tuple[int, int, int, int]:
         """Says where a panel stands: left, top, right, bottom in pixels, the last two exclusive.

@@ -15,9 +15,9 @@ from model.position import grid_ids
 from sampling.flow import euler, times
 from sampling.images import save_png, to_picture
 from sampling.inpaint import keep_clean
-from sampling.latents import noise, pack, unpack
+from sampling.latents import CELL, TOKEN, noise, pack, unpack
 
-from .config import ModelRow, TrainConfig
+from .config import REFERENCE_GUIDANCE, ModelRow, TrainConfig
 from .examples import Example
 from .layout import Layout, through, token_mask
 from .restart import write_whole
@@ -128,38 +128,42 @@ def put_png(picture: Image.Image, path: Path) -> None:
 
 @torch.no_grad()
 def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, config: TrainConfig) -> Image.Image:
-    """Samples of the first examples, made from their captions, each above the example itself as its latents decode.
+    """Samples of the first examples of every bucket, each below its references and above the example itself.
 
     config: of the run; if it keeps panels clean, the first one is kept here instead of being made
     """
-    chosen = [(layout, e) for layout, examples in feed.held_out for e in examples]
-    chosen = (chosen or [(feed.batch(0)[0], e) for e in feed.batch(0)[1]])[:SAMPLES]
+    buckets = feed.held_out or [feed.batch(0)]
+    chosen = [(layout, some[i]) for i in range(SAMPLES) for layout, some in buckets if i < len(some)][:SAMPLES]
     columns = []
     for seed, (layout, example) in enumerate(chosen):
-        made, true = _sample(flux, autoencoder, feed, row, layout, example, seed, config)
-        column = Image.new("RGB", (made.width, 2 * made.height + 4), "white")
-        column.paste(made, (0, 0))
-        column.paste(true, (0, made.height + 4))
-        columns.append(column)
-    page = Image.new("RGB", (sum(c.width + 4 for c in columns) - 4, max(c.height for c in columns)), "white")
-    x = 0
-    for column in columns:
-        page.paste(column, (x, 0))
-        x += column.width + 4
+        columns.append(_stack(_sample(flux, autoencoder, feed, row, layout, example, seed, config), down=True))
+    return _stack(columns, down=False)
+
+
+def _stack(pictures: Sequence[Image.Image], down: bool) -> Image.Image:
+    """Puts pictures one below the other, or side by side."""
+    sizes = [picture.size if down else picture.size[::-1] for picture in pictures]
+    shape = max(across for across, _ in sizes), sum(along + 4 for _, along in sizes) - 4
+    page, place = Image.new("RGB", shape if down else shape[::-1], "white"), 0
+    for picture, (_, along) in zip(pictures, sizes, strict=True):
+        page.paste(picture, (0, place) if down else (place, 0))
+        place += along + 4
     return page
 
 
 def _sample(
     flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, layout: Layout, example: Example, seed: int,
     config: TrainConfig,
-) -> tuple[Image.Image, Image.Image]:  # fmt: skip
+) -> list[Image.Image]:  # fmt: skip
+    """Gives the references, what is made, and the example itself, as their latents decode."""
     device = next(flux.parameters()).device
     keep = config.condition == "clean" and layout.panels > 1
     sets = to(feed.sets(layout, [example], [(1,) if keep else ()], [False]), device)
     start = pack(noise(layout.height, layout.width, seed)).to(device)
-    ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device)
+    ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device) if sets.ids is None else sets.ids
     txt_ids = torch.zeros(1, sets.txt.shape[1], 3, device=device)
-    guidance = None if row.guidance is None else torch.full((1,), row.guidance, device=device)
+    strength = REFERENCE_GUIDANCE if layout.references else row.guidance
+    guidance = None if row.guidance is None else torch.full((1,), strength, device=device)
     after_step = None
     if keep:
         mask = token_mask(range(2, layout.panels + 1), layout).to(device)
@@ -168,9 +172,14 @@ def _sample(
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         t = torch.full((1,), t, device=device)
-        return flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask).float()
+        return flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references).float()
 
     x = euler(velocity, start, times(row.steps, tokens=start.shape[1], shift=row.shift), after_step)
     made = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
-    made, true = (to_picture(through(autoencoder.decode, z, layout, config.concat)) for z in (made, sets.z))
-    return made, true
+    shown, start = [], 0
+    for wide, high in layout.references:
+        end = start + wide // TOKEN * (high // TOKEN)
+        shown.append(autoencoder.decode(unpack(sets.references[:, start:end], high // CELL, wide // CELL)))
+        start = end
+    shown += [through(autoencoder.decode, z, layout, config.concat) for z in (made, sets.z)]
+    return [to_picture(image) for image in shown]

@@ -118,8 +118,8 @@ class Pipeline:
 
         references: (1, R, 64) clean tokens, the same in every step
         """
-        config, pictures = self.plan.config, [source.picture for source in self.plan.references]
-        ids = place(self.plan.layout, pictures, config.offset, config.offset_scale).to(config.device)  # (1, I + R, 3)
+        config = self.plan.config
+        ids = place(self.plan.layout, config.offset, config.offset_scale).to(config.device)  # (1, I + R, 3)
         txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=config.device)
         mask = None
         if self.plan.text == "panel":

@@ -99,6 +99,7 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
     if config.ref:
         check_memory(config, layout, files.flux, shape.hidden_size)
     references = read_references(config.ref, config.ref_size)
+    layout = replace(layout, references=tuple(source.picture.size for source in references))
     config = replace(
         config,
         mask=",".join(map(str, masked)),

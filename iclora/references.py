@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -21,10 +22,12 @@ from model.position import grid_ids, reference_ids
 from sampling.images import open_picture, picture_size, to_tensor
 from sampling.latents import TOKEN, pack
 
-from .config import SampleConfig, flag
+from .config import UNO, SampleConfig, TrainConfig
 from .data import Source
+from .knobs import flag
 from .layout import MAX_TOKENS, Layout
 
+Config = TypeVar("Config", SampleConfig, TrainConfig)
 TRAINED = {"offset": str, "offset_scale": float, "ref_size": int, "posterior": str}  # told by a LoRA as iclora.NAME
 TEXT = 512  # tokens, at most
 ACTIVATIONS = 40  # values held at once, a token and unit of width; 24 to 47 were measured on a CPU
@@ -39,11 +42,19 @@ def follow_loras(
     note: is told of LoRAs that want references and get none, and of references without a LoRA
     Errors: ValueError if two LoRAs differ, or what one says makes no sense
     """
-    told: dict[str, str | float | int] = {}
     for path, _ in loras:
-        about = read_header(path)[1] if path.is_file() else {}
-        if about.get("iclora.method") == "uno" and not config.ref:
+        if path.is_file() and read_header(path)[1].get("iclora.method") == UNO and not config.ref:
             note(f"{path.name} was trained to follow reference pictures (UNO) and gets none; give some with --ref")
+    if config.ref and not loras:
+        note("references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora")
+    return as_trained(config, [path for path, _ in loras])
+
+
+def as_trained(config: Config, loras: Sequence[Path]) -> Config:
+    """Takes what LoRA files say of the references in their training, where a configuration leaves it open."""
+    told: dict[str, str | float | int] = {}
+    for path in loras:
+        about = read_header(path)[1] if path.is_file() else {}
         for name, kind in TRAINED.items():
             if f"iclora.{name}" not in about or getattr(config, name) is not None:
                 continue
@@ -57,8 +68,6 @@ def follow_loras(
                     f"{path.name} was trained with {flag(name)} {value}, another LoRA with {told[name]}; say which to "
                     f"use with {flag(name)}"
                 )
-    if config.ref and not loras:
-        note("references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora")
     return replace(config, **told)
 
 
@@ -81,8 +90,7 @@ def fit_reference(picture: Image.Image, long_side: int) -> Image.Image:
     Errors: ValueError if the shorter side is less than a token then
     Source: bytedance/UNO@d305981 uno/flux/pipeline.py preprocess_ref
     """
-    wide, high = scaled(picture.size, long_side)
-    width, height = wide // TOKEN * TOKEN, high // TOKEN * TOKEN
+    (wide, high), (width, height) = scaled(picture.size, long_side), fitted(picture.size, long_side)
     left, top = (wide - width) // 2, (high - height) // 2
     picture = picture.resize((wide, high), Image.Resampling.LANCZOS)
     return picture.crop((left, top, left + width, top + height))
@@ -102,13 +110,19 @@ def scaled(size: tuple[int, int], long_side: int) -> tuple[int, int]:
     return wide, high
 
 
-def place(layout: Layout, references: Sequence[Image.Image], mode: str, scale: float) -> Tensor:
+def fitted(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    """Gives width and height of a reference as fit_reference makes it. Errors: as scaled"""
+    wide, high = scaled(size, long_side)
+    return wide // TOKEN * TOKEN, high // TOKEN * TOKEN
+
+
+def place(layout: Layout, mode: str, scale: float) -> Tensor:
     """Gives the positions of the target's tokens and, behind them, of the references', see reference_ids.
 
     returns: (1, N, 3) ids
     """
     target = layout.tokens_high, layout.tokens_wide
-    sizes = [(picture.height // TOKEN, picture.width // TOKEN) for picture in references]
+    sizes = [(height // TOKEN, width // TOKEN) for width, height in layout.references]
     return torch.cat([grid_ids(*target), *reference_ids(target, sizes, mode, scale)])[None]
 
 
@@ -123,6 +137,16 @@ def encode(
     device = next(autoencoder.parameters()).device
     tokens = [pack(autoencoder.encode(to_tensor(picture).to(device), generator)) for picture in references]
     return torch.cat([torch.empty(1, 0, 64, device=device), *tokens], dim=1)  # (1, R, 64)
+
+
+def encode_posterior(autoencoder: AutoEncoder, reference: Image.Image) -> tuple[Tensor, Tensor]:
+    """Gives all that training needs to draw from the posterior of a reference anew in every step.
+
+    returns: its mean as encode gives it, and its standard deviation; both (1, R, 64)
+    """
+    config, device = autoencoder.config, next(autoencoder.parameters()).device
+    mean, logvar = autoencoder.moments(to_tensor(reference).to(device, autoencoder.encoder.conv_in.weight.dtype))
+    return pack(config.scale_factor * (mean - config.shift_factor)), pack(config.scale_factor * (logvar / 2).exp())
 
 
 def check_memory(config: SampleConfig, layout: Layout, flux: Path, width: int) -> None:

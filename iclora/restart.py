@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model.checkpoint import read_header, save_safetensors
 
-from .config import TrainConfig, flag, saved
+from .config import TrainConfig
+from .knobs import flag, saved
 from .training import State
 
 ANEW = "remove it to start anew, or give another --out"

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,6 +39,9 @@ class Sets:
     known: (B, 16, h, w) latents of the composites whose generated panels are 0; None trains all panels
     generated: (B, I, 1) True where tokens are generated; None with known
     mask: (L, L) which tokens see which, from iclora.layout.sight; None lets all see all
+    references: (B, R, 64) clean tokens of their references; None if they have none
+    spread: (B, R, 64) the standard deviation of those, whose mean references is
+    ids: (1, I + R, 3) places of their tokens and the references'; None with references
     """
 
     z: Tensor
@@ -47,6 +50,13 @@ class Sets:
     known: Tensor | None = None
     generated: Tensor | None = None
     mask: Tensor | None = None
+    references: Tensor | None = None
+    spread: Tensor | None = None
+    ids: Tensor | None = None
+
+    def drawn(self, noise: Tensor | None) -> "Sets":
+        """Draw the references from their posterior. noise: (B, R, 64), or None for the mean"""
+        return self if noise is None else replace(self, references=self.references + self.spread * noise)
 
 
 class Feed(Protocol):
@@ -104,15 +114,18 @@ class Drawn:
     noise: (B, I, 64), t: (B,)
     kept: the panels that each example keeps clean, from 1; none of them unless the run is conditional
     dropped: which captions are left out
+    posterior: (B, R, 64) noise of the references; None takes the mean of their posterior
     """
 
     noise: Tensor
     t: Tensor
     kept: list[tuple[int, ...]]
     dropped: list[bool]
+    posterior: Tensor | None
 
     def part(self, share: slice) -> "Drawn":
-        return Drawn(self.noise[share], self.t[share], self.kept[share], self.dropped[share])
+        posterior = None if self.posterior is None else self.posterior[share]
+        return Drawn(self.noise[share], self.t[share], self.kept[share], self.dropped[share], posterior)
 
 
 def draw(config: TrainConfig, step: int, count: int, layout: Layout) -> Drawn:
@@ -125,7 +138,10 @@ def draw(config: TrainConfig, step: int, count: int, layout: Layout) -> Drawn:
     t = draw_times(config.times, count, tokens, generator)
     dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
     kept = [draw_kept(layout.panels, generator) if config.condition == "clean" else () for _ in range(count)]
-    return Drawn(torch.randn(count, tokens, 64, generator=generator), t, kept, dropped)
+    noise, posterior = torch.randn(count, tokens, 64, generator=generator), None
+    if layout.references and config.posterior == "sample":
+        posterior = torch.randn(count, layout.reference_tokens, 64, generator=generator)
+    return Drawn(noise, t, kept, dropped, posterior)
 
 
 def draw_times(kind: str, count: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -154,17 +170,18 @@ def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
     """The squared error of the velocity, a mean over the generated tokens of each example: (B,) float32.
 
     noise: (B, I, 64), t: (B,)
-    Known panels stand clean in the input at every time, as they do in sampling.
+    Known panels and references stand clean in the input at every time, as they do in sampling.
     """
     data = pack(sets.z)
     x = interpolate(data, noise, t[:, None, None])
     if sets.known is not None:
         x = x.where(sets.generated, pack(sets.known))
     count, text = sets.txt.shape[:2]
-    ids = grid_ids(sets.z.shape[2] // 2, sets.z.shape[3] // 2).to(x.device).expand(count, -1, -1)
+    ids = grid_ids(sets.z.shape[2] // 2, sets.z.shape[3] // 2).to(x.device) if sets.ids is None else sets.ids
+    ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask)
+    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
     if sets.generated is None:
         return error.mean(dim=1)
@@ -175,6 +192,8 @@ def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
 @torch.no_grad()
 def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device) -> float:
     """The loss on held-out examples at fixed times, noise and kept panels; unlike that of training it can be compared.
+
+    References are the mean of their posterior.
 
     condition: "clean" keeps panels as training does
     """
@@ -228,7 +247,8 @@ def train(
         loss = torch.zeros((), device=device)
         for share in parts(len(examples), rank, ranks, config.accumulate):
             own = drawn.part(share)
-            sets = to(feed.sets(layout, examples[share], own.kept, own.dropped), device)
+            sets = feed.sets(layout, examples[share], own.kept, own.dropped).drawn(own.posterior)
+            sets = to(sets, device)
             part = flow_loss(flux, sets, own.noise.to(device), own.t.to(device)).sum() / len(examples)
             part.backward()
             loss += part.detach()

@@ -275,21 +275,23 @@ class Flux(nn.Module):
         y: Tensor,
         guidance: Tensor | None = None,
         mask: Tensor | None = None,
+        references: Tensor | None = None,
     ) -> Tensor:
-        """Predict the velocity of every image token.
+        """Predict the velocity of every token in img.
 
-        img: (B, I, 64) packed latent tokens; references, if any, after the target
-        img_ids: (B, I, 3) float32 positions
+        img: (B, N, 64) packed latent tokens; references, if any, stand after the target here, or below
+        img_ids: (B, I, 3) float32 positions, those of references last
         txt: (B, T, C) T5 tokens
         txt_ids: (B, T, 3) zeros
         timesteps: (B,) 1 is noise, 0 is data
         y: (B, V) pooled CLIP text
         guidance: (B,) raw scale; ignored by models without it
         mask: (L, L) True where the token of the row sees that of the column, text first; None is everywhere
-        Returns (B, I, 64), one row per token given, references included
+        references: (B, R, 64) packed clean latent tokens that are seen and not predicted
+        Returns (B, N, 64), one row per token of img
         """
         vec = self.conditioning(timesteps, y, guidance)  # (B, D)
-        return self.predict(img, self.prepare(img_ids, txt, txt_ids, mask=mask), vec)
+        return self.predict(img, self.prepare(img_ids, txt, txt_ids, references, mask), vec)
 
     def prepare(
         self,

@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from .lora_files import Delta, LoraReport, describe, read_deltas, read_lora
 from .lora_names import rows
-from .lora_write import write_lora
+from .lora_write import check_named, write_lora
 
 __all__ = ["LoraLinear", "LoraReport", "TARGETS", "adapter_state", "attach", "detach", "linears", "load_adapter_state"]
-__all__ += ["load_lora", "merge", "save_lora", "shapes", "trainable"]
+__all__ += ["load_lora", "merge", "refuse_unnamed", "save_lora", "shapes", "trainable"]
 
 # What can be asked for: Linears by glob, and which rows get an adapter each. A single block's linear2 takes in
 # attention and MLP at once, so it belongs to both.
@@ -258,6 +258,13 @@ def save_lora(
     """
     deltas = [part.delta(name) for name, layer in layers(flux).items() for part in layer.parts]
     write_lora(deltas, shapes(flux), path, dialect, metadata, dtype)
+
+
+def refuse_unnamed(flux: nn.Module, dialect: str) -> None:
+    """Refuse adapters that a dialect could not save, before they are trained. Errors: ValueError with the Linear"""
+    for name, layer in layers(flux).items():
+        for part in layer.parts:
+            check_named(dialect, name, tuple(layer.weight.shape), part.start, part.stop, part.bias is not None)
 
 
 def merge(flux: nn.Module) -> None:

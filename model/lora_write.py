@@ -49,6 +49,15 @@ def write_lora(
     save_safetensors(ready, path, header)
 
 
+def check_named(dialect: str, module: str, shape: tuple[int, int], first: int, last: int, bias: bool) -> None:
+    """Refuse a change of rows first to last of a Linear that a dialect has no name for. Errors: ValueError"""
+    spans = [rows(slot, shape) for _, slot in names_in(dialect, module)]
+    if dialect == "diffusers" or (not bias and any(start <= first and last <= stop for start, stop in spans)):
+        return  # diffusers names every row
+    what = f"rows {first} to {last} of {module}{' with a bias' if bias else ''}"
+    raise ValueError(f"the {dialect} dialect has no place for {what}; write the LoRA as diffusers")
+
+
 def _pairs(own: list[Delta], shape: tuple[int, int], dialect: str) -> dict[str, Tensor]:
     """The tensors of one Linear, under every name that the dialect has for some of its rows.
 
@@ -58,11 +67,8 @@ def _pairs(own: list[Delta], shape: tuple[int, int], dialect: str) -> dict[str, 
     names = names_in(dialect, module)
     spans = [rows(slot, shape) for _, slot in names]
     changed = [_changed(delta) for delta in own]
-    for delta, (first, last) in zip(own, changed, strict=True) if dialect != "diffusers" else ():  # it names every row
-        if delta.bias is not None or not any(start <= first and last <= stop for start, stop in spans):
-            bias = " with a bias" if delta.bias is not None else ""
-            what = f"rows {first} to {last} of {module}{bias}"
-            raise ValueError(f"the {dialect} dialect has no place for {what}; write the LoRA as diffusers")
+    for delta, (first, last) in zip(own, changed, strict=True):
+        check_named(dialect, module, shape, first, last, delta.bias is not None)
     tensors = {}
     for (name, slot), (start, stop) in zip(names, spans, strict=True):
         touching = [delta for delta, (first, last) in zip(own, changed, strict=True) if first < stop and start < last]

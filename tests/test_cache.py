@@ -1,5 +1,6 @@
 """The cache: encoders run once, damage is mended, and kept latents cannot know what they will have to answer."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from PIL import Image
 
 from iclora import cache as caching
-from iclora.cache import Cache, LatentCache, TextCache, every_mask, file_mark, text_mark
+from iclora.cache import Cache, LatentCache, ReferenceCache, TextCache, every_mask, file_mark, text_mark
 from iclora.data import read_source
 from iclora.examples import buckets, find_examples
 from iclora.layout import Layout, compose
+from iclora.references import encode, read_references
 from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder
+from sampling.latents import pack
 
 TWO = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
 
@@ -156,6 +159,51 @@ def test_every_subset_that_training_may_draw_is_there_up_front(tmp_path, autoenc
     latents = LatentCache(tmp_path / "cache", "ae")
     assert latents.encode({layout: [example]}, lambda: autoencoder, every_mask) == 3
     assert {latents.get(example, layout, masked).shape for masked in ((), (1,), (2,))} == {(16, 4, 8)}
+
+
+# references
+
+
+def pairs(folder):
+    """Two pairs of one target: a single reference, and that one beside another."""
+    folder.mkdir()
+    for name, size in {"target": (32, 32), "one": (100, 70), "other": (32, 48)}.items():
+        pixels = np.random.default_rng(list(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    rows = [
+        {"prompt": "x", "image_paths": [f"{name}.png" for name in names], "image_tgt_path": "target.png"}
+        for names in (["one"], ["one", "other"])
+    ]
+    (folder / "pairs.json").write_text(json.dumps(rows))
+    return find_examples(folder / "pairs.json")
+
+
+def test_references_are_cached_as_sampling_encodes_them_with_all_that_drawing_needs(tmp_path, autoencoder):
+    single, several = pairs(tmp_path / "pairs")
+    cached, done = ReferenceCache(Cache(tmp_path / "cache"), "ae", (64, 48)), []
+    assert cached.encode([single, several], lambda: autoencoder, lambda *of: done.append(of)) == 3, "one in two sizes"
+    assert done == [(1, 3), (2, 3), (3, 3)] and cached.encode([single, several], never, None) == 0
+    for example, long_side in ((single, 64), (several, 48)):
+        pictures = [source.picture for source in read_references(example.references, long_side)]
+        mean, spread = cached.get(example)
+        with torch.no_grad():
+            assert torch.allclose(encode(autoencoder, pictures)[0], mean, atol=1e-6)
+            drawn = encode(autoencoder, pictures[:1], torch.Generator().manual_seed(3))[0]
+        wide, high = pictures[0].size
+        noise = torch.randn(1, 16, high // 8, wide // 8, generator=torch.Generator().manual_seed(3))
+        count = len(drawn)
+        assert torch.allclose(mean[:count] + spread[:count] * pack(noise)[0], drawn, atol=1e-5)
+        assert spread.min() > 0 and len(mean) == sum(p.width * p.height // 256 for p in pictures)
+
+
+def test_the_keys_of_references_cover_pixels_size_and_autoencoder_and_nothing_else(tmp_path):
+    single, several = pairs(tmp_path / "pairs")
+    cache = Cache(tmp_path)
+    of = ReferenceCache(cache, "ae", (64, 48)).keys
+    assert len({*of(single), *of(several)}) == 3
+    assert of(single) != ReferenceCache(cache, "ae", (65, 48)).keys(single), "though it is cut to the same tokens"
+    assert of(single) != ReferenceCache(cache, "another", (64, 48)).keys(single)
+    assert of(replace(single, caption="y", sha256=("z",), references=several.references[:1])) == of(single)
 
 
 def test_there_are_fourteen_ways_to_keep_some_of_four_panels():

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from iclora.cli import parse, read_record
-from iclora.config import DEV, LAST_SEED, SCHNELL, TINY, SampleConfig, flag, model_row, saved, settle
+from iclora.config import DEV, LAST_SEED, SCHNELL, TINY, SampleConfig, model_row, settle
+from iclora.knobs import flag, saved
 from iclora.prompts import TASKS, preset
 from model.position import MODES
 from sampling.flow import SCHEDULES

@@ -225,6 +225,92 @@ def test_one_line_says_that_many_sets_lack_a_grid(tmp_path):
     assert len(found.broken) == 1 and "sets of 2 panels" in found.broken[0]
 
 
+# pairs
+
+
+def pairs_of(folder, *rows):
+    """UNO's JSON with the pictures a.png, b.png and c.png beside it."""
+    for number, name in enumerate("abc"):
+        picture(folder / "p" / f"{name}.png", seed=number)
+    write(folder / "pairs.json", list(rows))
+    return folder / "pairs.json"
+
+
+PAIR = {"prompt": "a fox", "image_path": "p/a.png", "image_tgt_path": "p/b.png"}
+TWO_SHOWN = {"prompt": "two foxes", "image_paths": ["p/a.png", "p/c.png"], "image_tgt_path": "p/b.png", "score": [4.0]}
+
+
+def test_pairs_have_references_and_one_panel_as_their_target(tmp_path):
+    first, second = find_examples(pairs_of(tmp_path, PAIR, TWO_SHOWN))
+    a, b, c = ((tmp_path / "p" / f"{name}.png").resolve() for name in "abc")
+    assert (first.files, first.references, first.grid, first.caption) == ((b,), (a,), (1, 1), "a fox")
+    assert (second.references, second.reference_sizes) == ((a, c), ((32, 32),) * 2)
+    assert first.reference_sha256 == second.reference_sha256[:1] != second.reference_sha256[1:]
+
+
+def test_a_bucket_holds_one_number_of_references_and_sizes_are_those_of_sampling(tmp_path):
+    picture(tmp_path / "p" / "wide.png", (100, 70))
+    rows = [PAIR, TWO_SHOWN, {**PAIR, "image_path": "p/wide.png"}, PAIR]
+    found = buckets(find_examples(pairs_of(tmp_path, *rows)), 32, (64, 48))
+    shapes = {layout.references: len(members) for layout, members in found.items()}
+    assert shapes == {((64, 64),): 2, ((48, 48), (48, 48)): 1, ((64, 32),): 1}
+    assert {(b.panels, b.panel_width, b.panel_height) for b in found} == {(1, 32, 32)}
+    assert [b.reference_tokens for b in found] == [18, 8, 16]
+
+
+BAD_PAIRS = {
+    "no list": ({"a": 1}, "is no list of pairs"),
+    "an empty list": ([], "is no list of pairs"),
+    "no object": ([[]], "row 1: it is not a JSON object"),
+    "no references": ([PAIR, {"prompt": "x", "image_tgt_path": "p/b.png"}], "row 2: it has no references"),
+    "an empty list of references": ([{**TWO_SHOWN, "image_paths": []}], "row 1: it has no references"),
+    "references that are numbers": ([{**TWO_SHOWN, "image_paths": [1]}], "row 1: image_path is not a text, or"),
+    "both kinds of references": ([{**PAIR, **TWO_SHOWN}], 'row 1: it has both "image_path" and "image_paths"'),
+    "no target": ([{"prompt": "x", "image_path": "p/a.png"}], 'row 1: it has no "image_tgt_path"'),
+    "no prompt": ([{**PAIR, "prompt": None}], 'row 1: it has no "prompt"'),
+    "an empty prompt": ([{**PAIR, "prompt": " "}], "row 1 has an empty caption"),
+    "a reference outside": ([{**PAIR, "image_path": "../x.png"}], "row 1: '../x.png' leads out of its folder"),
+    "a target outside": ([{**PAIR, "image_tgt_path": "/etc/x.png"}], "row 1: '/etc/x.png' leads out of its folder"),
+    "a lost reference": ([{**PAIR, "image_path": "p/d.png"}], "row 1: cannot read .*d.png: there is no such file"),
+    "an unreadable reference": ([{**PAIR, "image_path": "pairs.json"}], "row 1: cannot read .*pairs.json"),
+    "an absurd reference": ([{**PAIR, "image_path": "p/line.png"}], "row 1: .*400x2 is narrower than 32:1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PAIRS)
+def test_broken_pairs_are_named_by_their_row(tmp_path, kind, capsys):
+    rows, message = BAD_PAIRS[kind]
+    picture(tmp_path / "p" / "line.png", (400, 2))
+    path = pairs_of(tmp_path)
+    write(path, rows)
+    with pytest.raises(ValueError, match=message) as caught:
+        find_examples(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_pairs_that_is_no_json_or_not_there_is_one_line(tmp_path):
+    write(tmp_path / "a.json", "{")
+    with pytest.raises(ValueError, match="cannot read .*a.json: it is damaged or no JSON; correct it"):
+        find_examples(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="there is no file .*b.json'; --data takes"):
+        find_examples(tmp_path / "b.json")
+
+
+def test_a_reference_too_narrow_for_a_token_is_named(tmp_path):
+    path = pairs_of(tmp_path, PAIR, {**PAIR, "image_path": "p/thin.png"})
+    picture(tmp_path / "p" / "thin.png", (320, 40))
+    with pytest.raises(ValueError, match="row 2: a reference of 320x40 pixels becomes 64x8, but a token has 16x16"):
+        buckets(find_examples(path), 64, (64, 64))
+
+
+def test_the_check_counts_pairs_and_their_references(tmp_path, capsys):
+    status, lines = check(capsys, pairs_of(tmp_path, PAIR, TWO_SHOWN, PAIR))
+    assert status == 0 and lines[1] == "references: 4 pictures of 32x32 (4)"
+    tokens = "4 tokens, references of 64x64, 64x64, 32 tokens"
+    assert [line for line in lines if line == f"bucket: 1x1 panels of 32x32, {tokens}: 1 sets"]
+    assert [line for line in lines if "row 3 shows the same as" in line] and "row 2 shows" not in "".join(lines)
+
+
 # the check
 
 

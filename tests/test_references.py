@@ -177,7 +177,7 @@ def test_references_are_encoded_one_by_one_in_order_and_none_is_no_token(tmp_pat
 
 
 def test_places_follow_the_whole_composite():
-    ids = place(Layout(1, 2, 32, 48), [Image.new("RGB", (48, 32))], "d", 2)
+    ids = place(Layout(1, 2, 32, 48, ((48, 32),)), "d", 2)
     assert torch.equal(ids[0, :12], grid_ids(3, 4))
     assert torch.equal(ids[0, 12:], grid_ids(2, 3) + torch.tensor([0.0, 6, 8]))
 

@@ -32,8 +32,9 @@ import model.lora
 import sample
 import train
 from iclora.cli import Bar, parse
-from iclora.config import DEV, SampleConfig, TrainConfig, flag, model_row, settle_training
+from iclora.config import DEV, SampleConfig, TrainConfig, model_row, settle_training
 from iclora.feed import prepare
+from iclora.knobs import flag
 from iclora.pipeline import Pipeline, resolve
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
 from model.checkpoint import read_header, save_safetensors
@@ -44,9 +45,10 @@ from sampling.latents import pack
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
-    "--data --grid --model --rank --targets --init-lora --condition --concat --text --steps --batch --accumulate --lr "
-    "--warmup --ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed "
-    "--device --dtype --tensorboard --out --config"
+    "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text --ref-size "
+    "--offset --offset-scale --posterior --steps --batch --accumulate --lr --warmup --ema --dropout --times "
+    "--panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device --dtype --tensorboard "
+    "--out --config"
 )
 KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -79,12 +81,26 @@ def make_sets(folder, count=6, seed=0):
         (folder / str(number) / "caption.txt").write_text(f"[IMAGE1] picture {number}, [IMAGE2] the same turned around")
 
 
+def make_pairs(path, count=6):
+    """Pairs with one or two references of several sizes, in turns; the first reference is the target turned around."""
+    draw, rows = np.random.default_rng(1), []
+    (path.parent / "pairs").mkdir()
+    for number in range(count):
+        names = [f"pairs/{number}-{i}.png" for i in range(2 + number % 2)]
+        for name, size in zip(names, ((32, 32), (64, 64), (60, 40)), strict=False):
+            panel = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            panel.resize(size, Image.Resampling.BICUBIC).save(path.parent / name)
+        rows.append({"prompt": f"picture {number}", "image_paths": names[1:], "image_tgt_path": names[0], "score": 4.0})
+    path.write_text(json.dumps(rows))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with model/, sets/ and runs/, whose cache all runs share; one thread, as in the processes."""
     folder, threads = tmp_path_factory.mktemp("world"), torch.get_num_threads()
     make_model(folder / "model")
     make_sets(folder / "sets")
+    make_pairs(folder / "pairs.json")
     torch.set_num_threads(1)
     import transformers.models.clip.modeling_clip
     import transformers.models.t5.modeling_t5  # noqa: F401
@@ -191,6 +207,14 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--concat", "token"], "--concat 'token' is unknown; did you mean tokens?"),
     (["--text", "panels"], "--text 'panels' is unknown; did you mean panel?"),
     (["--data", "{unmarked}", "--text", "panel"], "turned around': no markers for the 2 panels of the 1x2 grid"),
+    (["--method", "uno"], "is not for --method uno, which takes a .json of pairs"),
+    (["--data", "{pairs}"], "is not for --method in-context-lora, which takes sets; pairs are for --method uno"),
+    (["--method", "unos"], "--method 'unos' is unknown; did you mean uno?"),
+    (["--offset", "w"], "--offset means nothing to --method in-context-lora; leave it out"),
+    (["--method", "uno", "--stage", "3"], "--stage 3 is out of range; use 1 to 2"),
+    (["--method", "uno", "--targets", "mod"], "no place for rows 0 to 192 of double_blocks.0.img_mod.lin, so the"),
+    (["--method", "uno", "--data", "{unreferred}"], "unreferred.json row 1: it has no references"),
+    (["--method", "uno", "--data", "{pairs}", "--ref-size", "20"], "row 2: a reference of 60x40 pixels becomes 20x13"),
     (["--tensorboard"], "--tensorboard needs a package that is not installed; pip install tensorboard, or leave it"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(world, out, tmp_path, capsys, monkeypatch, flags, message):
@@ -203,7 +227,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(world, out, tmp_path, caps
     shutil.copytree(world / "sets", places["unmarked"])
     (places["unmarked"] / "3" / "caption.txt").write_text("a picture and the same turned around")
     places["sample"].write_text(json.dumps({"config": {"mask": "all"}}))
-    places |= {"sets": world / "sets", "model": world / "model"}
+    places |= {"sets": world / "sets", "model": world / "model", "pairs": world / "pairs.json"}
+    places["unreferred"] = tmp_path / "unreferred.json"
+    places["unreferred"].write_text(json.dumps([{"prompt": "x", "image_tgt_path": "x.png"}]))
     before = files(world / "model")["ae.safetensors"]
     assert go(world, out, *(text.format(**places) for text in flags)) == 2
     assert message in refused(capsys)
@@ -721,8 +747,8 @@ def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
 
 def inputs_of(networks):
     """What the transformer gets in every step: (steps, I, 64)."""
-    seen, real = [], networks.flux.forward
-    networks.flux.forward = lambda x, *more: seen.append(x.clone()) or real(x, *more)
+    seen, real = [], networks.flux.predict
+    networks.flux.predict = lambda x, *more: seen.append(x.clone()) or real(x, *more)
     networks.sample(0, lambda *_: None)
     return torch.cat(seen)
 
@@ -756,10 +782,10 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     assert torch.equal(networks.data[:, kept], pack(sets.known)[:, kept])
     assert networks.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(networks.vec, plain.vec)
     assert not torch.equal(networks.data, plain.data), "encoded by itself"
-    masks, real = [], networks.flux.forward
-    networks.flux.forward = lambda *given: masks.append(given[7]) or real(*given)
+    masks, real = [], networks.flux.prepare
+    networks.flux.prepare = lambda *given: masks.append(given[4]) or real(*given)
     networks.sample(0, lambda *_: None)
-    assert len(masks) == 3 and all(torch.equal(mask, sets.mask) for mask in masks)
+    assert len(masks) == 1 and torch.equal(masks[0], sets.mask)
 
 
 def test_a_caption_that_a_lora_of_panel_texts_cannot_read_is_refused_before_anything_loads(world, out):
@@ -774,6 +800,118 @@ def test_the_sheet_of_a_clean_run_keeps_the_first_panel(world, out, monkeypatch)
     assert go(world, out, "--condition", "clean", "--sample-every", "2", steps=2) == 0
     ((known, mask),) = calls
     assert mask.flatten().tolist() == [0, 0, 1, 1] * 2 and known.abs().max() > 0
+
+
+# references (UNO)
+
+
+def uno(world, out, *flags, **more):
+    flags = ("--method", "uno", "--data", str(world / "pairs.json"), "--ref-size", "32", "--offset", "w", *flags)
+    return go(world, out, *flags, **more)
+
+
+@pytest.fixture(scope="module")
+def referred(world):
+    """A run on pairs with one and two references, mixed."""
+    assert uno(world, world / "runs" / "uno", "--holdout", "0.4", "--sample-every", "6") == 0
+    return world / "runs" / "uno"
+
+
+def test_uno_writes_the_names_of_the_release_and_how_it_was_trained(world, referred):
+    tensors, about = read_header(referred / "lora.safetensors")
+    ends = [f"processor.{kind}_lora{{}}.{half}.weight" for kind in ("proj", "qkv") for half in ("down", "up")]
+    double = {"double_blocks.0." + end.format(stream) for end in ends for stream in (1, 2)}
+    assert tensors.keys() == double | {"single_blocks.0." + end.format("") for end in ends}
+    assert {name.removeprefix("iclora."): text for name, text in about.items() if name.startswith("iclora.")} == {
+        "method": "uno", "stage": "1", "offset": "w", "offset_scale": "1.0", "ref_size": "32", "posterior": "sample",
+        "base": "model", "steps": "6",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (referred / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6]
+    height = 2 * 32 + (32 + 16 + 4) + 2 * 4  # two references above what is made and the target
+    assert Image.open(referred / "sheet-000006.png").size == (2 * 32 + 4, height), "one pair of each bucket"
+
+
+def test_batches_of_one_and_two_references_take_turns_and_no_pair_is_left_out(world, referred):
+    argv = ["--config", str(referred / "config.json"), "--out", str(referred), "--holdout", "0"]
+    config = parse(TrainConfig, argv, "")
+    files_of_model = find_model(str(world / "model"))
+    shape = read_flux_config(files_of_model.flux)
+    feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None, Bar)
+    seen = [feed.batch(number) for number in range(feed.batches.before(2))]
+    assert {len(layout.references) for layout, _ in seen} == {1, 2}
+    assert all(len(e.references) == len(layout.references) for layout, some in seen for e in some)
+    assert len({e.name for _, some in seen for e in some}) == 6
+
+
+def test_a_killed_uno_run_ends_in_the_same_bytes(world, referred, out, monkeypatch):
+    flags = ["--holdout", "0.4", "--sample-every", "6"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(iclora.training, "flow_loss", killing(iclora.training.flow_loss, 4))
+        uno(world, out, *flags)
+    assert uno(world, out, *flags) == 0
+    assert files(out) == files(referred)
+
+
+def shown(world, *loras, **more):
+    reference = str(world / "pairs" / "1-2.png")
+    return pipeline(world, *loras, ref=(reference,), grid="1x1", prompt="picture 1", **more)
+
+
+def velocity_of(networks):
+    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return networks.velocity(networks.encode_references(0))(x, 0.5)
+
+
+def test_the_sampler_follows_how_uno_was_trained_and_an_untrained_file_changes_nothing(world, referred, out):
+    config = shown(world, referred / "lora.safetensors")[0].plan.config
+    assert (config.offset, config.ref_size, config.posterior, config.guidance) == ("w", 32, "sample", 4.0)
+    assert uno(world, out, "--lr", "0", steps=1) == 0
+    base, fresh, trained = (
+        velocity_of(shown(world, *lora, ref_size=32, offset="w")[0])
+        for lora in ([], [out / "lora.safetensors"], [referred / "lora.safetensors"])
+    )
+    assert torch.equal(fresh, base) and (trained - base).abs().max() > 1e-4
+
+
+def test_the_sampler_feeds_the_references_and_places_that_training_fed(world, referred):
+    config = parse(TrainConfig, ["--config", str(referred / "config.json"), "--out", str(referred)], "")
+    files_of_model = find_model(str(world / "model"))
+    feed = prepare(
+        config, iclora.feed.find(config), files_of_model, read_flux_config(files_of_model.flux), lambda line: None, Bar
+    )
+    layout, example = next((layout, e) for layout, some in feed.held_out for e in some if len(e.references) == 2)
+    sets = feed.sets(layout, [example], [()], [False])
+    networks, _ = shown(world, referred / "lora.safetensors", posterior="mean")
+    networks.plan = pipeline_plan(world, referred, tuple(map(str, example.references)))
+    with torch.inference_mode():
+        assert torch.allclose(networks.encode_references(0), sets.references, atol=1e-6)
+    given, real = [], networks.flux.prepare
+    networks.flux.prepare = lambda ids, *more: given.append(ids) or real(ids, *more)
+    velocity_of(networks)
+    assert torch.equal(given[0], sets.ids)
+
+
+def pipeline_plan(world, run, ref):
+    settings = {"grid": "1x1", "panel_size": "32", "steps": 3, "prompt": "x", "device": "cpu", "posterior": "mean"}
+    lora = (str(run / "lora.safetensors"),)
+    return resolve(SampleConfig(model=str(world / "model"), lora=lora, ref=ref, **settings), lambda line: None)
+
+
+def test_the_second_stage_starts_from_the_first_and_keeps_its_offset(world, referred, out, capsys):
+    shutil.copy(referred / "lora.safetensors", world / "first.safetensors")
+    flags = ["--method", "uno", "--data", str(world / "pairs.json"), "--stage", "2", "--lr", "0"]
+    assert go(world, out, *flags, "--init-lora", str(world / "first.safetensors"), steps=1) == 0
+    said = capsys.readouterr().err
+    assert "starting from first.safetensors: xlabs names" in said and "stage 2 starts cold" not in said
+    about = read_header(out / "lora.safetensors")[1]
+    assert (about["iclora.stage"], about["iclora.offset"], about["iclora.ref_size"]) == ("2", "w", "32")
+    first, second = (load_file(path / "lora.safetensors") for path in (referred, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert steps_of(out) == [1]
+    assert go(world, beside(out, "cold"), *flags, "--ref-size", "32", steps=1) == 0
+    assert "stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes" in capsys.readouterr().err
 
 
 def test_sample_py_takes_the_file_with_and_without_a_strength(world, clean, tmp_path, capsys):

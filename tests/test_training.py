@@ -17,11 +17,13 @@ from iclora.config import DEV, SCHNELL, TINY, TrainConfig, settle_training
 from iclora.feed import hold_out
 from iclora.layout import Layout, token_mask
 from iclora.monitor import Metrics, draw_curve, put_png
+from iclora.references import place
 from iclora.restart import load_state, read_about, refuse_other_run, save_state, start_folder, write_whole
 from iclora.training import Sets, averaged, draw, draw_kept, draw_times, flow_loss, new_state, parts, train
 from model.checkpoint import save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, trainable
+from model.position import grid_ids, reference_ids
 from sampling.flow import time_stretch
 from sampling.latents import pack
 
@@ -153,6 +155,18 @@ def test_panels_are_kept_under_clean_conditioning_only():
     assert set(draw(PANELS, 0, 64, PAIR).kept) == {(), (1,), (2,)}
 
 
+WITH = replace(PAIR, references=((32, 16), (16, 16)))  # 3 tokens
+PAIRS = replace(CONFIG, method="uno", posterior="sample", offset="d", offset_scale=1.0)
+
+
+def test_references_are_drawn_anew_in_every_step_and_change_nothing_else_of_what_is_drawn():
+    first, second, mean = draw(PAIRS, 3, 8, WITH), draw(PAIRS, 4, 8, WITH), draw(CONFIG, 3, 8, WITH)
+    assert first.posterior.shape == (8, 3, 64) and not torch.equal(first.posterior, second.posterior)
+    assert torch.equal(first.noise, mean.noise) and torch.equal(first.t, mean.t) and mean.posterior is None
+    pieces = [first.part(share).posterior for rank in range(2) for share in parts(8, rank, 2, 2)]
+    assert torch.equal(torch.cat(pieces), first.posterior)
+
+
 # the loss
 
 
@@ -224,6 +238,43 @@ def test_what_is_kept_is_never_taken_from_the_whole_composite():
     flow_loss(spy, replace(sets, z=z), noise, t)
     assert torch.equal(spy.called[0][0, left], before[0, left])
     assert not torch.equal(spy.called[0][0, ~left], before[0, ~left])
+
+
+def referred(posterior=None):
+    sets, noise, t = ingredients()
+    shown = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(6))
+    return replace(sets, references=shown[0], spread=shown[1], ids=place(WITH, "d", 1)).drawn(posterior), noise, t
+
+
+def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_alone():
+    sets, noise, t = referred()
+    spy = Spy(torch.zeros(2, TOKENS, 64))
+    loss = flow_loss(spy, sets, noise, t)
+    assert torch.equal(spy.called[8], sets.references) and spy.called[0].shape == (2, TOKENS, 64)
+    ids = torch.cat([grid_ids(2, 4), *reference_ids((2, 4), [(1, 2), (1, 1)])])
+    assert torch.equal(spy.called[1], torch.stack((ids, ids)))
+    assert torch.allclose(loss, (noise - pack(sets.z)).square().mean(dim=(1, 2)))
+    flux, _ = adapted()
+    other = replace(sets, references=sets.references + 1)
+    assert (flow_loss(flux, sets, noise, t) - flow_loss(flux, other, noise, t)).abs().min() > 1e-6
+
+
+def test_a_drawn_reference_is_the_mean_and_the_spread_times_noise():
+    posterior = torch.randn(2, 3, 64)
+    mean, drawn = referred()[0], referred(posterior)[0]
+    assert torch.equal(drawn.references, mean.references + mean.spread * posterior)
+
+
+def test_the_transformer_predicts_the_same_with_references_in_front_or_aside():
+    flux, sets, x = network(), referred()[0], torch.randn(2, TOKENS, 64)
+    more = (sets.txt, torch.zeros(2, 3, 3), torch.tensor([0.3, 0.6]), sets.vec, torch.ones(2))
+    ids = sets.ids.expand(2, -1, -1)
+    together = flux(torch.cat((x, sets.references), dim=1), ids, *more)
+    assert together.shape == (2, TOKENS + 3, 64)
+    aside = flux(x, ids, *more, None, sets.references)
+    assert torch.allclose(aside, together[:, :TOKENS], atol=1e-5)
+    attach(flux, "uno", 2)
+    assert torch.equal(flux(x, ids, *more, None, sets.references), aside), "fresh adapters change nothing"
 
 
 def test_recomputing_activations_gives_the_same_loss_and_gradients():
@@ -412,7 +463,8 @@ def test_equal_contents_make_equal_bytes_in_any_number_of_saves(tmp_path):
 
 
 CHANGES = {
-    "rank": 4, "targets": "attn", "condition": "clean", "concat": "tokens", "text": "panel", "batch": 2, "lr": 0.5,
+    "method": "uno", "stage": 2, "ref_size": 32, "offset": "h", "offset_scale": 2.0, "posterior": "mean", "rank": 4,
+    "targets": "attn", "condition": "clean", "concat": "tokens", "text": "panel", "batch": 2, "lr": 0.5,
     "warmup": 3, "ema": 0.5, "dropout": 0.25, "times": "uniform", "panel_size": 48, "fit": "pad", "holdout": 0.5,
     "seed": 1, "grid": "1x2", "dtype": "bfloat16", "init_lora": "other.safetensors",
 }  # fmt: skip
@@ -587,8 +639,31 @@ def test_the_models_row_decides_what_is_left_open(row, device, expected):
     assert settle_training(TrainConfig(steps=3, lr=0.5), row, device).steps == 3
 
 
-@pytest.mark.parametrize(("count", "part", "held"), [(20, 0.1, 2), (4, 0.1, 0), (1, 0.9, 0), (2, 0.9, 1), (20, 0, 0)])
-def test_held_out_sets_are_the_last_of_each_bucket_and_never_all(count, part, held):
+@pytest.mark.parametrize(("row", "expected"), [
+    (DEV, (5000, 16, 1e-5, 512, 512)), (SCHNELL, (5000, 16, 1e-5, 512, 512)), (TINY, (1500, 16, 1e-3, 64, 64)),
+])
+def test_uno_has_settings_of_its_own(row, expected):
+    config = settle_training(TrainConfig(method="uno"), row, "cpu")
+    assert (config.steps, config.batch, config.lr, config.rank, config.panel_size) == expected
+    assert (config.targets, config.dropout, config.times, config.stage) == ("uno", 0.1, "shifted", 1)
+    assert (config.offset, config.offset_scale, config.posterior, config.ref_size) == ("d", 1.0, "sample", None)
+    assert settle_training(config, row, "cpu") == config
+
+
+@pytest.mark.parametrize(("given", "flag"), [
+    ({"offset": "w"}, "--offset"), ({"stage": 2}, "--stage"), ({"ref_size": 64}, "--ref-size"),
+    ({"method": "uno", "grid": "1x2"}, "--grid"), ({"method": "uno", "condition": "clean"}, "--condition"),
+    ({"method": "uno", "text": "panel"}, "--text"), ({"method": "uno", "concat": "tokens"}, "--concat"),
+])
+def test_settings_of_the_other_method_are_refused(given, flag):
+    with pytest.raises(ValueError, match=f"^{flag} means nothing to --method [a-z-]+; leave it out$"):
+        settle_training(TrainConfig(**given), TINY, "cpu")
+
+
+@pytest.mark.parametrize(("count", "part", "held"), [
+    (20, 0.1, 2), (4, 0.1, 0), (1, 0.9, 0), (2, 0.9, 1), (20, 0, 0), (2000, 0.1, 32),
+])
+def test_held_out_sets_are_the_last_of_each_bucket_and_never_all_or_very_many(count, part, held):
     trained, kept = hold_out({PAIR: list(range(count))}, part)
     assert trained[PAIR] == list(range(count - held))
     assert kept == ([(PAIR, list(range(count - held, count)))] if held else [])
