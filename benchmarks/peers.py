@@ -268,7 +268,7 @@ class Training:
 
     def __init__(self, flux: nn.Module, parameters: list[nn.Parameter], given: tuple[Sets, Tensor, Tensor]):
         self.flux, self.parameters, self.given = flux, parameters, given
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
 
     def gradient(self) -> Tensor:
         """Give all gradients behind each other, in float32."""

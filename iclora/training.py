@@ -87,7 +87,7 @@ class State:
 
 def new_state(parameters: list[nn.Parameter]) -> State:
     """Start training from the parameters as they are."""
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     return State(parameters, [p.detach().clone() for p in parameters], optimizer)
 
 
