@@ -648,7 +648,7 @@ def pipeline(world, *loras, **more):
 def velocity(networks):
     x = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return networks.velocity()(x, 0.5)
+        return networks.velocity(networks.encode_references(0))(x, 0.5)
 
 
 def test_the_lora_changes_the_sampler_by_its_strength(world, whole):
@@ -668,8 +668,8 @@ def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
 
 def inputs_of(networks):
     """What the transformer gets in every step: (steps, I, 64)."""
-    seen, real = [], networks.flux.forward
-    networks.flux.forward = lambda x, *more: seen.append(x.clone()) or real(x, *more)
+    seen, real = [], networks.flux.predict
+    networks.flux.predict = lambda x, *more: seen.append(x.clone()) or real(x, *more)
     networks.sample(0, lambda *_: None)
     return torch.cat(seen)
 
