@@ -727,7 +727,7 @@ def pipeline(world, *loras, **more):
 def velocity(networks):
     x = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return networks.velocity()(x, 0.5)
+        return networks.velocity(networks.encode_references(0))(x, 0.5)
 
 
 def test_the_lora_changes_the_sampler_by_its_strength(world, whole):
