@@ -18,6 +18,7 @@ from PIL import Image
 
 from . import entry
 from .captions import panel_prompt
+from .eyes import with_subject, with_trait
 from .sets import PANEL
 from .tasks import with_pencil
 from .world import COLOURS, SCENES, Panel, Subject, box, draw, random_set
@@ -47,7 +48,7 @@ def bare(panel: Panel, **told: str) -> Panel:
 def alone(subject: Subject, scene: str, rng: np.random.Generator) -> Panel:
     """A panel of its own for one subject, as pretraining places single ones."""
     (panel,) = random_set(rng, 1, 1, 1)
-    return replace(panel, scene=scene, placed=(replace(panel.placed[0], subject=subject),))
+    return replace(with_subject(panel, subject), scene=scene)
 
 
 def draw_pair(panel: Panel, rng: np.random.Generator, prompt: str = "") -> Pair:
@@ -99,9 +100,7 @@ def with_hat(rng: np.random.Generator, held_out: bool | None) -> Pair:
     """One subject with an accessory that the prompt names and the reference does not have."""
     (panel,) = random_set(rng, 1, 1, 1, held_out)
     wears = ("hat", "scarf", "glasses")[int(rng.integers(3))]
-    naked = replace(
-        panel, placed=(replace(panel.placed[0], subject=replace(panel.placed[0].subject, accessory="none")),)
-    )
+    naked = with_trait(panel, "accessory", "none")
     pair = draw_pair(naked, rng, panel_prompt(bare(naked, accessory=wears), rng))
     return with_target(pair, replace(naked.placed[0].subject, accessory=wears))
 
@@ -114,7 +113,7 @@ def sketched(rng: np.random.Generator, held_out: bool | None) -> Pair:
 
 def with_target(pair: Pair, subject: Subject) -> Pair:
     """The pair with another version of its only subject in the target."""
-    panel = replace(pair.panel, placed=(replace(pair.panel.placed[0], subject=subject),))
+    panel = with_subject(pair.panel, subject)
     return replace(pair, panel=panel, target=draw(panel, PANEL))
 
 

@@ -450,8 +450,9 @@ def _spot(panel: Panel, placed: Placed, jitter: np.ndarray) -> tuple[float, floa
 def box(panel: Panel, which: int) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of a square round one subject of a panel, hat and all, in 64ths of the panel."""
     x, y, height = _variations(panel)[2][which]
-    middle, half = y - 0.5 * height, 0.62 * height
-    return x - half, middle - half, x + half, middle + half
+    half = 0.62 * height
+    x, y = (min(max(centre, half), 64 - half) for centre in (x, y - 0.5 * height))  # the panel ends there
+    return x - half, y - half, x + half, y + half
 
 
 def draw(panel: Panel, size: int = 64) -> Image.Image:
