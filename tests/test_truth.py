@@ -7,7 +7,7 @@ from torch import nn
 
 from toybox import generate, report, scores, train_truth, truth
 from toybox.captions import joint_caption
-from toybox.world import POSITIONS, SCENES, random_set
+from toybox.world import POSITIONS, SCENES, box, random_set
 
 
 def sets(count=6, subjects=1):
@@ -128,3 +128,15 @@ def test_batches_of_sets_keep_what_is_kept_and_repeat():
     assert torch.equal(report.without(made, 2), kept) and made[:, :, :64, 64:].std() > 0.1
     alone = generate.generate(networks, captions[2:], (2, 2), [7], steps=2, kept=kept[2:], masked=(2,))
     assert torch.allclose(alone[0], made[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("subjects", [1, 2, 3, 4])
+def test_every_subject_stands_in_the_window_of_its_place(subjects):
+    height, width = truth.WINDOW
+    for panel in (panel for group in sets(20, subjects) for panel in group):
+        for which, one in enumerate(panel.placed):
+            left, top, right, bottom = box(panel, which)
+            x, y = (left + right) / 2, (top + bottom) / 2
+            row, column = truth.CORNERS[one.position]
+            assert 4 * column < x < 4 * (column + width) and 4 * row < y < 4 * (row + height)
+            assert min(right, 4 * (column + width)) - max(left, 4 * column) > 0.75 * (right - left)
