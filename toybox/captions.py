@@ -56,7 +56,7 @@ PRONOUN_PANELS = {
     True: ("they are {scene}", "{scene} they meet", "we see them {scene}", "now they are {scene}"),
 }
 # The longest joint caption in words, punctuation marks and markers, for one subject and for several.
-LIMITS = (62, 78)
+LIMITS = (62, 62)
 # How much a phrase tells beside the name.
 NOTHING, POSITION, POSITION_AND_SIZE = 0, 1, 2
 

@@ -25,9 +25,9 @@ from .world import Panel, Placed, Subject, draw, random_set
 EXAMPLES = {(1, 2): 11, (2, 1): 22, (2, 2): 33, (3, 1): 44}  # grid -> seed
 EXAMPLE_SIDE = 256  # pixels; fitted to the panel size of any model
 REFERENCES = {  # subjects that training never shows, each in a scene of its own
-    "cat": ("bedroom", Subject("cat", "purple", "striped", "hat", 0.4, 20.0, 0.5, 2)),
-    "mushroom": ("meadow", Subject("mushroom", "blue", "checked", "none", -0.5, 45.0, 0.4, 0)),
-    "robot": ("city", Subject("robot", "yellow", "checked", "scarf", 0.0, 0.0, 0.6, 3)),
+    "cat": ("bedroom", Subject("cat", "purple", "striped", "hat", 0.4, 45.0, 1.0, 2)),
+    "mushroom": ("meadow", Subject("mushroom", "blue", "checked", "none", -0.5, 45.0, 0.0, 0)),
+    "robot": ("city", Subject("robot", "yellow", "checked", "scarf", 0.0, 0.0, 1.0, 3)),
 }
 
 

@@ -168,7 +168,7 @@ def twin(subject: Subject, rng: np.random.Generator, traits: Sequence[str] = HID
     face = (subject.face + int(rng.integers(1, len(FACES)))) % len(FACES)
     hue = subject.hue - float(np.sign(subject.hue) or 1) * float(rng.uniform(0.8, 1.0))
     angle = (subject.angle + turn(subject.pattern) / 2) % 180
-    other = {"face": face, "hue": hue, "angle": angle, "spacing": (subject.spacing + 0.5) % 1}
+    other = {"face": face, "hue": hue, "angle": angle, "spacing": 1 - subject.spacing}
     return replace(subject, **{trait: other[trait] for trait in traits})
 
 

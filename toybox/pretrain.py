@@ -1,12 +1,14 @@
 """Train the bundled tiny FLUX from nothing to its files: python -m toybox.pretrain --out weights/tiny
 
-Stages, each resumed from its last checkpoint after any interruption: the autoencoder; CLIP's two towers; T5, on
-captions alone; the transformer; guidance, distilled into it. Checkpoints and drawn pictures are kept in --work.
+Stages, each resumed from its last checkpoint after any interruption: the autoencoder, beside it CLIP's two towers and
+T5, on captions alone; the transformer, on single panels and then on sets; guidance, distilled into it. Checkpoints and
+drawn pictures are kept in --work.
 """
 
 import argparse
 import copy
 import dataclasses
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -25,14 +27,15 @@ from .tokenizers import make_clip_tokenizer, make_t5_tokenizer
 from .training import Stage, Work
 
 STAGES = {
-    "autoencoder": Stage("autoencoder", steps=5000, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25, ema=0.998),
+    "autoencoder": Stage("autoencoder", steps=4000, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25, ema=0.998),
     "clip": Stage("clip", steps=400, batch=96, lr=1e-3, ema=0.99),
-    "text": Stage("text", steps=2000, batch=64, lr=1e-3, muon_lr=2e-3, decay_from=0.3, ema=0.995),
+    "text": Stage("text", steps=1200, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=0.3, ema=0.995),
+    "singles": Stage("singles", steps=1000, batch=32, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=1.0, ema=0.99),
     "flow": Stage("flow", steps=2200, batch=32, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=0.3, ema=0.998),
     "guidance": Stage("guidance", steps=240, batch=24, lr=3e-4, muon_lr=3e-4, warmup=20, decay_from=0.3, ema=0.98),
 }
-SETS = 15_000  # over all grids
-OFTEN = {(1, 1): 0.05, (1, 2): 0.04, (2, 1): 0.04, (2, 2): 0.82, (3, 1): 0.05}  # how often the flow sees each grid
+SETS = 20_000  # over all grids
+OFTEN = {(1, 1): 0.06, (1, 2): 0.05, (2, 1): 0.05, (2, 2): 0.79, (3, 1): 0.05}  # how often the flow sees each grid
 
 
 def pretrain(args: argparse.Namespace) -> None:
@@ -49,20 +52,36 @@ def pretrain(args: argparse.Namespace) -> None:
     captions = {grid: of_grid for grid, (_, of_grid) in drawn.items()}
 
     files = find_model(args.init) if args.init else None
-    init = load_autoencoder(files.autoencoder).requires_grad_(True) if files else None
-    autoencoder = train_autoencoder.train(stages["autoencoder"], panels_of(pictures), work, init)
-
     tokenizers = [files.clip_tokenizer, files.t5_tokenizer] if files else new_tokenizers(captions, work.folder)
+    text, autoencoder = None, load_autoencoder(files.autoencoder).requires_grad_(True) if files else None
     if files:
         text = load_text_encoders(files, dtype=torch.float32)
-    else:
-        text = train_encoders(stages, pictures, captions, tokenizers, work)
+    elif args.init_autoencoder:
+        autoencoder = load_autoencoder(find_model(args.init_autoencoder).autoencoder).requires_grad_(True)
+    beside = None
+    if not files and work.processes > 1:  # trainings of one thread each get through more than one of two threads
+        torch.set_num_threads(1)
+        alone = dataclasses.replace(work, processes=1)
+        task = (stages, pictures, captions, tokenizers, alone)
+        beside = multiprocessing.get_context("fork").Process(target=train_encoders, args=task)
+        beside.start()
+    of_panels = panels_of(pictures)
+    autoencoder = train_autoencoder.train(stages["autoencoder"], of_panels, alone if beside else work, autoencoder)
+    if beside:
+        beside.join()
+    text = text or train_encoders(stages, pictures, captions, tokenizers, work)
 
     print("encoding pictures and captions", flush=True)
-    data = train_flow.Data(train_flow.prepare_latents(autoencoder, pictures, work), captions, text, work.seed)
-    del drawn, pictures
+    latents = train_flow.prepare_latents(autoencoder, pictures, work)
+    del drawn, pictures, of_panels
     torch.manual_seed(work.seed)
     flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True) if files else train_flow.new_flux()
+    if not files:
+        singles = train_flow.singles(latents[2, 2], text, work.seed)
+        flux = train_flow.train(stages["singles"], flux, singles, {(1, 1): 1.0}, work, fast=args.compile)
+        flux.requires_grad_(True)
+        del singles
+    data = train_flow.of_sets(latents, captions, text, work.seed)
     flux = train_flow.train(stages["flow"], flux, data, OFTEN, work, fast=args.compile)
     teacher, flux = copy.deepcopy(flux), flux.requires_grad_(True)
     flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher, args.compile)
@@ -105,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="folder that receives the model")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints and drawn pictures")
     parser.add_argument("--init", help="start from the weights of this model, with fresh optimizers")
+    parser.add_argument("--init-autoencoder", metavar="MODEL", help="start the autoencoder alone from this model's")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage; 0.01 is a trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
-T5_LENGTH = 80  # tokens a prompt is padded or cut to; the longest caption of the toybox takes 79
+T5_LENGTH = 64  # tokens a prompt is padded or cut to; the longest caption of the toybox takes 63
 CLIP_LENGTH = 77
 SMALLER = {**{c: c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}, "\t": " ", "\n": " "}
 MARKER = re.compile(r"\[[A-Z0-9-]+\]")

@@ -1,10 +1,13 @@
-"""Stages 4 and 5: the transformer on frozen features of T5 and CLIP, then guidance distilled into its embedding."""
+"""The transformer on frozen features of T5 and CLIP, panels before sets; then guidance distilled into its embedding."""
 
 import contextlib
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -16,15 +19,18 @@ from model.text import TextEncoders
 from sampling.flow import interpolate
 from sampling.latents import pack
 
+from .captions import panel_prompt, reticent
 from .sets import plan_sets
 from .tokenizers import T5_LENGTH
 from .train_text import CLASSES, facts, wrong_facts
 from .training import Stage, Work, run, step_generator
+from .world import Panel
 
 CONFIG = FluxConfig(
     in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=192, mlp_hidden=768, num_heads=6,
-    depth=3, depth_single_blocks=6, axes_dim=(4, 14, 14), guidance_embed=True,
+    depth=3, depth_single_blocks=5, axes_dim=(4, 14, 14), guidance_embed=True,
 )  # fmt: skip
+SHORT = 32  # T5 tokens of a single panel's caption
 DROPPED = 0.05  # share of the captions replaced by the empty one
 READING = 0.2  # weight of the facts beside the velocity
 LATE = 0.7  # mean of the times' logits: what a subject is gets settled near noise, where its shape is learned last
@@ -45,6 +51,7 @@ def is_hidden(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and "_blocks." in name and "mod" not in name
 
 
+@dataclass(frozen=True)
 class Data:
     """Latents and encoded captions of every grid, ready for training.
 
@@ -54,25 +61,50 @@ class Data:
     facts: by grid, what train_text.facts says of every panel (N, panels, facts) int16
     """
 
-    def __init__(self, latents: dict, captions: dict, text: TextEncoders, seed: int):
-        self.latents, self.grids = latents, list(latents)
-        self.facts = {grid: facts_of(grid, len(z), seed) for grid, z in latents.items()}
-        everything = {**captions, "empty": [[""]]}
-        self.txt, self.vec = {}, {}
-        for grid, groups in everything.items():
-            every = [caption for group in groups for caption in group]
-            parts = [text.encode(every[i : i + 256], T5_LENGTH) for i in range(0, len(every), 256)]
-            shape = (len(groups), len(groups[0]))
-            self.txt[grid] = torch.cat([txt.bfloat16().cpu() for txt, _ in parts]).unflatten(0, shape)
-            self.vec[grid] = torch.cat([vec.cpu() for _, vec in parts]).unflatten(0, shape)
+    latents: dict
+    txt: dict
+    vec: dict
+    facts: dict
 
 
-def facts_of(grid: tuple[int, int], count: int, seed: int) -> Tensor:
-    """What the panels of a grid's drawn sets show: (count, panels, facts) int16."""
-    return torch.tensor(
-        [[facts(panel, i) for i, panel in enumerate(panels, 1)] for panels in plan_sets(grid, count, seed)],
-        dtype=torch.int16,
-    )
+def of_sets(latents: dict, captions: dict, text: TextEncoders, seed: int) -> Data:
+    """The sets that were drawn, of every grid."""
+    encoded = {grid: encode(groups, text, T5_LENGTH) for grid, groups in {**captions, "empty": [[""]]}.items()}
+    told = {
+        grid: facts_of([[(panel, i) for i, panel in enumerate(p, 1)] for p in plan_sets(grid, len(z), seed)])
+        for grid, z in latents.items()
+    }
+    return Data(latents, *({grid: parts[i] for grid, parts in encoded.items()} for i in (0, 1)), told)
+
+
+def singles(latents: Tensor, text: TextEncoders, seed: int) -> Data:
+    """The panels of 2x2 sets one by one, with captions of their own that are padded to SHORT tokens.
+
+    A panel alone takes 48 tokens where a set takes 128, and shows one more subject, so words get their looks sooner.
+
+    latents: (N, 16, 16, 16) of the sets
+    """
+    rng = np.random.default_rng([seed, 7])
+    panels = [panel for group in plan_sets((2, 2), len(latents), seed) for panel in group]
+    captions = [[panel_prompt(reticent((panel,), rng)[0], rng) for _ in range(2)] for panel in panels]
+    encoded = {(1, 1): encode(captions, text, SHORT), "empty": encode([[""]], text, SHORT)}
+    cut = rearrange(latents, "N C (rows h) (cols w) -> (N rows cols) C h w", rows=2, cols=2).contiguous()
+    told = facts_of([[(panel, 1)] for panel in panels])
+    return Data({(1, 1): cut}, *({grid: parts[i] for grid, parts in encoded.items()} for i in (0, 1)), {(1, 1): told})
+
+
+def encode(groups: list[list[str]], text: TextEncoders, length: int) -> tuple[Tensor, Tensor]:
+    """Encode equally many phrasings of every caption: (N, phrasings, T, C) bfloat16 and (N, phrasings, V)."""
+    every = [caption for group in groups for caption in group]
+    parts = [text.encode(every[i : i + 256], length) for i in range(0, len(every), 256)]
+    txt = torch.cat([txt.bfloat16().cpu() for txt, _ in parts])
+    shape = (len(groups), len(groups[0]))
+    return txt.unflatten(0, shape), torch.cat([vec.cpu() for _, vec in parts]).unflatten(0, shape)
+
+
+def facts_of(groups: list[list[tuple[Panel, int]]]) -> Tensor:
+    """What the panels of sets show, each with its number: (N, panels, facts) int16."""
+    return torch.tensor([[facts(*numbered) for numbered in group] for group in groups], dtype=torch.int16)
 
 
 @torch.no_grad()
@@ -164,7 +196,8 @@ def train(
     Source: arXiv:2210.03142 (distillation of guided diffusion, its first stage)
     """
     flux = flux.to(work.device)
-    chances = torch.tensor([often[grid] for grid in data.grids])
+    grids = list(data.latents)
+    chances = torch.tensor([often[grid] for grid in grids])
     stance = compile_blocks(flux, max(often, key=often.get)) if fast else as_written
     module = nn.ModuleDict({"flux": flux, "head": nn.Linear(flux.config.hidden_size, sum(CLASSES))}).to(work.device)
     reading = READING if teacher is None else 0.0  # what has been learned need not be read again by a new layer
@@ -173,7 +206,7 @@ def train(
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         # Drawn apart, so that every process works on the same grid.
-        grid = data.grids[int(torch.multinomial(chances, 1, generator=step_generator(work.seed + 1, step)))]
+        grid = grids[int(torch.multinomial(chances, 1, generator=step_generator(work.seed + 1, step)))]
         count = batch_size(stage.batch, data.latents[grid], data.txt[grid].shape[-2])
         z, txt, vec, told = (part.to(work.device) for part in batch_of(data, grid, count, generator))
         x, target, t = noised(z, generator)
