@@ -1,8 +1,8 @@
 """Train the bundled tiny FLUX from nothing to its files: python -m toybox.pretrain --out weights/tiny
 
 Stages, each resumed from its last checkpoint after any interruption: the autoencoder, beside it CLIP's two towers and
-T5, on captions alone; the transformer, on single panels and then on sets; guidance, distilled into it. Checkpoints and
-drawn pictures are kept in --work.
+T5, on captions alone; the transformer, on single panels and then on sets; guidance, distilled into it; the decoder
+alone. Checkpoints and drawn pictures are kept in --work.
 """
 
 import argparse
@@ -30,9 +30,10 @@ STAGES = {
     "autoencoder": Stage("autoencoder", steps=4000, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25, ema=0.998),
     "clip": Stage("clip", steps=400, batch=96, lr=1e-3, ema=0.99),
     "text": Stage("text", steps=1200, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=0.3, ema=0.995),
-    "singles": Stage("singles", steps=1000, batch=32, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=1.0, ema=0.99),
-    "flow": Stage("flow", steps=2200, batch=32, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=0.3, ema=0.998),
+    "singles": Stage("singles", steps=450, batch=44, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=1.0, ema=0.99),
+    "flow": Stage("flow", steps=2250, batch=36, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=0.4, ema=0.998),
     "guidance": Stage("guidance", steps=240, batch=24, lr=3e-4, muon_lr=3e-4, warmup=20, decay_from=0.3, ema=0.98),
+    "decoder": Stage("decoder", steps=1200, batch=4, lr=5e-4, muon_lr=1e-3, warmup=30, decay_from=0.2, ema=0.995),
 }
 SETS = 20_000  # over all grids
 OFTEN = {(1, 1): 0.06, (1, 2): 0.05, (2, 1): 0.05, (2, 2): 0.79, (3, 1): 0.05}  # how often the flow sees each grid
@@ -73,18 +74,20 @@ def pretrain(args: argparse.Namespace) -> None:
 
     print("encoding pictures and captions", flush=True)
     latents = train_flow.prepare_latents(autoencoder, pictures, work)
-    del drawn, pictures, of_panels
+    torch.set_num_threads(args.processes)
+    del drawn, pictures
     torch.manual_seed(work.seed)
     flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True) if files else train_flow.new_flux()
     if not files:
         singles = train_flow.singles(latents[2, 2], text, work.seed)
-        flux = train_flow.train(stages["singles"], flux, singles, {(1, 1): 1.0}, work, fast=args.compile)
+        flux = train_flow.train(stages["singles"], flux, singles, {(1, 1): 1.0}, work)
         flux.requires_grad_(True)
         del singles
     data = train_flow.of_sets(latents, captions, text, work.seed)
     flux = train_flow.train(stages["flow"], flux, data, OFTEN, work, fast=args.compile)
     teacher, flux = copy.deepcopy(flux), flux.requires_grad_(True)
     flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher, args.compile)
+    autoencoder = train_autoencoder.finish(stages["decoder"], autoencoder, of_panels, work)
     write_model(args.out, flux.cpu(), autoencoder, text.clip, text.t5, *tokenizers)
     print(f"wrote {args.out}")
 

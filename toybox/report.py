@@ -24,7 +24,7 @@ from .captions import joint_caption
 from .generate import Networks, generate, load_networks
 from .measure import psnr, survival, tiling
 from .scores import HEAD, TEXT_SCORES, hidden_agreement, interval, per_set, read_sets, row, to_tensors
-from .sets import PANEL
+from .sets import GRIDS, PANEL
 from .train_truth import draw_some, round_trip
 from .truth import Reader, Reading, groups, load_reader
 from .world import POSITIONS, Panel, random_set
@@ -43,8 +43,10 @@ BARS = {
 def autoencoder_rows(networks: Networks, reader: Reader, count: int) -> list[str]:
     """PSNR, and the reader's accuracy on fresh panels and on their round trips, by number of subjects."""
     lines = ["| subjects | PSNR | " + " | ".join(("scene", *READ)) + " |", "|---|---|" + "---|" * (1 + len(READ))]
-    mean = 0.0
-    for subjects, share in zip((1, 2, 3, 4), (0.6, 0.26, 0.08, 0.06), strict=True):
+    mean, mixed = 0.0, np.zeros(4)
+    for (rows, cols), (often, chances) in GRIDS.items():
+        mixed[: len(chances)] += often * rows * cols * np.array(chances)
+    for subjects, share in zip((1, 2, 3, 4), mixed / mixed.sum(), strict=True):
         pictures, told = draw_some((SEED + subjects, count, subjects, None))
         pictures, told = torch.from_numpy(pictures), torch.from_numpy(told)
         decoded = round_trip(networks.autoencoder, pictures)

@@ -1,4 +1,6 @@
-"""Stage 1: the autoencoder, on panels, on crops across panel borders and on whole composites."""
+"""The autoencoder, on panels, on crops across panel borders and on whole composites; at last its decoder alone."""
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +110,23 @@ def train(stage: Stage, pool: Tensor, work: Work, init: AutoEncoder | None = Non
 
     average = run(stage, model, loss_at, work, is_hidden, processes=work.processes)
     return unit_variance(average.to("cpu", memory_format=torch.contiguous_format), pool[:512])
+
+
+def finish(stage: Stage, model: AutoEncoder, pool: Tensor, work: Work) -> AutoEncoder:
+    """Train the decoder on while latents stay as they are, so that what was learnt of them still holds.
+
+    pool: (N, 3, 64, 64) uint8 panels
+    """
+    model = copy.deepcopy(model).to(work.device, memory_format=torch.channels_last)
+    model.encoder.requires_grad_(False)
+    model.decoder.requires_grad_(True)
+
+    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        image = batch_of(pool, stage, stage.steps + step, generator)  # large crops alone
+        return losses(model, image.to(work.device, memory_format=torch.channels_last), generator)
+
+    average = run(stage, model, loss_at, work, is_hidden, processes=work.processes)
+    return average.to("cpu", memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
