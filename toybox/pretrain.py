@@ -24,7 +24,7 @@ from . import entry, train_autoencoder, train_clip, train_flow, train_text
 from .export import write_model
 from .sets import GRIDS, draw_sets, load_sets, sets_of
 from .tokenizers import make_clip_tokenizer, make_t5_tokenizer
-from .training import Stage, Work
+from .training import Stage, Work, finished
 
 STAGES = {
     "autoencoder": Stage("autoencoder", steps=4000, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25, ema=0.998),
@@ -79,7 +79,8 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.manual_seed(work.seed)
     flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True) if files else train_flow.new_flux()
     if not files:
-        singles = train_flow.singles(latents[2, 2], text, work.seed)
+        few = 1 if finished(stages["singles"], work) else None
+        singles = train_flow.singles(latents[2, 2][:few], text, work.seed)
         flux = train_flow.train(stages["singles"], flux, singles, {(1, 1): 1.0}, work)
         flux.requires_grad_(True)
         del singles

@@ -229,6 +229,15 @@ def run(
     return average
 
 
+def finished(stage: Stage, work: Work) -> bool:
+    """Whether run would load the stage and not train it."""
+    path = work.folder / f"{stage.name}.safetensors"
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"]) >= stage.steps
+
+
 def store(path: Path, step: int, module: nn.Module, average: nn.Module, steppers: list, work: Work) -> None:
     """Write weights, their average and the optimizers' state as one file, whole or not at all."""
     tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
