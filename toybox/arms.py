@@ -106,7 +106,7 @@ def by_flag(case: str, flag: str, rows: dict[str, str]) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def uno(title: str, *arms: Arm, seeds: int = 1, steps: int = 1000, columns: tuple[str, ...] = LIKENESS) -> Experiment:
+def uno(title: str, *arms: Arm, seeds: int = 1, steps: int = 1500, columns: tuple[str, ...] = LIKENESS) -> Experiment:
     return Experiment(title, arms, UNO, steps, seeds, columns)
 
 
@@ -188,7 +188,7 @@ EXPERIMENTS = {
             for case in ("one", "two", "three", "four")
             for name, training in (("two", then("two")), ("two to four", then("up-to-four")))
         ),
-        columns=("traits", "right", "all right", "swapped", "confused", "missing", "scene", "copied"),
+        columns=("traits", "right", "all right", "swapped", "mistaken", "confused", "missing", "scene", "copied"),
     ),
     "edits": uno(
         "UNO: recolouring, sketching and putting something on, without such pairs in stage II and with them (the "

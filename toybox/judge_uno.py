@@ -118,9 +118,10 @@ def score(reading: Reading, pair: Pair, told: str | None = None) -> dict[str, fl
         right = [all(one[trait] for trait in NAMED) for one in agree]
         got |= {"right": float(np.mean(right)), "all right": float(all(right))}
         rest = [[s for s in subjects if s is not own] for own in subjects]
-        taken = list(zip(found, subjects, rest, strict=True))
-        got["swapped"] = float(any(is_another(*one) for one in taken))
-        got["confused"] = float(np.mean([borrowed(*one) for one in taken]))
+        everyone = list(zip(found, subjects, rest, strict=True))
+        taken = [is_another(*one) for one in everyone]
+        got |= {"swapped": float(any(taken)), "mistaken": float(np.mean(taken))}
+        got["confused"] = float(np.mean([borrowed(*one) for one in everyone]))
     return got
 
 
@@ -196,11 +197,11 @@ UNO = Judge(
     "uno", measure, measure_truth, ("traits", "scene", "copied"), HEAD, controls,
     notes=(
         "traits: colour, pattern, accessory, face, hue and, of patterns, angle and spacing that the subject of the "
-        "right shape shares with its reference; prompts tell none of them. right: its colour, pattern and accessory "
-        "are all its reference's; all right: every subject is. swapped: somebody has most of the marks (colour, "
-        "pattern, accessory, face) in which another's reference differs from its own; confused: the share of marks "
-        "that are another's. scene: the prompt's; copied: that of a reference. The paper's cells are DINO / CLIP-I / "
-        "CLIP-T on DreamBench, times 100.",
+        "right shape shares with its reference; prompts tell none of them, but for what is asked for. right: its "
+        "colour, pattern and accessory are all its reference's; all right: every subject is. mistaken: the share of "
+        "subjects with most of the marks (colour, pattern, accessory, face) in which another's reference differs from "
+        "their own; swapped: there is one. confused: the share of marks that are another's. scene: the prompt's; "
+        "copied: that of a reference. The paper's cells are DINO / CLIP-I / CLIP-T on DreamBench, times 100.",
     ),
     sheet="the references, the true pictures after the autoencoder, then every arm's from the same noise",
 )  # fmt: skip
