@@ -17,11 +17,11 @@ from sampling.images import to_picture
 from toybox import experiments, judge_uno, pairs
 from toybox.arms import DEFAULTS, EXPERIMENTS, FITTING
 from toybox.generate import generate, load_networks
-from toybox.judge_uno import BARS, CONTROLS, UNO, controls, score, wrong_references
+from toybox.judge_uno import BARS, CONTROLS, UNO, WITH_BARS, controls, score, wrong_references
 from toybox.truth import Reading, Seen
 from toybox.world import draw
 
-OURS = {name: one for name, one in EXPERIMENTS.items() if one.judge is UNO}
+OURS = {name: one for name, one in EXPERIMENTS.items() if one.judge.name == UNO.name}
 
 
 def seen(subject, **other):
@@ -140,7 +140,10 @@ def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_one
 def test_bars_are_shares_of_the_ceiling_but_for_swapping():
     figures = {name: [0.6, 0.6] for name in ("all right", "swapped")}
     figures |= {f"{name}, {control}": [0, 0] for name in tuple(figures) for control in CONTROLS}
-    right, swapped = controls("two", "arm", figures, {"all right": [0.9, 0.9], "swapped": [0, 0]})
+    most = {"all right": [0.9, 0.9], "swapped": [0, 0]}
+    assert not any("reached" in line or "missed" in line for line in controls("two", "arm", figures, most))
+    right, swapped = WITH_BARS.details("two", "arm", figures, most)
+    assert EXPERIMENTS["tiny-uno"].judge is WITH_BARS
     assert "| 66.7% (66.7% to 66.7%) | at least 65% | reached |" in right
     assert "| at most 10% | **missed** |" in swapped
     assert {figure for _, figure in BARS} == {"traits", "scene", "all right", "swapped"}

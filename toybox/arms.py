@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .judge import IN_CONTEXT, Judge
-from .judge_uno import UNO
+from .judge_uno import UNO, WITH_BARS
 from .tasks import COUNT, GRIDS
 
 BASE, ONE_EPOCH = None, ("--steps", "2", "--batch", "5", "--holdout", "0", "--warmup", "0", "--ema", "0")
@@ -106,8 +106,8 @@ def by_flag(case: str, flag: str, rows: dict[str, str]) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def uno(title: str, *arms: Arm, seeds: int = 1, steps: int = 1500, columns: tuple[str, ...] = LIKENESS) -> Experiment:
-    return Experiment(title, arms, UNO, steps, seeds, columns)
+def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 1500, seeds: int = 1, columns=LIKENESS) -> Experiment:
+    return Experiment(title, arms, judge, steps, seeds, columns)
 
 
 STAGES = (
@@ -208,6 +208,7 @@ EXPERIMENTS = {
     "tiny-uno": uno(
         "UNO: the bundled LoRA",
         *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two", "three", "four")),
+        judge=WITH_BARS,
         steps=3000,
         columns=("traits", "right", "all right", "swapped", "confused", "scene", "copied", "DINO", "CLIP-I", "CLIP-T"),
     ),

@@ -5,8 +5,10 @@ with wrong ones: the same shapes in the same places, all other traits changed. W
 do not give can only be right by chance, and the latter two runs say how often that is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -174,15 +176,20 @@ HEAD = (
 )
 
 
-def controls(kind: str, name: str, figures: Figures, most: Figures) -> list[str]:
-    """Lines of an arm with its controls, the share of what can be reached, and a bar where there is one."""
+def controls(
+    kind: str, name: str, figures: Figures, most: Figures, bars: Mapping[tuple[str, str], float] = MappingProxyType({})
+) -> list[str]:
+    """Lines of an arm with its controls, the share of what can be reached, and whether it is enough.
+
+    bars: by kind and figure, a share of what can be reached, but of all pairs for those that are swapped
+    """
     lines = []
     for figure in ("asked for", "traits", "all right", "swapped", "scene"):
         if figure not in figures:
             continue
         own = figures[figure]
         cells = [interval(values) for values in (own, *(figures[f"{figure}, {c}"] for c in CONTROLS), most[figure])]
-        wanted, fewer = BARS.get((kind, figure)), figure == "swapped"
+        wanted, fewer = bars.get((kind, figure)), figure == "swapped"
         reached = interval(own) if fewer else ratio(own, most[figure])
         share = "" if fewer else "{:.1%} ({:.1%} to {:.1%})".format(*reached)
         told = "" if wanted is None else f"at {'most' if fewer else 'least'} {wanted:.0%}"
@@ -203,5 +210,6 @@ UNO = Judge(
         "their own; swapped: there is one. confused: the share of marks that are another's. scene: the prompt's; "
         "copied: that of a reference. The paper's cells are DINO / CLIP-I / CLIP-T on DreamBench, times 100.",
     ),
-    sheet="the references, the true pictures after the autoencoder, then every arm's from the same noise",
+    sheet="references, true pictures after the autoencoder, then every arm (its first seed) from the same noise",
 )  # fmt: skip
+WITH_BARS = replace(UNO, details=partial(controls, bars=BARS))
