@@ -1,6 +1,7 @@
 """The experiments' runner: what it trains, how it judges, and what it writes; with made-up networks and readings."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import train
 from toybox import experiments, judge
-from toybox.experiments import EXPERIMENTS, Arm, Experiment
+from toybox.arms import EXPERIMENTS, Arm, Experiment, Training, on_sets
 from toybox.scores import ratio
 from toybox.tasks import COUNT, GRIDS, SEED, task_sets
 from toybox.truth import Reading, Seen
@@ -52,10 +53,17 @@ def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it():
 
 def test_every_experiment_compares_arms_of_every_task():
     for experiment in EXPERIMENTS.values():
+        if experiment.judge is not judge.IN_CONTEXT:
+            continue
         assert {arm.task for arm in experiment.arms} == set(GRIDS)
         for task in GRIDS:
-            own = [arm for arm in experiment.arms if arm.task == task]
-            assert len(own) >= 2 and len({(arm.flags, arm.sets) for arm in own}) == len(own)
+            own = [arm.training for arm in experiment.arms if arm.task == task]
+            assert len(own) >= 2 and len(set(own)) == len(own)
+
+
+def test_every_experiment_has_a_place_in_the_document():
+    text = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text()
+    assert not [name for name in EXPERIMENTS if f"<!-- tables of toybox.experiments {name} -->" not in text]
 
 
 @pytest.fixture
@@ -67,27 +75,33 @@ def made_up(monkeypatch):
         folder = Path(flags[flags.index("--out") + 1])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / train.CHECKPOINT).touch()
+        (folder / train.RESULT).write_text(str(flags))
         return 0
 
-    def measure(task, networks, settings, reader, count):
+    def measure(task, networks, settings, ruler, count):
         judged.append((task, networks))
         right = [1.0 if networks else 0.0] * count
         figures = dict.fromkeys(judge.SUCCESS, right)
         kept = {f"{kind}, {whose} panel": right for kind in judge.KINDS for whose in ("own", "another's")}
         return figures | (kept if task == "walk" else {}), [torch.zeros(count, 3, 64, 64)] * 2
 
-    def measure_truth(task, networks, reader, count):
-        figures, _ = measure(task, "true", {}, reader, count)
+    def measure_truth(task, networks, ruler, count):
+        figures, _ = measure(task, "true", {}, ruler, count)
         return figures, [torch.zeros(count, 3, 64, 64)]
 
     told, judged = [], []
     monkeypatch.setattr(train, "main", main)
-    monkeypatch.setattr(experiments, "load_reader", lambda path: None)
+    monkeypatch.setattr(experiments, "load_ruler", lambda model: None)
     monkeypatch.setattr(experiments, "load_networks", lambda model: None)
     monkeypatch.setattr(experiments, "with_lora", lambda model, lora: (lora, {}))
-    arms = (Arm("walk", "base", None), Arm("walk", "LoRA"), Arm("sketch", "base", None), Arm("sketch", "few", (), 3))
+    made_up = replace(judge.IN_CONTEXT, measure=measure, measure_truth=measure_truth)
+    arms = (Arm("walk", "base"), on_sets("walk", "LoRA"), Arm("sketch", "base"), on_sets("sketch", "few", (), 3))
     for name in ("one", "two"):
-        monkeypatch.setitem(EXPERIMENTS, name, Experiment(name, arms, judge.SUCCESS, measure, measure_truth))
+        monkeypatch.setitem(EXPERIMENTS, name, Experiment(name, arms, made_up))
+    first = Training((("one", 2),), (), 1)
+    later = [Training((("two", 2),), (), 2, first), Training((("two", 1), ("hat", 1)), ("--rank", "4"), 2, first)]
+    arms = tuple(Arm("two", name, training, "90.0") for name, training in zip(("a", "b"), later, strict=True))
+    monkeypatch.setitem(EXPERIMENTS, "chain", Experiment("chain", arms, made_up, 5, 2, ("from text", "nothing")))
     return told, judged
 
 
@@ -112,15 +126,41 @@ def test_the_runner_trains_judges_and_writes_tables_values_and_sheets(made_up, t
         ("walk", "true sets"), ("sketch", "true sets"), ("walk", "base"), ("walk", "LoRA"), ("sketch", "base"),
         ("sketch", "few"),
     ]  # fmt: skip
-    assert rows[3]["figures"]["from text"] == [1.0, 1.0] and rows[3]["seconds"] >= 0
+    assert rows[3]["figures"][0]["from text"] == [1.0, 1.0] and rows[3]["seconds"] >= 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
         "one-sketch.png", "one-walk.png", "two-sketch.png", "two-walk.png",
     ]  # fmt: skip
-    assert told[0] == told[2] and told[1] == told[3]
+    assert len(told) == 2, "what two experiments share is trained once"
     assert told[0][:6] == ["--data", "sets/walk", "--model", "tiny", "--steps", "7"]
     few = Path(told[1][1])
     assert few == tmp_path / "work" / "sets-3" / "sketch" and len(list(few.glob("*.png"))) == 3
     assert len(judged) == 2 + 4, "arms that two experiments share are judged once"
+
+
+def test_a_second_stage_starts_from_the_first_of_its_seed_which_is_trained_once(made_up, tmp_path, monkeypatch):
+    told, judged = made_up
+    document = tmp_path / "doc.md"
+    document.write_text(MARKS.format("chain"))
+    argv = ["chain", "--count", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert experiments.main([*argv, "--document", str(document)]) == 0
+    given = [dict(zip(flags[::2], flags[1::2], strict=True)) for flags in told]
+    assert [(flags["--stage"], flags.get("--seed")) for flags in given] == [
+        ("1", None), ("2", None), ("1", "1"), ("2", "1"), ("2", None), ("2", "1"),
+    ]  # fmt: skip
+    assert [flags.get("--rank") for flags in given[4:]] == ["4", "4"]
+    for later, first in ((1, 0), (3, 2), (4, 0), (5, 2)):
+        assert given[later]["--init-lora"] == str(Path(given[first]["--out"]) / train.RESULT)
+    assert len({flags["--out"] for flags in given}) == 6 and {flags["--steps"] for flags in given} == {"5"}
+    mixed = json.loads(Path(given[4]["--data"]).read_text())
+    assert [len(row["image_paths"]) for row in mixed] == [2, 1]
+    text = document.read_text()
+    assert "from text by seed | paper | training |" in text and "100.0, 100.0 | 90.0 | 0.0 min |" in text
+    assert "trained 2 times" in text and "cover sampling only" in text and "nothing" not in text
+
+    monkeypatch.setattr(train, "main", lambda flags: 0)
+    assert experiments.main(argv) == 0 and len(judged) == 1 + 4, "what was judged is found again"
+    (Path(given[4]["--out"]) / train.RESULT).write_text("another LoRA")
+    assert experiments.main(argv) == 0 and len(judged) == 1 + 5
 
 
 def test_a_failed_training_or_a_missing_mark_is_one_line(made_up, tmp_path, capsys, monkeypatch):

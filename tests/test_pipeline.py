@@ -132,7 +132,7 @@ def test_guidance_for_a_model_without_it_is_ignored_and_said(tmp_path):
     shutil.copytree(find_model("tiny").root, tmp_path / "m", ignore=shutil.ignore_patterns("flux1-*", "examples"))
     shutil.copy(FLUX["schnell"], tmp_path / "m")
     plan, notes = plan_for(model=str(tmp_path / "m"), prompt=PROMPT, guidance=2.0, steps=None)
-    assert (plan.config.guidance, plan.config.steps, plan.row.name) == (None, 4, "schnell")
+    assert (plan.config.guidance, plan.config.steps, plan.row.name) == (None, 20, "tiny")
     assert notes == ["m has no guidance; --guidance 2 is ignored"]
 
 

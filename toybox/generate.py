@@ -1,16 +1,18 @@
 """Many sets at once from one model: the sampler of iclora.pipeline on batches, for measuring."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from iclora.config import model_row
 from iclora.layout import Layout, sight, through, token_mask
 from iclora.pipeline import encode_captions
+from iclora.references import encode, fit_reference, place
 from model.autoencoder import AutoEncoder
 from model.flux import Flux
-from model.position import grid_ids
 from model.text import TextEncoders, load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 from sampling.flow import euler, times
@@ -56,6 +58,10 @@ def generate(
     clean: bool = False,
     concat: str = "pixels",
     text: str = "joint",
+    references: Sequence[Sequence[Image.Image]] = (),
+    offset: str = "d",
+    offset_scale: float = 1.0,
+    posterior: str = "sample",
     batch: int = 20,
 ) -> Tensor:
     """Make one set for each caption.
@@ -65,14 +71,22 @@ def generate(
     masked: the panels that are generated, from 1; all of them if kept is not given
     clean: feed kept panels clean at every step, as `--condition clean` trains it, instead of noised with the rest
     concat, text: as train.py has them
+    references: N lists of pictures that are to appear (UNO), of one number and size; none at all without them
+    offset, offset_scale, posterior: of references, as sample.py has them
     Returns (N, 3, h, w) in -1..1; kept panels are pasted over the decoded ones, as iclora does
+    Errors: ValueError if sets differ in number or size of their references
     """
-    layout = Layout(*grid, PANEL, PANEL)
+    shown = [[fit_reference(picture, PANEL) for picture in some] for some in references] or [[]] * len(captions)
+    sizes = {tuple(picture.size for picture in some) for some in shown}
+    if len(shown) != len(captions) or len(sizes) > 1:
+        raise ValueError(f"{len(captions)} captions with references of {len(shown)} and {len(sizes)} kinds of sizes; "
+                         "give every caption as many, and of the same sizes")  # fmt: skip
+    layout = Layout(*grid, PANEL, PANEL, *sizes)
     made = []
     for first in range(0, len(captions), batch):
         part = slice(first, first + batch)
         known = None if kept is None else kept[part]
-        how = (steps, guidance, known, masked, clean, concat, text)
+        how = (steps, guidance, known, masked, clean, concat, text, shown[part], offset, offset_scale, posterior)
         made.append(_generate(networks, captions[part], layout, seeds[part], *how))
     return torch.cat(made)
 
@@ -80,12 +94,16 @@ def generate(
 def _generate(
     networks: Networks, captions: list[str], layout: Layout, seeds: list[int], steps: int, guidance: float,
     kept: Tensor | None, masked: tuple[int, ...], clean: bool, concat: str, text: str,
+    shown: Sequence[Sequence[Image.Image]], offset: str, offset_scale: float, posterior: str,
 ) -> Tensor:  # fmt: skip
     flux, count = networks.flux, len(captions)
     txt, vec = encode_captions(networks.text, captions, networks.length, layout, text)
     seen = sight(layout, txt.shape[1] // layout.panels) if text == "panel" else None
     start = pack(torch.cat([noise(layout.height, layout.width, seed) for seed in seeds]))
-    ids = grid_ids(layout.tokens_high, layout.tokens_wide).expand(count, -1, -1)
+    streams = [torch.Generator().manual_seed(~seed) if posterior == "sample" else None for seed in seeds]  # Pipeline's
+    tokens = [encode(networks.autoencoder, *own) for own in zip(shown, streams, strict=True)]
+    references = torch.cat(tokens)  # (N, R, 64)
+    ids = place(layout, offset, offset_scale).expand(count, -1, -1)
     txt_ids = torch.zeros(count, txt.shape[1], 3)
     scale = torch.full((count,), guidance)
     mask = torch.ones(1, start.shape[1], 1) if kept is None else token_mask(masked, layout)
@@ -94,7 +112,7 @@ def _generate(
         known = pack(through(networks.autoencoder.encode, kept, layout, concat))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        return flux(x, ids, txt, txt_ids, torch.full((count,), t), vec, scale, seen)
+        return flux(x, ids, txt, txt_ids, torch.full((count,), t), vec, scale, seen, references)
 
     ts = times(steps, tokens=start.shape[1], shift=networks.shift)
     keep = keep_clean(known, mask) if clean else keep_known(known, start, mask)

@@ -1,5 +1,8 @@
 """What a LoRA's sets are judged by: does a set of held-out subjects show its task's relation, and do traits survive?"""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,9 +10,10 @@ from torch import Tensor
 from iclora.layout import Layout, stitch
 from sampling.images import to_tensor
 
+from .eyes import Eyes
 from .generate import Networks, generate
 from .report import tensors_after
-from .scores import hidden_agreement, tiles
+from .scores import hidden_agreement, interval, line, ratio, tiles
 from .sets import PANEL
 from .tasks import GRIDS, TaskSet, is_sketch, is_sparkled, is_walk, task_sets
 from .truth import Reader, Reading, read
@@ -23,11 +27,41 @@ Figures = dict[str, list[float]]  # name -> a value of each set
 Found = tuple[Figures, list[Tensor]]  # and rows of composites for a sheet
 
 
-def measure(task: str, networks: Networks, about: dict[str, str], reader: Reader, count: int) -> Found:
+@dataclass(frozen=True)
+class Ruler:
+    """What everything is measured with; eyes are None where a model has none."""
+
+    reader: Reader
+    eyes: Eyes | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How the arms of a method are judged.
+
+    measure: (case, networks, metadata of the LoRA, ruler, count) -> figures and rows of what was made
+    measure_truth: (case, networks, ruler, count) -> the same of true pictures, as the autoencoder gives them back
+    columns: figures that tables show
+    head: of a second table, and details: its lines for an arm: (case, name, figures, those of true pictures)
+    notes: what the figures are; sheet: what it shows
+    """
+
+    name: str
+    measure: Callable[..., Found]
+    measure_truth: Callable[..., Found]
+    columns: tuple[str, ...]
+    head: tuple[str, ...]
+    details: Callable[[str, str, Figures, Figures], list[str]]
+    notes: tuple[str, ...] = ()
+    sheet: str = ""
+
+
+def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
     """Make sets with the networks of an arm and judge them.
 
     about: metadata of its LoRA, whose ways are followed; the base has none
     """
+    reader = ruler.reader
     ways = {"clean": about.get("iclora.condition") == "clean"}
     ways |= {"concat": about.get("iclora.concat", "pixels"), "text": about.get("iclora.text", "joint")}
     sets = task_sets(task, count, SEED, held_out=True)
@@ -47,12 +81,12 @@ def measure(task: str, networks: Networks, about: dict[str, str], reader: Reader
     return figures, [made[0][:COLUMNS], made[1][:COLUMNS]]
 
 
-def measure_truth(task: str, networks: Networks, reader: Reader, count: int) -> Found:
+def measure_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Found:
     """The same figures of the true sets, as the autoencoder gives them back: more cannot be reached."""
     sets = task_sets(task, count, SEED, held_out=True)
     after = tensors_after(networks, to_tensors(sets))
-    figures = dict.fromkeys(SUCCESS, judge(task, reader, after))
-    return figures | (identity(reader, after, sets, "own panel") if task == "walk" else {}), [after[:COLUMNS]]
+    figures = dict.fromkeys(SUCCESS, judge(task, ruler.reader, after))
+    return figures | (identity(ruler.reader, after, sets, "own panel") if task == "walk" else {}), [after[:COLUMNS]]
 
 
 def to_tensors(sets: list[TaskSet]) -> Tensor:
@@ -95,3 +129,29 @@ def traits(reading: Reading, subject: Subject) -> tuple[float, float]:
     names = ("shape", "colour", "pattern", "accessory")
     named = [any(getattr(one, name) == getattr(subject, name) for one in same) for name in names]
     return float(np.mean(named)), float(np.mean(list(hidden_agreement(reading, subject).values())))
+
+
+IDENTITY = (
+    "The given subject's traits in the generated panels, with captions silent about it (bar: 80 % of the ceiling):",
+    "",
+    "| arm | traits | own panel given | another's given | difference | ceiling | own / ceiling | |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def kept_traits(task: str, name: str, figures: Figures, most: Figures) -> list[str]:
+    """Lines of traits that reappear, by kind, against the same run with another subject's panel."""
+    lines = []
+    for kind in KINDS:
+        if f"{kind}, own panel" in figures:
+            own, other = figures[f"{kind}, own panel"], figures[f"{kind}, another's panel"]
+            ceiling = most[f"{kind}, own panel"]
+            cells = [*map(interval, (own, other, np.subtract(own, other), ceiling)), ratio(own, ceiling)]
+            lines.append(line(name, kind, cells))
+    return lines
+
+
+IN_CONTEXT = Judge(
+    "in-context", measure, measure_truth, SUCCESS, IDENTITY, kept_traits,
+    sheet="true sets, then for every arm sets from text and with their first panel given",
+)  # fmt: skip

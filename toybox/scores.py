@@ -84,6 +84,12 @@ def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: f
     return "| " + " | ".join(cells) + " |"
 
 
+def line(first: str, second: str, found: Sequence, *last: str, sign: str = "") -> str:
+    """One line of a table: means and their intervals, in percent; None leaves a cell empty."""
+    cells = ["" if one is None else "{} ({} to {})".format(*(f"{100 * v:{sign}.1f}" for v in one)) for one in found]
+    return "| " + " | ".join((first, second, *cells, *(last or ("",)))) + " |"
+
+
 HEAD = ["| figure | reached | 95 % interval | ceiling | bar | |", "|---|---|---|---|---|---|"]
 
 

@@ -1,0 +1,215 @@
+"""The papers' experiments as rows: what every arm trains, and on which case it is judged."""
+
+from dataclasses import dataclass
+
+from .judge import IN_CONTEXT, Judge
+from .judge_uno import UNO, WITH_BARS
+from .tasks import COUNT, GRIDS
+
+BASE, ONE_EPOCH = None, ("--steps", "2", "--batch", "5", "--holdout", "0", "--warmup", "0", "--ema", "0")
+FITTING = "as large as may be bundled"  # stands for a rank, which then follows from the model
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of train.py.
+
+    data: kinds of sets or pairs and how many of each, mixed; none are the committed sets of all tasks together
+    flags: of train.py
+    stage: of UNO; None is In-Context LoRA
+    start: whose LoRA it goes on from
+    length: multiplies the steps
+    """
+
+    data: tuple[tuple[str, int], ...] = ()
+    flags: tuple[str, ...] = ()
+    stage: int | None = None
+    start: "Training | None" = None
+    length: int = 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table.
+
+    task: what is judged: a task, or with UNO a kind of pairs
+    training: BASE, which is None, judges the model without a LoRA
+    paper: what the paper has in this line
+    """
+
+    task: str
+    name: str
+    training: Training | None = BASE
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms, each compared with the first one of its task.
+
+    steps: of a training, where --steps does not say otherwise
+    seeds: of every training
+    columns: the figures that its table shows; none are the judge's
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    judge: Judge = IN_CONTEXT
+    steps: int = 400
+    seeds: int = 1
+    columns: tuple[str, ...] = ()
+
+
+# In-Context LoRA
+
+
+def of_every_task(*arms: tuple) -> tuple[Arm, ...]:
+    """The same arms for each task."""
+    return tuple(on_sets(task, *about) for task in GRIDS for about in arms)
+
+
+def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int | None = COUNT) -> Arm:
+    """An arm that learns the first sets of the task that it is judged by; None are those of all tasks together."""
+    return Arm(task, name, BASE if flags is None else Training(((task, count),) if count else (), flags))
+
+
+# UNO
+
+PAIRS = 2000
+DEFAULTS = {"--offset": "d", "--offset-scale": "1", "--rank": "64"}  # without the flag, so that trainings are shared
+LIKENESS = ("traits", "all right", "swapped", "scene", "copied", "DINO", "CLIP-I", "CLIP-T")
+EDITS = ("recolour", "sketch", "hat")
+
+
+def pairs(*kinds: str, count: int = PAIRS) -> tuple[tuple[str, int], ...]:
+    """Pairs of several kinds; one that is named twice gets twice as many."""
+    return tuple((kind, kinds.count(kind) * count // len(kinds)) for kind in dict.fromkeys(kinds))
+
+
+def one(*flags: str) -> Training:
+    """Stage I: one reference."""
+    return Training(pairs("one"), flags, 1)
+
+
+def then(*kinds: str, flags: tuple[str, ...] = ()) -> Training:
+    """Stage I, then stage II on pairs of other kinds."""
+    return Training(pairs(*kinds), flags, 2, one(*flags))
+
+
+def by_flag(case: str, flag: str, rows: dict[str, str]) -> tuple[Arm, ...]:
+    """Arms that differ in one flag: its value, and what the paper has there; both stages but for one reference."""
+    arms = []
+    for value, paper in rows.items():
+        flags = () if value == DEFAULTS[flag] else (flag, value)
+        training = one(*flags) if case == "one" else then("two", flags=flags)
+        arms.append(Arm(case, f"{flag.lstrip('-')} {value}", training, paper))
+    return tuple(arms)
+
+
+def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 1500, seeds: int = 1, columns=LIKENESS) -> Experiment:
+    return Experiment(title, arms, judge, steps, seeds, columns)
+
+
+STAGES = (
+    Arm("one", "base"),
+    Arm("one", "stage I", one(), "Table 4: 73.0 / 82.1 / 30.9"),
+    Arm("one", "stages I and II", then("two"), "Table 4: 76.0 / 83.5 / 30.4"),
+    Arm("two", "base"),
+    Arm("two", "stage I", one()),
+    Arm("two", "stages I and II", then("two"), "Table 2: 54.2 / 73.3 / 32.2"),
+)
+COLD = Training(pairs("two"), (), 2, length=2)
+BUNDLED = Training(  # single references stay among the pairs of stage II: what is bundled must do both
+    pairs("one", "two", "up-to-four", "up-to-four", count=2 * PAIRS), ("--rank", FITTING), 2,
+    Training(pairs("one", count=2 * PAIRS), ("--rank", FITTING), 1),
+)  # fmt: skip
+
+EXPERIMENTS = {
+    "tasks": Experiment(
+        "What a LoRA teaches the base (bars: the base at most 20 %, the LoRA at least 85 %)",
+        of_every_task(("base", None), ("LoRA",), ("one LoRA of all tasks", (), None)),
+    ),
+    "condition": Experiment(
+        "Given panels noised along (SDEdit) or clean, in training as in sampling",
+        of_every_task(("SDEdit",), ("clean", ("--condition", "clean"))),
+    ),
+    "concat": Experiment(
+        "Panels as one picture or as one row of tokens", of_every_task(("pixels",), ("tokens", ("--concat", "tokens")))
+    ),
+    "text": Experiment(
+        "One caption for all panels, or each reads its own part",
+        of_every_task(("joint",), ("panel", ("--text", "panel"))),
+    ),
+    "few": Experiment(
+        "Ten sets", of_every_task((f"{COUNT} sets",), ("10 sets", (), 10), ("10 sets, one epoch", ONE_EPOCH, 10))
+    ),
+    "stages": uno("UNO: no LoRA, stage I alone, both stages", *STAGES),
+    "offsets": uno(
+        "UNO: references stand diagonally off the picture (d), below (h), beside it (w), or on it (o)",
+        *by_flag("one", "--offset", {
+            "d": "Table 5: 73.0 / 82.1 / 30.9", "h": "Table 5: 67.8 / 79.7 / 30.8", "w": "Table 5: 71.7 / 81.3 / 30.4",
+            "o": "Table 5: 47.0 / 72.2 / 30.8",
+        }),
+        *by_flag("two", "--offset", {
+            "d": "Table 6: 54.2 / 73.3 / 32.2", "h": "Table 6: 50.1 / 71.9 / 30.6", "w": "Table 6: 50.8 / 72.4 / 32.1",
+            "o": "Table 6: 38.6 / 67.4 / 32.3",
+        }),
+        seeds=2,
+    ),
+    "cropped": uno(
+        "UNO: the second reference drawn again, or cut out of the target",
+        Arm("two", "drawn again", then("two"), "Table 3: 54.2 / 73.3 / 32.2"),
+        Arm("two", "cut out", then("cropped"), "Table 3: 52.9 / 73.0 / 30.8"),
+        seeds=2,
+    ),
+    "cold": uno(
+        "UNO: several references after a stage of one, or from the start; as many steps in all",
+        Arm("two", "stages I and II", then("two"), "Table 3: 54.2 / 73.3 / 32.2"),
+        Arm("two", "cold start", COLD, "Table 3: 51.1 / 72.1 / 32.2"),
+        Arm("one", "stages I and II", then("two"), "Table 4: 76.0 / 83.5 / 30.4"),
+        Arm("one", "cold start", COLD),
+        seeds=2,
+    ),
+    "scale": uno(
+        "UNO: how far past the picture references stand",
+        *by_flag("one", "--offset-scale", {"1": "as the paper's; it has no others", "2": "", "3": ""}),
+        *by_flag("two", "--offset-scale", {"1": "as the paper's; it has no others", "2": "", "3": ""}),
+    ),
+    "rank": uno(
+        "UNO: rank of the LoRA, stage I",
+        *by_flag("one", "--rank", {
+            "64": "Fig. 18, curves only", "4": "lowest curve", "16": "gains go on", "128": "and slow down from here",
+        }),
+    ),
+    "number": uno(
+        "UNO: identity and confusion against the number of references (the paper leaves it open)",
+        *(
+            Arm(case, f"{case}, taught {name}", training)
+            for case in ("one", "two", "three", "four")
+            for name, training in (("two", then("two")), ("two to four", then("up-to-four")))
+        ),
+        columns=("traits", "right", "all right", "swapped", "mistaken", "confused", "missing", "scene", "copied"),
+    ),
+    "edits": uno(
+        "UNO: recolouring, sketching and putting something on, without such pairs in stage II and with them (the "
+        "paper leaves it open)",
+        *(
+            Arm(case, name, training)
+            for case in (*EDITS, "one", "two")
+            for name, training in (
+                ("none of them", then("two")),
+                ("recolour and sketch", then("two", "two", "recolour", "sketch")),
+                ("all three", then("two", "two", "two", *EDITS)),
+            )
+        ),
+        columns=("asked for", "traits", "all right", "scene", "copied"),
+    ),
+    "another-base": uno("UNO: the same recipe on another base", *STAGES),
+    "tiny-uno": uno(
+        "UNO: the bundled LoRA",
+        *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two", "three", "four")),
+        judge=WITH_BARS,
+        steps=3000,
+        columns=("traits", "right", "all right", "swapped", "confused", "scene", "copied", "DINO", "CLIP-I", "CLIP-T"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,70 @@
+"""Tables and sheets of toybox.experiments: means with 95 % intervals, bootstrapped over sets, and pictures."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sampling.images import to_picture
+
+from .arms import Experiment
+from .judge import Figures
+from .scores import interval, line
+
+
+def tables(
+    experiment: Experiment, truth: dict[str, Figures], found: Sequence[Sequence[Figures]], seconds: Sequence
+) -> list[str]:
+    """Figures of every arm, how far they are from those of the first arm of its task, and the judge's own table.
+
+    truth: by task
+    found: of every arm and every seed
+    seconds: that the trainings of every arm took, None if that is unknown
+    """
+    judge, means = experiment.judge, [over_seeds(figures) for figures in found]
+    columns = [c for c in experiment.columns or judge.columns if any(c in figures for figures in means)]
+    seeds, paper = experiment.seeds > 1, any(arm.paper for arm in experiment.arms)
+    heads = [*columns, *[f"{columns[0]} by seed"] * seeds, *["paper"] * paper, "training"]
+    lines = [f"| task | arm | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    details, first = [], {}
+    for arm, each, figures, took in zip(experiment.arms, found, means, seconds, strict=True):
+        most, base = truth[arm.task], first.setdefault(arm.task, figures)
+        empty = [""] * (seeds + paper)
+        if base is figures:
+            lines.append(line(arm.task, "true sets after the autoencoder", cells(most, columns), *empty, ""))
+        by_seed = [", ".join(f"{100 * np.mean(one[columns[0]]):.1f}" for one in each if columns[0] in one)] * seeds
+        last = [*by_seed, *[arm.paper] * paper, "" if took is None else f"{took / 60:.1f} min"]
+        lines.append(line(arm.task, arm.name, cells(figures, columns), *last))
+        if base is not figures:
+            apart = {c: np.subtract(figures[c], base[c]) for c in columns if c in figures}
+            lines.append(line(arm.task, f"{arm.name}, difference", cells(apart, columns), *empty, "", sign="+"))
+        details += judge.details(arm.task, arm.name, figures, most)
+    return [*lines, *(["", *judge.head, *details] if details else [])]
+
+
+def cells(figures: Figures, columns: Sequence[str]) -> list[tuple[float, float, float] | None]:
+    return [interval(figures[c]) if c in figures else None for c in columns]
+
+
+def over_seeds(found: Sequence[Figures]) -> Figures:
+    """The mean over trainings, set by set."""
+    return {name: np.mean([figures[name] for figures in found], axis=0).tolist() for name in found[0]}
+
+
+def what_intervals_cover(experiment: Experiment) -> str:
+    """A sentence on what the intervals of an experiment hold, and what they do not."""
+    if experiment.seeds == 1:
+        return "Intervals cover sampling only: every arm was trained once."
+    return (
+        f"Every arm was trained {experiment.seeds} times, with --seed 0 to {experiment.seeds - 1}; figures are means "
+        "over the trainings. Intervals cover sampling only; the spread that training adds shows between the means of "
+        "the single trainings (by seed)."
+    )
+
+
+def sheet(rows: list[Tensor], zoom: int = 2) -> Image.Image:
+    """Rows of composites (N, 3, h, w), one below the other."""
+    picture = to_picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).clamp(-1, 1))
+    return picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)
