@@ -16,7 +16,7 @@ from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
 from .cache import HASHED, Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
-from .config import UNO, TrainConfig, model_row
+from .config import ALONE, UNO, TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, sight, token_mask
 from .prompts import texts_of
@@ -67,7 +67,8 @@ class Feed:
             shown = [self._once(e.reference_sha256, partial(self.references.get, e)) for e in examples]
             references, spread = (torch.stack(tensors) for tensors in zip(*shown, strict=True))
             ids = place(layout, self.config.offset, self.config.offset_scale)
-            return Sets(z, txt, vec, references=references, spread=spread, ids=ids)
+            alone = self.config.reference_attention == ALONE
+            return Sets(z, txt, vec, references=references, spread=spread, ids=ids, alone=alone)
         if self.config.condition == "none":
             return Sets(z, txt, vec, mask=mask)
         everything = range(1, layout.panels + 1)

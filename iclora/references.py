@@ -28,7 +28,9 @@ from .knobs import flag
 from .layout import MAX_TOKENS, Layout
 
 Config = TypeVar("Config", SampleConfig, TrainConfig)
-TRAINED = {"offset": str, "offset_scale": float, "ref_size": int, "posterior": str}  # told by a LoRA as iclora.NAME
+TRAINED = {  # told by a LoRA as iclora.NAME
+    "offset": str, "offset_scale": float, "ref_size": int, "posterior": str, "reference_attention": str,
+}  # fmt: skip
 TEXT = 512  # tokens, at most
 ACTIVATIONS = 40  # values held at once, a token and unit of width; 24 to 47 were measured on a CPU
 
