@@ -126,6 +126,16 @@ def origin(examples: Sequence[Example], files: ModelFiles) -> dict[str, str]:
     return {"data": hashlib.sha256(sets.encode()).hexdigest(), "model": model}
 
 
+def long_sides_of(config: TrainConfig, shape: FluxConfig) -> tuple[int, int]:
+    """Give the longer sides of a single reference, and of each of several, in pixels."""
+    return model_row(shape).references if config.ref_size is None else (config.ref_size, config.ref_size)
+
+
+def sort_out(config: TrainConfig, examples: Sequence[Example], shape: FluxConfig) -> dict[Layout, list[Example]]:
+    """Sort examples into buckets. Errors: ValueError for what is too large or too narrow"""
+    return buckets(examples, config.panel_size, long_sides_of(config, shape))
+
+
 def prepare(
     config: TrainConfig, examples: Sequence[Example], files: ModelFiles, shape: FluxConfig, note: Note,
     bar: Callable[[str], AbstractContextManager[Progress]],
@@ -139,9 +149,8 @@ def prepare(
     Errors: ValueError for too large composites, captions that cannot be taken apart, or encoders of another model;
         OSError if the disk is full
     """
-    row = model_row(shape)
-    long_sides = row.references if config.ref_size is None else (config.ref_size, config.ref_size)
-    every = buckets(examples, config.panel_size, long_sides)
+    row, long_sides = model_row(shape), long_sides_of(config, shape)
+    every = sort_out(config, examples, shape)
     trained, held_out = hold_out(every, config.holdout)
     cache, dtype = Cache(Path(config.out).absolute().parent / ".cache"), getattr(torch, config.dtype)
     mark = file_mark([files.autoencoder])
