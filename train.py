@@ -67,7 +67,7 @@ def run(config: TrainConfig) -> None:
     from iclora import feed as feeds
     from iclora.monitor import Metrics, board_writer
     from iclora.plan import pick_device
-    from iclora.references import as_trained
+    from iclora.references import as_trained, check_training_memory
     from iclora.restart import load_state, refuse_other_run, start_folder
     from iclora.training import keep_no_activations, new_state, parts, train
     from model.flux import Flux
@@ -87,6 +87,9 @@ def run(config: TrainConfig) -> None:
         flux = Flux(shape)
     adapt(flux, config)  # refuses unknown targets, and a wrong --init-lora
     examples = feeds.find(config)
+    if config.method == UNO:
+        trained = sum(p.numel() for p in trainable(flux))
+        check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, trained, ranks)
     origin = feeds.origin(examples, files)
     refuse_other_run(folder / CHECKPOINT, config, origin)
     if ranks > 1:

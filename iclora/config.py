@@ -17,6 +17,7 @@ GRID = "2x2"
 REFERENCE_GUIDANCE = 4.0  # UNO's
 LAST_SEED = 2**63 - 1
 METHODS = IN_CONTEXT, UNO = "in-context-lora", "uno"
+REFERENCE_ATTENTION = JOINT, ALONE = "joint", "alone"
 PAPER = ("model", "method")  # what decides the settings that a paper gives
 
 
@@ -85,6 +86,10 @@ class SampleConfig:
     posterior: str | None = knob(
         None, "references' latents: a sample under the seed, as UNO's, or the mean (default: the LoRA's, or sample)",
         choices=("sample", "mean"), follows=("lora",),
+    )
+    reference_attention: str | None = knob(
+        None, "references see all tokens, as UNO's, or each other alone, which makes steps faster and needs a LoRA "
+        "that was trained so (default: the LoRA's, or joint)", choices=REFERENCE_ATTENTION, follows=("lora",),
     )
     schedule: str = knob(
         "tokens", "times for the picture's number of tokens, or for 64 times too few, as UNO's release has them",
@@ -172,6 +177,11 @@ class TrainConfig:
         None, "references' latents: a new sample in every step, or the mean (default: the starting LoRA's, or sample)",
         choices=("sample", "mean"), follows=("method", "init_lora"),
     )
+    reference_attention: str | None = knob(
+        None, "references see all tokens and their time, as UNO's, or each other alone, at time 0: once for all steps "
+        "of sampling (default: the starting LoRA's, or joint)", choices=REFERENCE_ATTENTION,
+        follows=("method", "init_lora"),
+    )
     steps: int | None = knob(
         None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000), follows=PAPER
     )
@@ -252,12 +262,12 @@ TRAINING = {  # defaults of train.py, as in arXiv:2410.23775 and arXiv:2504.0216
     },
     UNO: {
         "steps": 5000, "batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": "shifted",
-        "stage": 1, "offset": "d", "offset_scale": 1.0, "posterior": "sample",
+        "stage": 1, "offset": "d", "offset_scale": 1.0, "posterior": "sample", "reference_attention": JOINT,
     },
 }  # fmt: skip
 TINY_TRAINING = {IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3}, UNO: {"steps": 1500, "lr": 1e-3, "rank": 64}}
 USELESS = {  # to a method
-    IN_CONTEXT: ("stage", "ref_size", "offset", "offset_scale", "posterior"),
+    IN_CONTEXT: ("stage", "ref_size", "offset", "offset_scale", "posterior", "reference_attention"),
     UNO: ("grid", "condition", "concat", "text"),
 }
 
@@ -284,6 +294,7 @@ def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) 
         "offset": "d",
         "offset_scale": 1.0,
         "posterior": "sample",
+        "reference_attention": JOINT,
         "dtype": row.cpu_dtype if device == "cpu" else "bfloat16",
     }
     undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}

@@ -16,7 +16,7 @@ from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
 from .cache import HASHED, Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
-from .config import UNO, TrainConfig, model_row
+from .config import ALONE, UNO, TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, sight, token_mask
 from .prompts import texts_of
@@ -67,7 +67,8 @@ class Feed:
             shown = [self._once(e.reference_sha256, partial(self.references.get, e)) for e in examples]
             references, spread = (torch.stack(tensors) for tensors in zip(*shown, strict=True))
             ids = place(layout, self.config.offset, self.config.offset_scale)
-            return Sets(z, txt, vec, references=references, spread=spread, ids=ids)
+            alone = self.config.reference_attention == ALONE
+            return Sets(z, txt, vec, references=references, spread=spread, ids=ids, alone=alone)
         if self.config.condition == "none":
             return Sets(z, txt, vec, mask=mask)
         everything = range(1, layout.panels + 1)
@@ -125,6 +126,16 @@ def origin(examples: Sequence[Example], files: ModelFiles) -> dict[str, str]:
     return {"data": hashlib.sha256(sets.encode()).hexdigest(), "model": model}
 
 
+def long_sides_of(config: TrainConfig, shape: FluxConfig) -> tuple[int, int]:
+    """Give the longer sides of a single reference, and of each of several, in pixels."""
+    return model_row(shape).references if config.ref_size is None else (config.ref_size, config.ref_size)
+
+
+def sort_out(config: TrainConfig, examples: Sequence[Example], shape: FluxConfig) -> dict[Layout, list[Example]]:
+    """Sort examples into buckets. Errors: ValueError for what is too large or too narrow"""
+    return buckets(examples, config.panel_size, long_sides_of(config, shape))
+
+
 def prepare(
     config: TrainConfig, examples: Sequence[Example], files: ModelFiles, shape: FluxConfig, note: Note,
     bar: Callable[[str], AbstractContextManager[Progress]],
@@ -138,9 +149,8 @@ def prepare(
     Errors: ValueError for too large composites, captions that cannot be taken apart, or encoders of another model;
         OSError if the disk is full
     """
-    row = model_row(shape)
-    long_sides = row.references if config.ref_size is None else (config.ref_size, config.ref_size)
-    every = buckets(examples, config.panel_size, long_sides)
+    row, long_sides = model_row(shape), long_sides_of(config, shape)
+    every = sort_out(config, examples, shape)
     trained, held_out = hold_out(every, config.holdout)
     cache, dtype = Cache(Path(config.out).absolute().parent / ".cache"), getattr(torch, config.dtype)
     mark = file_mark([files.autoencoder])

@@ -170,9 +170,11 @@ def _sample(
         after_step = keep_clean(pack(sets.known), mask)
         start = after_step(start, 1.0)
 
+    fixed = flux.prepare(ids, sets.txt, txt_ids, sets.references, sets.mask, sets.alone)
+
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        t = torch.full((1,), t, device=device)
-        return flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references).float()
+        vec = flux.conditioning(torch.full((1,), t, device=device), sets.vec, guidance)
+        return flux.predict(x, fixed, vec).float()
 
     x = euler(velocity, start, times(row.steps, tokens=start.shape[1], shift=row.shift), after_step)
     made = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)

@@ -25,6 +25,7 @@ from sampling.images import to_picture
 from sampling.inpaint import drafted_start, keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
 
+from .config import ALONE
 from .layout import Layout, compose, paste, sight, split, through, token_mask
 from .plan import Note, Plan, resolve
 from .prompts import texts_of
@@ -124,7 +125,8 @@ class Pipeline:
         mask = None
         if self.plan.text == "panel":
             mask = sight(self.plan.layout, self.txt.shape[1] // self.plan.layout.panels).to(config.device)
-        fixed = self.flux.prepare(ids, self.txt, txt_ids, references, mask)
+        alone = config.reference_attention == ALONE
+        fixed = self.flux.prepare(ids, self.txt, txt_ids, references, mask, alone)
         guidance = None if config.guidance is None else torch.full((1,), config.guidance, device=config.device)
 
         def velocity(x: Tensor, t: float) -> Tensor:

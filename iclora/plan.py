@@ -97,7 +97,7 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
     prompt = joint_caption(config, layout, task, found, note)
     sources = read_sources(config, layout, masked, found, note)
     if config.ref:
-        check_memory(config, layout, files.flux, shape.hidden_size)
+        check_memory(config, layout, files.flux, shape)
     references = read_references(config.ref, config.ref_size)
     layout = replace(layout, references=tuple(source.picture.size for source in references))
     config = replace(

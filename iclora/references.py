@@ -7,7 +7,7 @@ Source: arXiv:2504.02160; bytedance/UNO@d305981 uno/flux/pipeline.py, uno/flux/s
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,19 +18,25 @@ from torch import Tensor
 
 from model.autoencoder import AutoEncoder
 from model.checkpoint import open_checkpoint, read_header
+from model.flux import FluxConfig
 from model.position import grid_ids, reference_ids
 from sampling.images import open_picture, picture_size, to_tensor
 from sampling.latents import TOKEN, pack
 
-from .config import UNO, SampleConfig, TrainConfig
+from .config import ALONE, UNO, SampleConfig, TrainConfig, model_row
 from .data import Source
 from .knobs import flag
 from .layout import MAX_TOKENS, Layout
 
 Config = TypeVar("Config", SampleConfig, TrainConfig)
-TRAINED = {"offset": str, "offset_scale": float, "ref_size": int, "posterior": str}  # told by a LoRA as iclora.NAME
+TRAINED = {  # told by a LoRA as iclora.NAME
+    "offset": str, "offset_scale": float, "ref_size": int, "posterior": str, "reference_attention": str,
+}  # fmt: skip
 TEXT = 512  # tokens, at most
 ACTIVATIONS = 40  # values held at once, a token and unit of width; 24 to 47 were measured on a CPU
+KEPT = 22  # such values that training keeps of every block; 15 to 23 were counted
+RECOMPUTED = 2  # of a block that is computed again: its input, and keys and values of references alone
+COPIES = 5  # of what is trained, in float32: weights, gradients, averages, two moments
 
 
 def follow_loras(
@@ -149,31 +155,64 @@ def encode_posterior(autoencoder: AutoEncoder, reference: Image.Image) -> tuple[
     return pack(config.scale_factor * (mean - config.shift_factor)), pack(config.scale_factor * (logvar / 2).exp())
 
 
-def check_memory(config: SampleConfig, layout: Layout, flux: Path, width: int) -> None:
+def check_memory(config: SampleConfig, layout: Layout, flux: Path, shape: FluxConfig) -> None:
     """Refuses more references than a run can hold, before a pixel of them is read.
 
-    flux: the transformer's file
-    width: of the transformer, D
+    flux, shape: the transformer's file, and what it is
     Errors: ValueError with the tokens and an estimate of the memory; or for a file that is no picture, or too narrow
     """
     shapes = [scaled(picture_size(path), config.ref_size) for path in config.ref]
     count, target = sum(w // TOKEN * (h // TOKEN) for w, h in shapes), layout.tokens_high * layout.tokens_wide
-    size = getattr(torch, config.dtype).itemsize
-    weights = size * sum(math.prod(stored.shape) for stored in open_checkpoint(flux, "transformer").tensors.values())
-    needed = weights + size * width * ACTIVATIONS * (TEXT + target + count)
+    size, blocks = getattr(torch, config.dtype).itemsize, shape.depth + shape.depth_single_blocks
+    once = 2 * blocks * count if config.reference_attention == ALONE else 0  # keys and values
+    weights = size * stored_values(flux)
+    needed = weights + size * shape.hidden_size * (ACTIVATIONS * (TEXT + target + count) + once)
+    about = f"{count} tokens of references (--ref, {len(shapes)} given) beside {target} of the picture"
+    refuse_above(needed, weights, target + count, config.device, about, "give fewer, or lower --ref-size")
+
+
+def check_training_memory(
+    config: TrainConfig, layouts: Iterable[Layout], flux: Path, shape: FluxConfig, trained: int, ranks: int
+) -> None:
+    """Refuses more references than a step of training can hold, before anything is encoded.
+
+    layouts: of all batches; the largest decides
+    trained: how many values
+    ranks: processes; the estimate is for one of them
+    Errors: ValueError with the tokens and an estimate of the memory
+    """
+    sizes = [(layout.tokens_high * layout.tokens_wide, layout.reference_tokens, layout) for layout in layouts]
+    target, count, layout = max(sizes, key=lambda some: some[0] + some[1])
+    text, examples = model_row(shape).text or 0, config.batch // (ranks * config.accumulate)  # tiny's texts are short
+    size, blocks = getattr(torch, config.dtype).itemsize, shape.depth + shape.depth_single_blocks
+    kept = RECOMPUTED * blocks + KEPT if config.checkpointing else KEPT * blocks
+    fixed = size * stored_values(flux) + 4 * COPIES * trained
+    needed = fixed + size * shape.hidden_size * kept * (text + target + count) * examples
     about = (
-        f"{count} tokens of references (--ref, {len(shapes)} given) beside {target} of the picture take about "
-        f"{needed / 1e9:.3g} GB in the transformer"
+        f"{count} tokens of references ({len(layout.references)} in a row of --data) beside {target} of the picture, "
+        f"{examples} examples at once,"
     )
-    free = free_memory(config.device)
-    if weights <= free < needed:
-        raise ValueError(f"{about}, but {config.device} has {free / 1e9:.3g} GB; give fewer, or lower --ref-size")
-    if target + count > MAX_TOKENS:
-        raise ValueError(f"{about}; at most {MAX_TOKENS} tokens are possible, so give fewer, or lower --ref-size")
+    less = "raise --accumulate" if config.checkpointing else "use --checkpointing, raise --accumulate"
+    advice = f"{less}, lower --ref-size or have fewer"
+    refuse_above(needed, fixed, target + count, config.device, about, advice)
+
+
+def refuse_above(needed: int, fixed: int, tokens: int, device: str, about: str, advice: str) -> None:
+    """Refuses what takes more memory than there is, unless what is fixed does so already; and too many tokens."""
+    about, free = f"{about} take about {needed / 1e9:.3g} GB in the transformer", free_memory(device)
+    if fixed <= free < needed:
+        raise ValueError(f"{about}, but {device} has {free / 1e9:.3g} GB; {advice}")
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{about}; at most {MAX_TOKENS} tokens are possible, so {advice}")
+
+
+def stored_values(flux: Path) -> int:
+    """Counts the values of a transformer's file."""
+    return sum(math.prod(stored.shape) for stored in open_checkpoint(flux, "transformer").tensors.values())
 
 
 def free_memory(device: str) -> int:
-    """Says how many bytes a GPU has left, or how many the machine has in all."""
+    """Says how many bytes a process's GPU has left, or how many the machine has in all."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

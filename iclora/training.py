@@ -41,7 +41,8 @@ class Sets:
     mask: (L, L) which tokens see which, from iclora.layout.sight; None lets all see all
     references: (B, R, 64) clean tokens of their references; None if they have none
     spread: (B, R, 64) the standard deviation of those, whose mean references is
-    ids: (1, I + R, 3) places of their tokens and the references'; None with references
+    ids: (1, I + R, 3) places of their tokens and the references'; None without references
+    alone: whether references see each other only
     """
 
     z: Tensor
@@ -53,6 +54,7 @@ class Sets:
     references: Tensor | None = None
     spread: Tensor | None = None
     ids: Tensor | None = None
+    alone: bool = False
 
     def drawn(self, noise: Tensor | None) -> "Sets":
         """Draw the references from their posterior. noise: (B, R, 64), or None for the mean"""
@@ -181,7 +183,7 @@ def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
     ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references)
+    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references, sets.alone)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
     if sets.generated is None:
         return error.mean(dim=1)
@@ -211,7 +213,7 @@ def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device
 
 
 def to(sets: Sets, device: torch.device) -> Sets:
-    return Sets(*(value if value is None else value.to(device) for value in vars(sets).values()))
+    return Sets(*(value.to(device) if isinstance(value, Tensor) else value for value in vars(sets).values()))
 
 
 # the loop

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .position import SINUSOID, rotary_angles, rotate, timestep_embedding
-
-EPS = 1e-6  # of every LayerNorm and RMSNorm
-EVERY = slice(None)  # every row of a sequence
+from .attention import EPS, EVERY, QKNorm, Seen, SelfAttention, attention
+from .position import SINUSOID, rotary_angles, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,6 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.scale.shape, self.scale, EPS)
-
-
-class QKNorm(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.query_norm = RMSNorm(width)
-        self.key_norm = RMSNorm(width)
-
-
 class Modulation(nn.Module):
     """Shift, scale and gate for one (single block) or two (double block) branches, from the vector vec."""
 
@@ -82,38 +64,6 @@ class Modulation(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None, rows: slice = EVERY
-) -> Tensor:
-    """Let every token attend to every token, with rotated queries and keys.
-
-    q, k, v: (B, H, L, K)
-    mask: (L, L) True where the token of the row sees that of the column; None is everywhere
-    rows: the tokens whose result is wanted
-    Returns (B, N, D)
-    """
-    cos, sin = pe
-    q = rotate(q[:, :, rows], cos[:, :, rows], sin[:, :, rows])  # (B, H, N, K)
-    mask = None if mask is None else mask[rows]  # (N, L)
-    out = F.scaled_dot_product_attention(q, rotate(k, cos, sin), v, attn_mask=mask)
-    return rearrange(out, "B H L K -> B L (H K)")
-
-
-class SelfAttention(nn.Module):
-    """The attention weights of one stream; the double block joins two of them."""
-
-    def __init__(self, hidden: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.norm = QKNorm(hidden // heads)
-        self.proj = nn.Linear(hidden, hidden)
-
-    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(self.qkv(x), "B L (three H K) -> three B H L K", three=3, H=self.heads)
-        return self.norm.query_norm(q), self.norm.key_norm(k), v
 
 
 def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
@@ -134,15 +84,21 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden, config.mlp_hidden)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        pe: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        besides: Seen | None = None,
+    ) -> tuple[Tensor, Tensor, Seen]:
         """Let both streams exchange and think.
 
         img: (B, I, D), txt: (B, T, D)
         vec: (B, D) conditioning
         pe: cosines and sines from rotary_angles, text first
-        mask: (L, L) as for attention
-        Returns (B, I, D) and (B, T, D)
+        mask, besides: as for attention
+        Returns (B, I, D) and (B, T, D), and what others may see of these tokens
         """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
@@ -155,7 +111,8 @@ class DoubleStreamBlock(nn.Module):
         q = torch.cat((txt_q, img_q), dim=2)  # (B, H, L, K)
         k = torch.cat((txt_k, img_k), dim=2)
         v = torch.cat((txt_v, img_v), dim=2)
-        txt_out, img_out = attention(q, k, v, pe, mask).split((txt.shape[1], img.shape[1]), dim=1)
+        out, seen = attention(q, k, v, pe, mask, besides=besides)
+        txt_out, img_out = out.split((txt.shape[1], img.shape[1]), dim=1)
 
         # back into the image stream
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_out))
@@ -164,7 +121,7 @@ class DoubleStreamBlock(nn.Module):
         # and into the text stream
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_out))
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
-        return img, txt
+        return img, txt, seen
 
 
 class SingleStreamBlock(nn.Module):
@@ -181,23 +138,29 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // self.heads)
 
     def forward(
-        self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], mask: Tensor | None = None, rows: slice = EVERY
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        vec: Tensor,
+        pe: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        rows: slice = EVERY,
+        besides: Seen | None = None,
+    ) -> tuple[Tensor, Seen]:
         """Attend and think side by side.
 
         x: (B, L, D) text, then image
         vec: (B, D) conditioning
         pe: cosines and sines from rotary_angles
-        mask: (L, L) as for attention
+        mask, besides: as for attention
         rows: the tokens that are wanted; of the others only keys and values count
-        Returns (B, N, D), one row per token wanted
+        Returns (B, N, D), one row per token wanted, and what others may see of all tokens
         """
         shift, scale, gate = self.modulation(vec)
         qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
-        attended = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows)
+        attended, seen = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows, besides)
         thought = F.gelu(up[:, rows], approximate="tanh")
-        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat((attended, thought), dim=-1)))
+        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat((attended, thought), dim=-1))), seen
 
 
 class LastLayer(nn.Module):
@@ -216,9 +179,10 @@ class Fixed:
     """What all steps of a run share; Flux.prepare computes it once."""
 
     txt: Tensor  # (B, T, D)
-    references: Tensor  # (B, R, D)
-    pe: tuple[Tensor, Tensor]  # of text, target and references
-    mask: Tensor | None  # (L, L)
+    references: Tensor  # (B, R, D), those that go through every step
+    pe: tuple[Tensor, Tensor]  # of text, target and such references
+    mask: Tensor | None  # (L, L), or (T + I, L) if references are alone
+    alone: list[Seen | None]  # what every block sees of references that do not
 
 
 class Flux(nn.Module):
@@ -276,6 +240,7 @@ class Flux(nn.Module):
         guidance: Tensor | None = None,
         mask: Tensor | None = None,
         references: Tensor | None = None,
+        alone: bool = False,
     ) -> Tensor:
         """Predict the velocity of every token in img.
 
@@ -288,10 +253,11 @@ class Flux(nn.Module):
         guidance: (B,) raw scale; ignored by models without it
         mask: (L, L) True where the token of the row sees that of the column, text first; None is everywhere
         references: (B, R, 64) packed clean latent tokens that are seen and not predicted
+        alone: whether references see references only, at time 0
         Returns (B, N, 64), one row per token of img
         """
         vec = self.conditioning(timesteps, y, guidance)  # (B, D)
-        return self.predict(img, self.prepare(img_ids, txt, txt_ids, references, mask), vec)
+        return self.predict(img, self.prepare(img_ids, txt, txt_ids, references, mask, alone), vec)
 
     def prepare(
         self,
@@ -300,6 +266,7 @@ class Flux(nn.Module):
         txt_ids: Tensor,
         references: Tensor | None = None,
         mask: Tensor | None = None,
+        alone: bool = False,
     ) -> Fixed:
         """Compute what does not depend on time, to be used in every step.
 
@@ -308,12 +275,39 @@ class Flux(nn.Module):
         txt_ids: (B, T, 3) zeros
         references: (B, R, 64) packed clean latent tokens; None leaves everything to predict
         mask: (L, L) as for forward
+        alone: as for forward; then all that is seen of references is computed here, and steps only append it
         """
-        dtype = self.img_in.weight.dtype
+        dtype, blocks = self.img_in.weight.dtype, len(self.double_blocks) + len(self.single_blocks)
         if references is None:
             references = txt.new_zeros(len(txt), 0, self.config.in_channels)
         pe = rotary_angles(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        return Fixed(self.txt_in(txt.to(dtype)), self.img_in(references.to(dtype)), pe, mask)
+        txt, references = self.txt_in(txt.to(dtype)), self.img_in(references.to(dtype))
+        if not alone or not references.shape[1]:
+            return Fixed(txt, references, pe, mask, [None] * blocks)
+        own = pe[0].shape[2] - references.shape[1]  # T + I
+        seen = self.pass_alone(references, tuple(turn[:, :, own:] for turn in pe))
+        mask = None if mask is None else mask[:own]
+        return Fixed(txt, references[:, :0], tuple(turn[:, :, :own] for turn in pe), mask, seen)
+
+    def pass_alone(self, references: Tensor, pe: tuple[Tensor, Tensor]) -> list[Seen]:
+        """Pass references through all blocks as a picture by itself: no text, time 0, guidance 1, pooled text 0.
+
+        So what others see of them depends on no time, prompt or seed. They see each other, all of them.
+
+        references: (B, R, D)
+        Returns keys and values, for every block
+        """
+        zero = torch.zeros(len(references), 1, device=references.device)
+        vec = self.conditioning(zero[:, 0], zero.expand(-1, self.config.vec_in_dim), zero[:, 0] + 1)  # (B, D)
+        img, txt, every = references, references[:, :0], []
+        for block in self.double_blocks:
+            img, txt, seen = block(img, txt, vec, pe)
+            every.append(seen)
+        for block in self.single_blocks[:-1]:
+            img, seen = block(img, vec, pe)
+            every.append(seen)
+        every += [block(img, vec, pe, rows=slice(0))[1] for block in self.single_blocks[-1:]]  # no result is read
+        return [(k, v.clone()) for k, v in every]  # v is a slice, which would keep all of its block's projection
 
     def predict(self, img: Tensor, fixed: Fixed, vec: Tensor) -> Tensor:
         """Predict the velocity of the target's tokens; what is fixed was computed before, and is not predicted.
@@ -322,17 +316,17 @@ class Flux(nn.Module):
         vec: (B, D) from conditioning
         Returns (B, N, 64)
         """
-        txt, pe, mask = fixed.txt, fixed.pe, fixed.mask  # txt (B, T, D)
+        txt, pe, mask, alone = fixed.txt, fixed.pe, fixed.mask, iter(fixed.alone)  # txt (B, T, D)
         target = slice(txt.shape[1], txt.shape[1] + img.shape[1])
         img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), fixed.references), dim=1)  # (B, I, D)
 
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe, mask)
+            img, txt, _ = block(img, txt, vec, pe, mask, next(alone))
 
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
         for block in self.single_blocks[:-1]:
-            x = block(x, vec, pe, mask)
+            x, _ = block(x, vec, pe, mask, EVERY, next(alone))
         for block in self.single_blocks[-1:]:  # of the last one, nothing but the target is read any more
-            x = block(x, vec, pe, mask, target)  # (B, N, D)
+            x, _ = block(x, vec, pe, mask, target, next(alone))  # (B, N, D)
 
         return self.final_layer(x, vec)  # (B, N, 64)

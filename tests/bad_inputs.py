@@ -116,6 +116,7 @@ def flags() -> Iterator[Case]:
         "--offset": ["", "D", "x", "dh", "\0"],
         "--offset-scale": ["", "-1", "101", "nan", "inf", "1e400", "far"],
         "--posterior": ["", "mode", "MEAN"],
+        "--reference-attention": ["", "ALONE", "together"],
         "--schedule": ["", "uno", "tokens "],
         "--dtype": ["", "float8", "int8", "float64", "torch.float32"],
         "--device": ["", "gpu", "cuda:9", "tpu", "meta"],

@@ -18,8 +18,8 @@ from sampling.images import FIT_RULES
 ROOT = Path(__file__).parents[1]
 FLAGS = (
     "--grid --mask --panels --set --ref --prompt --panel-prompt --preset --model --steps --guidance --seed --num "
-    "--lora --panel-size --ref-size --offset --offset-scale --posterior --schedule --strength --fit --device "
-    "--dtype --tile --out --config"
+    "--lora --panel-size --ref-size --offset --offset-scale --posterior --reference-attention --schedule --strength "
+    "--fit --device --dtype --tile --out --config"
 )
 
 
@@ -137,8 +137,8 @@ def test_what_is_put_into_pictures_says_nothing_about_places():
     ({"prompt": "the joint caption"}, ["--panel-prompt", "a"], "prompt"),
     ({"set": "x"}, ["--panels", "a.png"], "set"),
     ({"ref_size": 64, "guidance": 3.5}, ["--ref", "a.png"], "ref_size guidance"),
-    ({"ref_size": 64, "offset": "d", "offset_scale": 1, "posterior": "mean"}, ["--lora", "a.safetensors"],
-     "ref_size offset offset_scale posterior"),
+    ({"ref_size": 64, "offset": "d", "offset_scale": 1, "posterior": "mean", "reference_attention": "alone"},
+     ["--lora", "a.safetensors"], "ref_size offset offset_scale posterior reference_attention"),
 ])
 def test_a_flag_makes_void_what_the_file_only_derived(tmp_path, values, flags, forgotten):
     config = read("--config", recorded(tmp_path, **values), *flags)
@@ -206,7 +206,11 @@ def test_references_bring_unos_defaults(row, references, guidance, size):
     config = settle(SampleConfig(ref=("a.png",) * references), None, row, "cpu")
     assert (config.grid, config.guidance, config.ref_size) == ("1x1", guidance, size)
     assert (config.offset, config.offset_scale, config.posterior, config.schedule) == ("d", 1.0, "sample", "tokens")
-    given = SampleConfig(ref=("a.png",), guidance=2.0, grid="1x2", ref_size=100, offset="w", posterior="mean")
+    assert config.reference_attention == "joint"
+    given = SampleConfig(
+        ref=("a.png",), guidance=2.0, grid="1x2", ref_size=100, offset="w", posterior="mean",
+        reference_attention="alone",
+    )  # fmt: skip
     assert settle(given, None, row, "cpu") == replace(
         given, steps=row.steps, panel_size=str(row.panel), offset_scale=1.0, device="cpu", dtype=row.cpu_dtype
     )

@@ -1,6 +1,7 @@
 """References: parity with the official UNO on the reference numbers, then what --ref does on the tiny model."""
 
 import json
+import re
 from copy import copy
 from functools import lru_cache
 from pathlib import Path
@@ -208,7 +209,7 @@ def test_any_number_of_references_makes_a_picture_and_each_of_them_counts():
 
 @pytest.mark.parametrize("values", [
     {"offset": "w"}, {"offset": "h"}, {"offset": "o"}, {"offset_scale": 2.0}, {"posterior": "mean"}, {"ref_size": 48},
-    {"schedule": "uno-release"}, {"guidance": 3.5},
+    {"schedule": "uno-release"}, {"guidance": 3.5}, {"reference_attention": "alone"},
 ])
 def test_every_setting_of_references_reaches_the_picture(values):
     assert quickly(CAT, ROBOT, **values) != quickly(CAT, ROBOT)
@@ -270,11 +271,15 @@ def test_a_lora_of_unos_dialect_changes_what_references_do(tmp_path):
 
 
 def test_how_a_lora_was_trained_is_followed_and_flags_win(tmp_path):
-    file = lora(tmp_path, method="uno", offset="w", offset_scale=2.0, ref_size=48, posterior="mean")
+    told = {"offset": "w", "offset_scale": 2.0, "ref_size": 48, "posterior": "mean", "reference_attention": "alone"}
+    file = lora(tmp_path, method="uno", **told)
     config = plan_for(CAT, lora=(file,), ref_size=None)[0].config
-    assert (config.offset, config.offset_scale, config.ref_size, config.posterior) == ("w", 2.0, 48, "mean")
-    config = plan_for(CAT, lora=(file,), offset="d", offset_scale=1.0, posterior="sample")[0].config
-    assert (config.offset, config.offset_scale, config.ref_size, config.posterior) == ("d", 1.0, 32, "sample")
+    assert {name: getattr(config, name) for name in told} == told
+    flags = {
+        "offset": "d", "offset_scale": 1.0, "ref_size": 32, "posterior": "sample", "reference_attention": "joint",
+    }  # fmt: skip
+    config = plan_for(CAT, lora=(file,), **flags)[0].config
+    assert {name: getattr(config, name) for name in told} == flags
 
 
 def test_a_uno_lora_without_references_gives_one_warning_and_runs(tmp_path):
@@ -296,6 +301,7 @@ def test_loras_that_were_trained_differently_need_a_flag(tmp_path):
     ({"offset": "x"}, "damaged iclora.offset in its metadata .--offset 'x' is unknown"),
     ({"offset_scale": "nan"}, "damaged iclora.offset_scale .*--offset-scale nan is out of range"),
     ({"ref_size": "64.5"}, "damaged iclora.ref_size"),
+    ({"reference_attention": "both"}, "damaged iclora.reference_attention .*'both' is unknown; .* joint, alone"),
     ({"ref_size": "9" * 5000}, "damaged iclora.ref_size"),
     ({"offset_scale": "a" * 5000}, "damaged iclora.offset_scale"),
 ])
@@ -331,6 +337,12 @@ def test_more_than_memory_allows_is_refused_with_the_tokens_and_an_estimate(monk
         "transformer, but cpu has 0.06 GB; give fewer, or lower --ref-size$"
     )):
         plan_for(*[CAT] * 10, ref_size=512)
+    with pytest.raises(ValueError, match="^10240 tokens") as joint:
+        plan_for(*[CAT] * 10, ref_size=512)
+    with pytest.raises(ValueError, match="^10240 tokens") as alone:
+        plan_for(*[CAT] * 10, ref_size=512, reference_attention="alone")
+    sizes = [float(re.search(r"about (\S+) GB", str(caught.value))[1]) for caught in (joint, alone)]
+    assert sizes[0] < sizes[1], "keys and values are kept of every block"
     monkeypatch.setattr(iclora.references, "free_memory", lambda device: 1)  # too little for the model in any case
     plan_for(*[CAT] * 10, ref_size=512)
 

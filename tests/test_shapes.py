@@ -17,6 +17,7 @@ from PIL import Image
 import iclora.layout
 import iclora.pipeline
 import iclora.references
+import model.attention
 import model.autoencoder
 import model.flux
 import model.position
@@ -29,7 +30,7 @@ import sampling.latents
 from golden import AE, FLUX, case
 from model.weights import examples_folder, load_autoencoder, load_flux
 
-MODULES = [model.flux, model.position, model.autoencoder, model.text]
+MODULES = [model.attention, model.flux, model.position, model.autoencoder, model.text]
 MODULES += [sampling.flow, sampling.latents, sampling.inpaint, sampling.images, iclora.layout]
 MODULES += [iclora.pipeline, iclora.references]
 PACKAGES = ("model", "sampling", "iclora", "sample")
@@ -145,7 +146,10 @@ def test_every_documented_shape_holds_in_a_sampling_run(seen, tmp_path):
     iclora.references.encode_posterior(load_autoencoder(AE), Image.new("RGB", (32, 16)))
     case_of = case("dev")
     names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
-    load_flux(FLUX["dev"], dtype=torch.float32)(**{name: case_of[name] for name in names})
+    given = {name: case_of[name] for name in names}
+    load_flux(FLUX["dev"], dtype=torch.float32)(**given)
+    apart = {"img": given["img"][:, 2:], "references": given["img"][:, :2], "alone": True}
+    load_flux(FLUX["dev"], dtype=torch.float32)(**given | apart)
     golden = case("ae")
     autoencoder = load_autoencoder(AE)
     with torch.no_grad():

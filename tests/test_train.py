@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -26,16 +27,19 @@ from safetensors.torch import load_file
 
 import iclora.feed
 import iclora.monitor
+import iclora.references
 import iclora.restart
 import iclora.training
 import model.lora
 import sample
 import train
+from golden import LOOP
 from iclora.cli import Bar, parse
 from iclora.config import DEV, SampleConfig, TrainConfig, model_row, settle_training
 from iclora.feed import prepare
 from iclora.knobs import flag
 from iclora.pipeline import Pipeline, resolve
+from iclora.references import place
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
 from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
@@ -46,9 +50,9 @@ from sampling.latents import pack
 ROOT = Path(__file__).parents[1]
 FLAGS = (
     "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text --ref-size "
-    "--offset --offset-scale --posterior --steps --batch --accumulate --lr --warmup --ema --dropout --times "
-    "--panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device --dtype --tensorboard "
-    "--out --config"
+    "--offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup --ema "
+    "--dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
+    "--dtype --tensorboard --out --config"
 )
 KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -805,9 +809,12 @@ def test_the_sheet_of_a_clean_run_keeps_the_first_panel(world, out, monkeypatch)
 # references (UNO)
 
 
+def on_pairs(world):
+    return "--method", "uno", "--data", str(world / "pairs.json"), "--ref-size", "32", "--offset", "w"
+
+
 def uno(world, out, *flags, **more):
-    flags = ("--method", "uno", "--data", str(world / "pairs.json"), "--ref-size", "32", "--offset", "w", *flags)
-    return go(world, out, *flags, **more)
+    return go(world, out, *on_pairs(world), *flags, **more)
 
 
 @pytest.fixture(scope="module")
@@ -824,7 +831,7 @@ def test_uno_writes_the_names_of_the_release_and_how_it_was_trained(world, refer
     assert tensors.keys() == double | {"single_blocks.0." + end.format("") for end in ends}
     assert {name.removeprefix("iclora."): text for name, text in about.items() if name.startswith("iclora.")} == {
         "method": "uno", "stage": "1", "offset": "w", "offset_scale": "1.0", "ref_size": "32", "posterior": "sample",
-        "base": "model", "steps": "6",
+        "reference_attention": "joint", "base": "model", "steps": "6",
     }  # fmt: skip
     rows = [json.loads(line) for line in (referred / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6]
@@ -912,6 +919,64 @@ def test_the_second_stage_starts_from_the_first_and_keeps_its_offset(world, refe
     assert steps_of(out) == [1]
     assert go(world, beside(out, "cold"), *flags, "--ref-size", "32", steps=1) == 0
     assert "stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes" in capsys.readouterr().err
+
+
+def test_references_alone_are_trained_and_followed_by_the_sampler_and_the_second_stage(world, out, monkeypatch):
+    told, real = [], iclora.training.flow_loss
+    monkeypatch.setattr(iclora.training, "flow_loss", lambda flux, *sets: told.append(sets[0]) or real(flux, *sets))
+    assert uno(world, out, "--reference-attention", "alone", "--sample-every", "2", steps=2) == 0
+    assert len(told) >= 2 and all(sets.alone for sets in told) and (out / "sheet-000002.png").exists()
+    shutil.copy(out / "lora.safetensors", world / "alone.safetensors")
+    networks, _ = shown(world, world / "alone.safetensors")
+    config, sampled = networks.plan.config, velocity_of(networks)
+    x, references = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)), networks.encode_references(0)
+    ids, txt_ids = place(networks.plan.layout, "w", 1.0), torch.zeros(1, networks.txt.shape[1], 3)
+    given = (x, ids, networks.txt, txt_ids, torch.tensor([0.5]), networks.vec, torch.tensor([4.0]), None, references)
+    with torch.inference_mode():
+        trained, joint = (networks.flux(*given, alone) for alone in (True, False))
+    assert config.reference_attention == "alone" and torch.equal(sampled, trained), "what flow_loss calls"
+    assert (sampled - joint).abs().max() > 1e-4
+    assert torch.equal(velocity_of(shown(world, world / "alone.safetensors", reference_attention="joint")[0]), joint)
+    flags = ["--method", "uno", "--data", str(world / "pairs.json"), "--stage", "2"]
+    assert go(world, beside(out, "two"), *flags, "--init-lora", str(world / "alone.safetensors"), steps=1) == 0
+    assert read_header(beside(out, "two") / "lora.safetensors")[1]["iclora.reference_attention"] == "alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["joint", "alone"])
+def test_two_processes_of_uno_equal_one(world, out, attention):
+    flags = [*on_pairs(world), "--holdout", "0", "--reference-attention", attention]
+    status, said = together(world, out, *flags)
+    assert status == [0, 0] and said[1] == [], said
+    one = beside(out, "one")
+    assert go(world, one, *flags) == 0
+    # moments are 1e-6 apart; but AdamW's first steps are as long for an element whose gradient is nothing but rounding
+    assert compare(out, one) < LOOP
+    losses = [[json.loads(row)["loss"] for row in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, one)]
+    assert len(losses[0]) == 6 and np.allclose(*losses, rtol=1e-5)
+
+
+def test_more_references_than_memory_allows_are_refused_before_anything_is_encoded(world, out, capsys, monkeypatch):
+    monkeypatch.setattr(iclora.feed, "prepare", None)
+    about = (
+        r"^error: 6 tokens of references \(2 in a row of --data\) beside 4 of the picture, {} examples at once, take "
+        r"about \S+ GB in the transformer"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(iclora.references, "MAX_TOKENS", 9)
+        assert uno(world, out) == 2
+    assert re.search(about.format(2) + "; at most 9 tokens are possible, so use --checkpointing", refused(capsys))
+    monkeypatch.setattr(iclora.references, "free_memory", lambda device: 4_000_000)
+    estimates = []
+    for flags, advice in {
+        (): "use --checkpointing, raise --accumulate", ("--checkpointing",): "raise --accumulate",
+    }.items():
+        assert uno(world, out, "--batch", "4000", "--accumulate", "2", *flags) == 2
+        line = refused(capsys)
+        told = about.format(2000) + f", but cpu has 0.004 GB; {advice}, lower --ref-size or have fewer$"
+        assert re.search(told, line)
+        estimates.append(float(re.search(r"about (\S+) GB", line)[1]))
+    assert estimates[0] > estimates[1] and not out.exists()
 
 
 def test_sample_py_takes_the_file_with_and_without_a_strength(world, clean, tmp_path, capsys):

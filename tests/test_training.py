@@ -251,6 +251,9 @@ def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_
     spy = Spy(torch.zeros(2, TOKENS, 64))
     loss = flow_loss(spy, sets, noise, t)
     assert torch.equal(spy.called[8], sets.references) and spy.called[0].shape == (2, TOKENS, 64)
+    assert spy.called[9] is False
+    flow_loss(spy, replace(training.to(sets, torch.device("cpu")), alone=True), noise, t)
+    assert spy.called[9] is True
     ids = torch.cat([grid_ids(2, 4), *reference_ids((2, 4), [(1, 2), (1, 1)])])
     assert torch.equal(spy.called[1], torch.stack((ids, ids)))
     assert torch.allclose(loss, (noise - pack(sets.z)).square().mean(dim=(1, 2)))
@@ -463,10 +466,11 @@ def test_equal_contents_make_equal_bytes_in_any_number_of_saves(tmp_path):
 
 
 CHANGES = {
-    "method": "uno", "stage": 2, "ref_size": 32, "offset": "h", "offset_scale": 2.0, "posterior": "mean", "rank": 4,
-    "targets": "attn", "condition": "clean", "concat": "tokens", "text": "panel", "batch": 2, "lr": 0.5,
-    "warmup": 3, "ema": 0.5, "dropout": 0.25, "times": "uniform", "panel_size": 48, "fit": "pad", "holdout": 0.5,
-    "seed": 1, "grid": "1x2", "dtype": "bfloat16", "init_lora": "other.safetensors",
+    "method": "uno", "stage": 2, "ref_size": 32, "offset": "h", "offset_scale": 2.0, "posterior": "mean",
+    "reference_attention": "alone", "rank": 4, "targets": "attn", "condition": "clean", "concat": "tokens",
+    "text": "panel", "batch": 2, "lr": 0.5, "warmup": 3, "ema": 0.5, "dropout": 0.25, "times": "uniform",
+    "panel_size": 48, "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
+    "init_lora": "other.safetensors",
 }  # fmt: skip
 FREE = {
     "steps": 9, "save_every": 9, "sample_every": 9, "accumulate": 2, "checkpointing": True, "device": "cuda",
@@ -647,11 +651,13 @@ def test_uno_has_settings_of_its_own(row, expected):
     assert (config.steps, config.batch, config.lr, config.rank, config.panel_size) == expected
     assert (config.targets, config.dropout, config.times, config.stage) == ("uno", 0.1, "shifted", 1)
     assert (config.offset, config.offset_scale, config.posterior, config.ref_size) == ("d", 1.0, "sample", None)
+    assert config.reference_attention == "joint"
     assert settle_training(config, row, "cpu") == config
 
 
 @pytest.mark.parametrize(("given", "flag"), [
     ({"offset": "w"}, "--offset"), ({"stage": 2}, "--stage"), ({"ref_size": 64}, "--ref-size"),
+    ({"reference_attention": "alone"}, "--reference-attention"),
     ({"method": "uno", "grid": "1x2"}, "--grid"), ({"method": "uno", "condition": "clean"}, "--condition"),
     ({"method": "uno", "text": "panel"}, "--text"), ({"method": "uno", "concat": "tokens"}, "--concat"),
 ])
