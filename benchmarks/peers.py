@@ -124,8 +124,19 @@ def package(name: str) -> str:
         ) from None
 
 
-class Official(nn.Module):
-    """black-forest-labs' transformer, which has our forward, and wants all of it in one dtype."""
+class Peer(nn.Module):
+    """A transformer that stands in for ours: it has our forward, and runs what the official one has of it."""
+
+    def forward(
+        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, mask=None, references=None, alone=False
+    ) -> Tensor:  # fmt: skip
+        if mask is not None or references is not None:
+            raise ValueError("peers know neither masks nor references; measure joint text without references")
+        return self.run(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+
+
+class Official(Peer):
+    """black-forest-labs' transformer, which wants everything in one dtype."""
 
     def __init__(self, config: FluxConfig, state: dict[str, Tensor]):
         super().__init__()
@@ -144,14 +155,14 @@ class Official(nn.Module):
         self.model.load_state_dict(state, assign=True)
         self.requires_grad_(False).eval()
 
-    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None) -> Tensor:
+    def run(self, img, img_ids, txt, txt_ids, timesteps, y, guidance) -> Tensor:
         img, txt, timesteps, y = (x.to(self.dtype) for x in (img, txt, timesteps, y))
         guidance = None if guidance is None else guidance.to(self.dtype)
         return self.model(img, img_ids, txt, txt_ids, timesteps, y, guidance)
 
 
-class Diffusers(nn.Module):
-    """diffusers' transformer with the names of our forward.
+class Diffusers(Peer):
+    """diffusers' transformer.
 
     autocast: compute under torch.autocast, as its training scripts do, whose adapters are float32
     """
@@ -171,7 +182,7 @@ class Diffusers(nn.Module):
         self.transformer.load_state_dict(diffusers_state(state), assign=True)
         self.requires_grad_(False).eval()
 
-    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None) -> Tensor:
+    def run(self, img, img_ids, txt, txt_ids, timesteps, y, guidance) -> Tensor:
         with torch.autocast(img.device.type, self.dtype) if self.autocast else contextlib.nullcontext():
             return self.transformer(
                 hidden_states=img.to(self.dtype), encoder_hidden_states=txt.to(self.dtype),
@@ -295,5 +306,5 @@ def far(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-Peer = Callable[[FluxConfig, dict[str, Tensor]], nn.Module]
-PEERS: dict[str, tuple[str, Peer]] = {"official": ("fluxbfl", Official), "diffusers": ("diffusers", Diffusers)}
+Build = Callable[[FluxConfig, dict[str, Tensor]], Peer]
+PEERS: dict[str, tuple[str, Build]] = {"official": ("fluxbfl", Official), "diffusers": ("diffusers", Diffusers)}

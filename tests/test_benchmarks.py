@@ -1,8 +1,10 @@
 """The benchmarks' own arithmetic: equal weights under other names, medians, taking turns, memory. No peer is needed."""
 
 import itertools
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +105,52 @@ def test_a_training_step_trains_the_adapters_and_leaves_no_gradient(flux):
     run.step()
     assert all(not torch.equal(p, old) and p.grad is None for p, old in zip(run.parameters, before, strict=True))
     assert len(run.standing()) == held + 3 * len(before), "AdamW holds two averages and a step count of each"
+
+
+class OfficialFlux(peers.Flux):
+    """Our transformer behind the official forward; the test gives it the weights."""
+
+    def __init__(self, *params, **given):
+        super().__init__(SMALL.config)
+
+    def load_state_dict(self, state, assign):
+        self.given = state
+
+    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
+        return super().forward(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+
+
+class DiffusersFlux(OfficialFlux):
+    """And behind that of diffusers."""
+
+    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, **more):
+        assert set(more) == {"guidance", "return_dict"}
+        img_ids, txt_ids = (ids.expand(len(hidden_states), -1, -1) for ids in (img_ids, txt_ids))
+        rest = (timestep, pooled_projections, more["guidance"])
+        return (super().forward(hidden_states, img_ids, encoder_hidden_states, txt_ids, *rest),)
+
+
+@pytest.mark.parametrize("name", ["official", "diffusers"])
+def test_a_training_step_gives_a_peer_what_its_forward_takes(flux, name, monkeypatch):
+    package = SimpleNamespace(Flux=OfficialFlux, FluxParams=dict, FluxTransformer2DModel=DiffusersFlux)
+    monkeypatch.setattr(peers.importlib, "import_module", lambda module: package)
+    peer = peers.PEERS[name][1](SMALL.config, flux.state_dict())
+    inner = peer.model if name == "official" else peer.transformer
+    nn.Module.load_state_dict(inner, flux.state_dict(), assign=True)
+    sets, *drawn = peers.new_sets(SMALL.config, SMALL, CPU, torch.float32)
+    assert torch.equal(peers.flow_loss(peer, sets, *drawn), peers.flow_loss(flux, sets, *drawn))
+    for more in ({"mask": torch.ones(21, 21, dtype=torch.bool)}, {"references": torch.zeros(2, 3, 64)}):
+        with pytest.raises(ValueError, match="peers know neither masks nor references"):
+            peers.flow_loss(peer, replace(sets, **more), *drawn)
+
+
+@pytest.mark.parametrize("measure", ["forward", "train"])
+def test_the_installed_peers_agree_with_this_project(measure, monkeypatch, capsys):
+    for package in ("diffusers", "peft", "fluxbfl"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(peers, "SHAPES", {"tiny": SMALL})
+    argv = ["--measure", measure, "--shapes", "tiny", "--dtypes", "float32", "--device", "cpu", "--profile"]
+    assert speed.main(argv) == 0, capsys.readouterr().err
 
 
 # the arithmetic

@@ -11,6 +11,7 @@ import train
 from toybox import experiments, judge
 from toybox.arms import EXPERIMENTS, Arm, Experiment, Training, on_sets
 from toybox.scores import ratio
+from toybox.tables import training_time
 from toybox.tasks import COUNT, GRIDS, SEED, task_sets
 from toybox.truth import Reading, Seen
 
@@ -45,6 +46,75 @@ def test_identity_looks_at_the_later_panels_only(monkeypatch):
     assert figures == {"named, own panel": [1, 0], "unnamed, own panel": [1, 0]}
 
 
+def test_panels_are_alike_if_the_first_ones_unnamed_traits_come_back(monkeypatch):
+    sets = task_sets("walk", 3, 0)
+    subjects = [one.panels[0].placed[0].subject for one in sets]
+    page = [Reading("beach", (seen(subject),)) for subject in subjects for _ in range(3)]
+    page[1] = Reading("beach", (seen(subjects[0], face=subjects[0].face + 1, hue=subjects[0].hue + 2),))
+    page[5] = page[6] = Reading("beach", ())  # a later panel of the second set, and the first of the third
+    share = 1 - 2 / (2 if subjects[0].pattern == "plain" else 4)
+    monkeypatch.setattr(judge, "read", lambda reader, image: page)
+    image = torch.zeros(3, 3, 192, 64)
+    assert judge.alike(None, image, image, sets, "own panel") == {f"{judge.ALIKE}, own panel": [
+        pytest.approx((share + 1) / 2), 0.5, 0,
+    ]}  # fmt: skip
+    other = [seen(subject, face=subject.face + 1, hue=subject.hue + 2, angle=subject.angle + 45, spacing=9)
+             for subject in subjects]  # fmt: skip
+    pages = iter([page, [Reading("beach", (one,)) for one in other for _ in range(3)]])
+    monkeypatch.setattr(judge, "read", lambda reader, image: next(pages))
+    (values,) = judge.alike(None, image, image, sets, "another's panel").values()
+    assert values[1:] == [0, 0], "the first panel is the other picture's"
+
+
+def test_a_walk_from_text_is_made_twice_to_tell_what_agrees_by_chance(monkeypatch):
+    calls, sets = [], task_sets("walk", 2, judge.SEED, held_out=True)
+    empty = [Reading("beach", ())] * 6
+
+    def generate(networks, captions, grid, seeds, **ways):
+        calls.append((captions, seeds, "kept" in ways))
+        return torch.zeros(2, 3, 192, 64)
+
+    monkeypatch.setattr(judge, "generate", generate)
+    monkeypatch.setattr(judge, "read", lambda reader, image: empty[: len(image)])
+    figures, _ = judge.measure("walk", None, {}, judge.Ruler(None), 2)
+    told, silent = [one.caption for one in sets], [one.silent for one in sets]
+    assert calls == [
+        (told, [0, 1], False), (told, [0, 1], True), (silent, [0, 1], True), (silent, [0, 1], True),
+        (told, [2, 3], False),
+    ]  # fmt: skip
+    kinds = (*judge.KINDS, judge.ALIKE)
+    wanted = {f"{kind}, {whose}" for kind in kinds for whose in ("own panel", "another's panel")}
+    assert set(figures) == {*judge.SUCCESS, *wanted}
+
+
+def test_bars_of_task_success_hold_as_they_are_and_those_of_traits_as_shares_of_the_ceiling():
+    def lines(name, success, share):
+        figures = dict.fromkeys(judge.SUCCESS, [success] * 2)
+        kept = {f"{kind}, {whose} panel": [share] * 2 for kind in judge.KINDS for whose in ("own", "another's")}
+        most = dict.fromkeys((*figures, *kept), [0.9] * 2)
+        return EXPERIMENTS["tasks"].judge.details("walk", name, figures | kept, most)
+
+    def ends(found):
+        return [line.split(" | ", 1)[0][2:] + ":" + ",".join(line.split(" | ")[-2:]) for line in found]
+
+    wanted = [f"walk: LoRA:at least {bar}%,reached |" for bar in (85, 85, 80, 80)]
+    assert ends(lines("LoRA", 0.86, 0.73)) == wanted
+    assert [line.count("**missed**") for line in lines("LoRA", 0.84, 0.71)] == [1] * 4
+    base = lines("base", 0.2, 0.1)
+    assert ends(base)[:2] == ["walk: base:at most 20%,reached |"] * 2 and "at least" not in "".join(base)
+    assert [line.count("**missed**") for line in lines("base", 0.21, 0.1)] == [1, 1, 0, 0]
+    plain = judge.IN_CONTEXT.details("walk", "LoRA", dict.fromkeys(judge.SUCCESS, [0.0]), {})
+    assert plain == [] and {arm.name for arm in EXPERIMENTS["tasks"].arms if arm.training is None} == {"base"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cell"),
+    [(None, ""), (300, "5.0 min, **under 10**"), (630, "10.5 min"), (1260, "21.0 min, **over 20**")],
+)
+def test_a_training_that_is_too_short_or_too_long_is_told(seconds, cell):
+    assert training_time(seconds, 10, 20) == cell
+
+
 def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it():
     mean, low, high = ratio([0.5, 0.0, 1.0, 0.5], [1.0, 0.5, 1.0, 0.5])
     assert mean == pytest.approx(2 / 3) and 0 <= low < mean < high <= 1.01
@@ -53,7 +123,7 @@ def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it():
 
 def test_every_experiment_compares_arms_of_every_task():
     for experiment in EXPERIMENTS.values():
-        if experiment.judge is not judge.IN_CONTEXT:
+        if experiment.judge.name != judge.IN_CONTEXT.name:
             continue
         assert {arm.task for arm in experiment.arms} == set(GRIDS)
         for task in GRIDS:
@@ -118,7 +188,8 @@ def test_the_runner_trains_judges_and_writes_tables_values_and_sheets(made_up, t
     assert status == 0 and "old" not in text and text.count("after\n") == 2
     assert "| walk | base | 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |  |" in text
     assert "| walk | LoRA, difference | +100.0 (+100.0 to +100.0) |" in text
-    assert "| LoRA | unnamed | 100.0 (100.0 to 100.0) |" in text and "| few | named" not in text
+    assert "| walk: LoRA | unnamed | 100.0 (100.0 to 100.0) |" in text and "few | named" not in text
+    assert "seconds a set" not in text
     assert text.count("![one, walk](out/one-walk.png)") == 1
     assert capsys.readouterr().out.count("### one") == 1
     rows = json.loads((tmp_path / "out" / "one.json").read_text())["rows"]
@@ -161,6 +232,26 @@ def test_a_second_stage_starts_from_the_first_of_its_seed_which_is_trained_once(
     assert experiments.main(argv) == 0 and len(judged) == 1 + 4, "what was judged is found again"
     (Path(given[4]["--out"]) / train.RESULT).write_text("another LoRA")
     assert experiments.main(argv) == 0 and len(judged) == 1 + 5
+
+
+def test_arms_that_are_timed_take_turns_with_those_of_their_task(made_up, tmp_path, monkeypatch):
+    def one(task, networks, about):
+        return lambda: (task, networks)
+
+    def take_turns(calls, rounds, device):
+        turns.append({name: call() for name, call in calls.items()})
+        return {name: [1.0 / (1 + i), 3.0 / (1 + i)] for i, name in enumerate(calls)}
+
+    turns, plain = [], EXPERIMENTS["one"]
+    monkeypatch.setitem(EXPERIMENTS, "one", replace(plain, timed=True, judge=replace(plain.judge, one=one)))
+    monkeypatch.setattr(experiments, "take_turns", take_turns)
+    status, text = run(tmp_path, "one")
+    assert status == 0 and [list(each) for each in turns] == [["base", "LoRA"], ["base", "few"]]
+    assert turns[0]["base"] == ("walk", None) and turns[0]["LoRA"][1].name == train.RESULT
+    assert "| seconds a set | training |" in text and "| 2.00 (1.50 to 2.50) |  |" in text
+    assert "| 1.00 (0.75 to 1.25) | 0.0 min |" in text and "| 2.00 (2.00 to 2.00) times as fast |  |" in text
+    rows = json.loads((tmp_path / "out" / "one.json").read_text())["rows"]
+    assert rows[3]["seconds a set"] == [0.5, 1.5]
 
 
 def test_a_failed_training_or_a_missing_mark_is_one_line(made_up, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from sampling.images import to_picture
 from toybox import experiments, judge_uno, pairs
 from toybox.arms import DEFAULTS, EXPERIMENTS, FITTING
 from toybox.generate import generate, load_networks
-from toybox.judge_uno import BARS, CONTROLS, UNO, WITH_BARS, controls, score, wrong_references
+from toybox.judge_uno import BARS, CONTROLS, UNO, UNO_WITH_BARS, controls, score, wrong_references
 from toybox.truth import Reading, Seen
 from toybox.world import draw
 
@@ -39,11 +39,13 @@ def of(kind, seed=0):
 # generating
 
 
-def test_batches_with_references_are_what_the_pipeline_makes_of_each(tmp_path, monkeypatch):
+@pytest.mark.parametrize("attention", ["joint", "alone"])
+def test_batches_with_references_are_what_the_pipeline_makes_of_each(attention, tmp_path, monkeypatch):
     tokens = []
     monkeypatch.setattr("toybox.generate.encode", lambda *given: tokens.append(encode(*given)) or tokens[-1])
     networks, drawn = load_networks("tiny"), pairs.make_pairs("two", 2, 0)
-    ways = {"steps": 2, "guidance": 4.0, "offset": "w", "offset_scale": 2.0}
+    ways = {"steps": 2, "guidance": 4.0, "offset": "w", "offset_scale": 2.0, "reference_attention": attention}
+    ways |= {"ref_size": 48} if attention == "alone" else {}
     shown = [pair.references for pair in drawn]
     made = generate(networks, [pair.prompt for pair in drawn], (1, 1), [5, 6], references=shown, **ways)
     paths = [str(tmp_path / f"{i}.png") for i in range(2)]
@@ -132,7 +134,8 @@ def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_one
     drawn = pairs.make_pairs("two", 3, judge_uno.SEED, held_out=True)
     monkeypatch.setattr(judge_uno, "generate", generate)
     monkeypatch.setattr(judge_uno, "read", read)
-    about = {"iclora.offset": "h", "iclora.offset_scale": "3.0", "iclora.posterior": "mean"}
+    told = {"offset": "h", "offset_scale": 3.0, "posterior": "mean", "reference_attention": "alone", "ref_size": 48}
+    about = {f"iclora.{name}": str(value) for name, value in told.items()}
     figures, rows = judge_uno.measure("two", None, about, judge_uno.Ruler(None), 3)
     (own, none, wrong) = (references for _, _, references, _ in calls)
     assert none == () and [[p.tobytes() for p in some] for some in own] == [
@@ -140,9 +143,11 @@ def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_one
     ]
     assert wrong[0][0].tobytes() != own[0][0].tobytes() and len(wrong) == 3
     assert len({str(prompts) + str(seeds) for prompts, seeds, _, _ in calls}) == 1
-    assert calls[0][3] == {"guidance": 4.0, "offset": "h", "offset_scale": 3.0, "posterior": "mean"}
+    assert all(ways == {"guidance": 4.0, **told} for _, _, _, ways in calls)
     assert figures["all right"] == [1, 1, 1] and len(rows) == 1
     assert all(figures[f"traits, {control}"] == [0, 0, 0] for control in CONTROLS)
+    judge_uno.one_picture("two", None, about)()
+    assert [call[:1] for call in calls[0][:2]] == list(calls[-1][:2]) and calls[-1][3] == calls[0][3]
 
 
 def test_bars_are_shares_of_the_ceiling_but_for_swapping():
@@ -150,8 +155,8 @@ def test_bars_are_shares_of_the_ceiling_but_for_swapping():
     figures |= {f"{name}, {control}": [0, 0] for name in tuple(figures) for control in CONTROLS}
     most = {"all right": [0.9, 0.9], "swapped": [0, 0]}
     assert not any("reached" in line or "missed" in line for line in controls("two", "arm", figures, most))
-    right, swapped = WITH_BARS.details("two", "arm", figures, most)
-    assert EXPERIMENTS["tiny-uno"].judge is WITH_BARS
+    right, swapped = UNO_WITH_BARS.details("two", "arm", figures, most)
+    assert EXPERIMENTS["tiny-uno"].judge is UNO_WITH_BARS
     assert "| 66.7% (66.7% to 66.7%) | at least 65% | reached |" in right
     assert "| at most 10% | **missed** |" in swapped
     assert {figure for _, figure in BARS} == {"traits", "scene", "all right", "swapped"}
@@ -190,6 +195,7 @@ def test_flags_that_are_left_out_are_the_trainers_defaults():
     told = {**TRAINING["uno"], **TINY_TRAINING["uno"]}
     assert {flag: float(value) if value.isdigit() else value for flag, value in DEFAULTS.items()} == {
         "--offset": told["offset"], "--offset-scale": told["offset_scale"], "--rank": told["rank"],
+        "--reference-attention": told["reference_attention"],
     }  # fmt: skip
 
 
@@ -199,6 +205,10 @@ def test_what_issue_five_asks_for_is_there():
     assert cold.start is None and cold.length == sum(step.length for step in chain(warm))
     offsets = {(arm.task, *arm.training.flags) for arm in EXPERIMENTS["offsets"].arms}
     assert {flags[2:] or ("d",) for flags in offsets} == {("d",), ("h",), ("w",), ("o",)} and len(offsets) == 8
+    alone = EXPERIMENTS["alone"]
+    told = [(arm.task, step.flags) for arm in alone.arms for step in chain(arm.training)]
+    flags = ("--reference-attention", "alone")
+    assert alone.timed and told == [("one", ()), ("one", flags), *[("two", ())] * 2, *[("two", flags)] * 2]
 
 
 def test_the_bundled_rank_fits_into_its_file(tmp_path):

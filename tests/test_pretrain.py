@@ -1,16 +1,20 @@
 import dataclasses
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 from sampling.flow import interpolate
 from sampling.latents import pack
 from toybox import pretrain, sets, train_autoencoder, train_flow, train_text
 from toybox.captions import joint_caption, length, reticent, vocabulary
 from toybox.export import EXAMPLES, REFERENCES
+from toybox.generate import generate, load_networks
 from toybox.sets import GRIDS, draw_chunk
 from toybox.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
 from toybox.training import Stage, Work, orthogonal, rate, run, step_generator
@@ -285,13 +289,76 @@ def test_rescaling_latents_to_unit_variance_changes_no_picture_inside():
     assert float((after - before).abs()[..., 24:40, 24:40].mean()) < 0.02
 
 
-@pytest.mark.slow
-def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sets, "CHUNK", 8)
+@pytest.fixture
+def short(monkeypatch):
+    """Every stage takes two steps on few sets."""
+    monkeypatch.setattr(sets, "CHUNK", 4)
     batches = dict(autoencoder=1, clip=4, text=2, singles=2, flow=2, guidance=2, decoder=1)
     stages = {name: Stage(name, 2, batch, 1e-3, 1e-3) for name, batch in batches.items()}
     monkeypatch.setattr(pretrain, "STAGES", stages)
-    monkeypatch.setattr(pretrain, "SETS", 40)
+    monkeypatch.setattr(pretrain, "SETS", 20)
+
+
+def test_another_base_takes_all_but_its_transformer_from_a_model(short, tmp_path, capsys, monkeypatch):
+    for grid in ((1, 2), (2, 1), (3, 1)):
+        monkeypatch.delitem(GRIDS, grid)
+    out, work, given = str(tmp_path / "other"), tmp_path / "work", find_model("tiny")
+    argv = ["--text", "tiny", "--width", "32", "--processes", "1", "--work", str(work), "--out", out]
+    assert pretrain.main([*argv, "--no-guidance"]) == 0
+    files = find_model(out)
+    config = load_flux(files.flux).config
+    assert (config.hidden_size, config.num_heads, config.mlp_hidden, config.guidance_embed) == (32, 1, 128, False)
+    networks, caption = load_networks(out), ["a cat on a beach"]
+    assert generate(networks, caption, (1, 1), [0], steps=1).isfinite().all()
+    encoders = networks.text, load_text_encoders(given, dtype=torch.float32)
+    ours, theirs = (text.encode(caption, None) for text in encoders)
+    ours += tuple(networks.autoencoder.parameters())
+    theirs += tuple(load_autoencoder(given.autoencoder).parameters())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert {path.stem for path in work.glob("*.safetensors") if "x" not in path.stem} == {"singles", "flow"}
+
+    monkeypatch.setattr(pretrain, "draw_sets", None)  # so it is refused before
+    assert pretrain.main(argv) == 2  # with guidance
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "belongs to a run whose origin is 'text and autoencoder of tiny (" in line
+    assert "width 32, no guidance', not 'text" in line and "give another --work" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--width", "100"], "--width 100 is not a multiple of 32 from 32 to 992; use for example 96"),
+        (["--width", "0"], "use for example 32"),
+        (["--width", "1024"], "use for example 992"),
+        (["--init", "tiny", "--width", "64"], "--init brings a whole model; leave out --text, --width"),
+        (["--init", "tiny", "--no-guidance"], "--init brings a whole model"),
+        (["--text", "tiny", "--init-autoencoder", "tiny"], "--text brings the autoencoder too"),
+        (["--text", "tiny"], "--out weights/tiny is the model that --text takes from"),
+        (["--text", "nothing"], "there is no model 'nothing'"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_anything_is_drawn(argv, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "draw_sets", None)
+    assert pretrain.main(["--work", str(tmp_path), *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_path):
+    def of(**given):
+        flags = {"init": None, "text": None, "width": pretrain.WIDTH, "no_guidance": False, **given}
+        files = find_model(flags["text"]) if flags["text"] else None
+        return pretrain.origin(SimpleNamespace(**flags), files)
+
+    assert of() == "" and of(init="tiny") == "tiny", "as they always were, so that runs go on"
+    assert of(width=64, no_guidance=True) == "width 64, no guidance"
+    shutil.copytree(find_model("tiny").root, tmp_path / "tiny")
+    before = of(text=str(tmp_path / "tiny"))
+    (tmp_path / "tiny" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
+    assert before != of(text=str(tmp_path / "tiny")) and before.startswith("text and autoencoder of ")
+
+
+@pytest.mark.slow
+def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(short, tmp_path):
     out = str(tmp_path / "tiny")
     for work, more in (("one", []), ("two", ["--init", out])):  # the second one replaces what it started from
         assert pretrain.main(["--work", str(tmp_path / work), "--out", out, "--processes", "2", *more]) == 0

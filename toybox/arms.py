@@ -1,12 +1,14 @@
 """The papers' experiments as rows: what every arm trains, and on which case it is judged."""
 
 from dataclasses import dataclass
+from math import inf
 
-from .judge import IN_CONTEXT, Judge
-from .judge_uno import UNO, WITH_BARS
+from .judge import IN_CONTEXT, IN_CONTEXT_WITH_BARS, Judge
+from .judge_uno import UNO, UNO_WITH_BARS
 from .tasks import COUNT, GRIDS
 
-BASE, ONE_EPOCH = None, ("--steps", "2", "--batch", "5", "--holdout", "0", "--warmup", "0", "--ema", "0")
+BASE, WHOLE = None, ("--holdout", "0")
+ONE_EPOCH = ("--steps", "2", "--batch", "5", *WHOLE, "--warmup", "0", "--ema", "0")
 FITTING = "as large as may be bundled"  # stands for a rank, which then follows from the model
 
 
@@ -50,6 +52,8 @@ class Experiment:
     steps: of a training, where --steps does not say otherwise
     seeds: of every training
     columns: the figures that its table shows; none are the judge's
+    minutes: that a training should take, at least and at most
+    timed: whether the seconds of a set are measured too
     """
 
     title: str
@@ -58,6 +62,8 @@ class Experiment:
     steps: int = 400
     seeds: int = 1
     columns: tuple[str, ...] = ()
+    minutes: tuple[float, float] = (0, 10)
+    timed: bool = False
 
 
 # In-Context LoRA
@@ -76,7 +82,9 @@ def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int
 # UNO
 
 PAIRS = 2000
-DEFAULTS = {"--offset": "d", "--offset-scale": "1", "--rank": "64"}  # without the flag, so that trainings are shared
+DEFAULTS = {  # without the flag, so that trainings are shared
+    "--offset": "d", "--offset-scale": "1", "--rank": "64", "--reference-attention": "joint",
+}  # fmt: skip
 LIKENESS = ("traits", "all right", "swapped", "scene", "copied", "DINO", "CLIP-I", "CLIP-T")
 EDITS = ("recolour", "sketch", "hat")
 
@@ -106,8 +114,8 @@ def by_flag(case: str, flag: str, rows: dict[str, str]) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 1500, seeds: int = 1, columns=LIKENESS) -> Experiment:
-    return Experiment(title, arms, judge, steps, seeds, columns)
+def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 1500, columns=LIKENESS, **more) -> Experiment:
+    return Experiment(title, arms, judge, steps, columns=columns, minutes=(10, inf), **more)
 
 
 STAGES = (
@@ -128,6 +136,7 @@ EXPERIMENTS = {
     "tasks": Experiment(
         "What a LoRA teaches the base (bars: the base at most 20 %, the LoRA at least 85 %)",
         of_every_task(("base", None), ("LoRA",), ("one LoRA of all tasks", (), None)),
+        IN_CONTEXT_WITH_BARS,
     ),
     "condition": Experiment(
         "Given panels noised along (SDEdit) or clean, in training as in sampling",
@@ -141,7 +150,8 @@ EXPERIMENTS = {
         of_every_task(("joint",), ("panel", ("--text", "panel"))),
     ),
     "few": Experiment(
-        "Ten sets", of_every_task((f"{COUNT} sets",), ("10 sets", (), 10), ("10 sets, one epoch", ONE_EPOCH, 10))
+        "Ten sets, all of them trained on",
+        of_every_task((f"{COUNT} sets",), ("10 sets", WHOLE, 10), ("10 sets, one epoch", ONE_EPOCH, 10)),
     ),
     "stages": uno("UNO: no LoRA, stage I alone, both stages", *STAGES),
     "offsets": uno(
@@ -181,6 +191,12 @@ EXPERIMENTS = {
             "64": "Fig. 18, curves only", "4": "lowest curve", "16": "gains go on", "128": "and slow down from here",
         }),
     ),
+    "alone": uno(
+        "UNO: references see all tokens (joint), or each other alone and are passed once a run",
+        *by_flag("one", "--reference-attention", {"joint": "as the paper's; it has no other", "alone": ""}),
+        *by_flag("two", "--reference-attention", {"joint": "as the paper's; it has no other", "alone": ""}),
+        timed=True,
+    ),
     "number": uno(
         "UNO: identity and confusion against the number of references (the paper leaves it open)",
         *(
@@ -208,7 +224,7 @@ EXPERIMENTS = {
     "tiny-uno": uno(
         "UNO: the bundled LoRA",
         *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two", "three", "four")),
-        judge=WITH_BARS,
+        judge=UNO_WITH_BARS,
         steps=3000,
         columns=("traits", "right", "all right", "swapped", "confused", "scene", "copied", "DINO", "CLIP-I", "CLIP-T"),
     ),

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from benchmarks.rounds import take_turns
 from iclora.cache import file_mark
 from iclora.restart import write_whole
 from model.checkpoint import save_safetensors
@@ -26,7 +27,7 @@ from model.lora import attach, load_lora, merge
 from model.weights import find_model, read_flux_config
 
 from . import entry
-from .arms import EXPERIMENTS, FITTING, Training
+from .arms import EXPERIMENTS, FITTING, Experiment, Training
 from .eyes import load_eyes
 from .generate import Networks, load_networks
 from .judge import Found, Judge, Ruler
@@ -37,6 +38,11 @@ from .tasks import COUNT, write_tasks
 from .truth import load_reader
 
 BUNDLE = 3 * 2**20  # bytes that a bundled LoRA may take
+ROUNDS = 10  # of timing
+PACE = (
+    "Seconds a set: one picture by itself, from prompt and references to pixels, with all networks loaded; median and "
+    "quartiles of {} rounds in which the arms take turns, {} threads. Speeds are compared within each round."
+)
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -54,13 +60,15 @@ def run_all(args: argparse.Namespace) -> None:
         experiment = EXPERIMENTS[name]
         steps, seeds, judge = args.steps or experiment.steps, range(experiment.seeds), experiment.judge
         truth = {arm.task: judge_truth(judge, arm.task, ruler, args) for arm in experiment.arms}
-        found, seconds = [], []
+        found, seconds, firsts = [], [], []
         for arm in experiment.arms:
             loras = [trained(arm.training, steps, seed) if arm.training else (None, None) for seed in seeds]
             found.append([judge_one(judge, arm.task, lora, ruler, args) for lora, _ in loras])
+            firsts.append(loras[0][0])
             known = [took for _, took in loras if took is not None]
             seconds.append(sum(known) / len(known) if len(known) == len(loras) else None)
-        write(name, steps, args, truth, found, seconds)
+        paces = take_paces(experiment, firsts, args) if experiment.timed else []
+        write(name, steps, args, truth, found, seconds, paces)
 
 
 # training
@@ -170,23 +178,40 @@ def with_lora(model: str, lora: Path | None) -> tuple[Networks, dict[str, str]]:
     return networks, about
 
 
+def take_paces(experiment: Experiment, loras: list[Path | None], args: argparse.Namespace) -> list[list[float]]:
+    """The seconds that a set takes in every arm, round by round; the arms of a task take turns in each.
+
+    loras: of every arm
+    """
+    paces: list[list[float]] = [[] for _ in loras]
+    for task in dict.fromkeys(arm.task for arm in experiment.arms):
+        own = [i for i, arm in enumerate(experiment.arms) if arm.task == task]
+        calls = {experiment.arms[i].name: experiment.judge.one(task, *with_lora(args.model, loras[i])) for i in own}
+        measured = take_turns(calls, ROUNDS, torch.device("cpu"))
+        for i in own:
+            paces[i] = measured[experiment.arms[i].name]
+    return paces
+
+
 # what is written
 
 
 def write(
     name: str, steps: int, args: argparse.Namespace, truth: dict[str, Found], found: list[list[Found]],
-    seconds: Sequence[float | None],
+    seconds: Sequence[float | None], paces: Sequence[Sequence[float]],
 ) -> None:  # fmt: skip
     """Print the tables of an experiment; write them, the values of every set, and a sheet of each task."""
     experiment = EXPERIMENTS[name]
     about = f"{args.count} held-out sets; {steps} steps a stage; on the base {Path(args.model).name}."
     lines = [f"### {experiment.title}", "", f"{about} {what_intervals_cover(experiment)}", ""]
     lines += [note for words in experiment.judge.notes for note in (words, "")]
+    lines += [PACE.format(ROUNDS, torch.get_num_threads()), ""] if paces else []
     of_arms = [[figures for figures, _ in each] for each in found]
-    lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds)
+    lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds, paces)
     rows = [{"task": task, "name": "true sets", "figures": [figures]} for task, (figures, _) in truth.items()]
-    for arm, figures, took in zip(experiment.arms, of_arms, seconds, strict=True):
-        rows.append({**dataclasses.asdict(arm), "seconds": took, "figures": figures})
+    for i, (arm, figures, took) in enumerate(zip(experiment.arms, of_arms, seconds, strict=True)):
+        pace = {"seconds a set": paces[i]} if paces else {}
+        rows.append({**dataclasses.asdict(arm), "seconds": took, **pace, "figures": figures})
     values = {"model": Path(args.model).name, "count": args.count, "steps": steps, "rows": rows}
     write_whole(args.out / f"{name}.json", json.dumps(values) + "\n")
     for task, (_, parts) in truth.items():

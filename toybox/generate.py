@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iclora.config import model_row
+from iclora.config import ALONE, JOINT, model_row
 from iclora.layout import Layout, sight, through, token_mask
 from iclora.pipeline import encode_captions
 from iclora.references import encode, fit_reference, place
@@ -62,6 +62,8 @@ def generate(
     offset: str = "d",
     offset_scale: float = 1.0,
     posterior: str = "sample",
+    ref_size: int = PANEL,
+    reference_attention: str = JOINT,
     batch: int = 20,
 ) -> Tensor:
     """Make one set for each caption.
@@ -72,11 +74,11 @@ def generate(
     clean: feed kept panels clean at every step, as `--condition clean` trains it, instead of noised with the rest
     concat, text: as train.py has them
     references: N lists of pictures that are to appear (UNO), of one number and size; none at all without them
-    offset, offset_scale, posterior: of references, as sample.py has them
+    offset, offset_scale, posterior, ref_size, reference_attention: of references, as sample.py has them
     Returns (N, 3, h, w) in -1..1; kept panels are pasted over the decoded ones, as iclora does
     Errors: ValueError if sets differ in number or size of their references
     """
-    shown = [[fit_reference(picture, PANEL) for picture in some] for some in references] or [[]] * len(captions)
+    shown = [[fit_reference(picture, ref_size) for picture in some] for some in references] or [[]] * len(captions)
     sizes = {tuple(picture.size for picture in some) for some in shown}
     if len(shown) != len(captions) or len(sizes) > 1:
         raise ValueError(f"{len(captions)} captions with references of {len(shown)} and {len(sizes)} kinds of sizes; "
@@ -87,14 +89,14 @@ def generate(
         part = slice(first, first + batch)
         known = None if kept is None else kept[part]
         how = (steps, guidance, known, masked, clean, concat, text, shown[part], offset, offset_scale, posterior)
-        made.append(_generate(networks, captions[part], layout, seeds[part], *how))
+        made.append(_generate(networks, captions[part], layout, seeds[part], *how, reference_attention == ALONE))
     return torch.cat(made)
 
 
 def _generate(
     networks: Networks, captions: list[str], layout: Layout, seeds: list[int], steps: int, guidance: float,
     kept: Tensor | None, masked: tuple[int, ...], clean: bool, concat: str, text: str,
-    shown: Sequence[Sequence[Image.Image]], offset: str, offset_scale: float, posterior: str,
+    shown: Sequence[Sequence[Image.Image]], offset: str, offset_scale: float, posterior: str, alone: bool,
 ) -> Tensor:  # fmt: skip
     flux, count = networks.flux, len(captions)
     txt, vec = encode_captions(networks.text, captions, networks.length, layout, text)
@@ -105,14 +107,14 @@ def _generate(
     references = torch.cat(tokens)  # (N, R, 64)
     ids = place(layout, offset, offset_scale).expand(count, -1, -1)
     txt_ids = torch.zeros(count, txt.shape[1], 3)
-    scale = torch.full((count,), guidance)
+    fixed, scale = flux.prepare(ids, txt, txt_ids, references, seen, alone), torch.full((count,), guidance)
     mask = torch.ones(1, start.shape[1], 1) if kept is None else token_mask(masked, layout)
     known = torch.zeros_like(start)
     if kept is not None:
         known = pack(through(networks.autoencoder.encode, kept, layout, concat))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        return flux(x, ids, txt, txt_ids, torch.full((count,), t), vec, scale, seen, references)
+        return flux.predict(x, fixed, flux.conditioning(torch.full((count,), t), vec, scale))
 
     ts = times(steps, tokens=start.shape[1], shift=networks.shift)
     keep = keep_clean(known, mask) if clean else keep_known(known, start, mask)

@@ -1,7 +1,8 @@
 """What a LoRA's sets are judged by: does a set of held-out subjects show its task's relation, and do traits survive?"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from sampling.images import to_tensor
 from .eyes import Eyes
 from .generate import Networks, generate
 from .report import tensors_after
-from .scores import hidden_agreement, interval, line, ratio, tiles
+from .scores import hidden_agreement, interval, line, ratio, tiles, verdict
 from .sets import PANEL
 from .tasks import GRIDS, TaskSet, is_sketch, is_sparkled, is_walk, task_sets
 from .truth import Reader, Reading, read
@@ -23,6 +24,8 @@ SEED = 9_000_000  # of the sets that are judged
 COLUMNS = 6  # sets on a sheet
 SUCCESS = ("from text", "first panel given", "given, caption silent")
 KINDS = ("named", "unnamed")  # traits that captions may name, and those that they never do
+ALIKE = "unnamed, none given"  # how far panels from text agree with each other
+BASE_BAR, LORA_BAR, TRAITS_BAR = 0.2, 0.85, 0.8  # at most, at least, and at least of the ceiling
 Figures = dict[str, list[float]]  # name -> a value of each set
 Found = tuple[Figures, list[Tensor]]  # and rows of composites for a sheet
 
@@ -44,6 +47,7 @@ class Judge:
     columns: figures that tables show
     head: of a second table, and details: its lines for an arm: (case, name, figures, those of true pictures)
     notes: what the figures are; sheet: what it shows
+    one: (case, networks, metadata of the LoRA) -> a call that makes a single set, to be timed
     """
 
     name: str
@@ -54,6 +58,7 @@ class Judge:
     details: Callable[[str, str, Figures, Figures], list[str]]
     notes: tuple[str, ...] = ()
     sheet: str = ""
+    one: Callable[..., Callable[[], Tensor]] | None = None
 
 
 def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
@@ -68,16 +73,19 @@ def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
     true, seeds = to_tensors(sets), list(range(count))
     given = {"kept": only_first(true), "masked": tuple(range(2, len(sets[0].pictures) + 1))}
 
-    def make(captions: list[str], **kept: Tensor | tuple[int, ...]) -> Tensor:
+    def make(captions: list[str], seeds: list[int] = seeds, **kept: Tensor | tuple[int, ...]) -> Tensor:
         return generate(networks, captions, GRIDS[task], seeds, **ways, **kept)
 
-    silent = [one.silent for one in sets]
-    made = [make([one.caption for one in sets]), make([one.caption for one in sets], **given), make(silent, **given)]
+    told, silent = [one.caption for one in sets], [one.silent for one in sets]
+    made = [make(told), make(told, **given), make(silent, **given)]
     figures = {name: judge(task, reader, image) for name, image in zip(SUCCESS, made, strict=True)}
     if task == "walk":  # dusk and pencil hide what the reader reads
         figures |= identity(reader, made[2], sets, "own panel")
         given["kept"] = only_first(true.roll(1, dims=0))
         figures |= identity(reader, make(silent, **given), sets, "another's panel")
+        again = make(told, [count + seed for seed in seeds])
+        figures |= alike(reader, made[0], made[0], sets, "own panel")
+        figures |= alike(reader, made[0], again, sets, "another's panel")
     return figures, [made[0][:COLUMNS], made[1][:COLUMNS]]
 
 
@@ -86,7 +94,10 @@ def measure_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Fo
     sets = task_sets(task, count, SEED, held_out=True)
     after = tensors_after(networks, to_tensors(sets))
     figures = dict.fromkeys(SUCCESS, judge(task, ruler.reader, after))
-    return figures | (identity(ruler.reader, after, sets, "own panel") if task == "walk" else {}), [after[:COLUMNS]]
+    if task == "walk":
+        figures |= identity(ruler.reader, after, sets, "own panel")
+        figures |= alike(ruler.reader, after, after, sets, "own panel")
+    return figures, [after[:COLUMNS]]
 
 
 def to_tensors(sets: list[TaskSet]) -> Tensor:
@@ -123,6 +134,22 @@ def identity(reader: Reader, image: Tensor, sets: list[TaskSet], given: str) -> 
     return figures
 
 
+def alike(reader: Reader, image: Tensor, other: Tensor, sets: list[TaskSet], whose: str) -> Figures:
+    """Which share of its unnamed traits the subject in panel 1 of another picture has in the later panels of this one.
+
+    Captions cannot tell them, so panels of one set agree only as far as the model makes them for each other.
+    """
+    size = len(sets[0].panels)
+    pages = [read(reader, tiles(picture)) for picture in (image, other)]
+    values = []
+    for first, one in zip(range(0, len(pages[0]), size), sets, strict=True):
+        shape = one.panels[0].placed[0].subject.shape
+        shown = next((seen for seen in pages[1][first].seen if seen.shape == shape), None)
+        later = pages[0][first + 1 : first + size] if shown else []
+        values.append(float(np.mean([list(hidden_agreement(found, shown).values()) for found in later] or [0])))
+    return {f"{ALIKE}, {whose}": values}
+
+
 def traits(reading: Reading, subject: Subject) -> tuple[float, float]:
     """Which share of the subject's named and unnamed traits one of its shape has in a panel; if there is none, 0."""
     same = [one for one in reading.seen if one.shape == subject.shape]
@@ -131,27 +158,39 @@ def traits(reading: Reading, subject: Subject) -> tuple[float, float]:
     return float(np.mean(named)), float(np.mean(list(hidden_agreement(reading, subject).values())))
 
 
-IDENTITY = (
-    "The given subject's traits in the generated panels, with captions silent about it (bar: 80 % of the ceiling):",
+DETAILS = (
+    "Task success against its bars, if it has some; and the share of the subject's traits in the panels behind the "
+    "first: those of the panel that was given, with captions silent about it, or, where none was given, those that the "
+    "first panel got by chance, in the same set and in another one of the same caption:",
     "",
-    "| arm | traits | own panel given | another's given | difference | ceiling | own / ceiling | |",
-    "|---|---|---|---|---|---|---|---|",
+    "| arm | figure | own panel | another's | difference | ceiling | own / ceiling | bar | |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 
 
-def kept_traits(task: str, name: str, figures: Figures, most: Figures) -> list[str]:
-    """Lines of traits that reappear, by kind, against the same run with another subject's panel."""
-    lines = []
-    for kind in KINDS:
+def details(task: str, name: str, figures: Figures, most: Figures, barred: bool = False) -> list[str]:
+    """Lines of an arm: traits that reappear, by kind, against the same run with another's panel.
+
+    barred: whether the bars hold here; then task success is told too
+    """
+    lines, base = [], name == "base"
+    for way in SUCCESS[:2] if barred else ():
+        told = verdict(float(np.mean(figures[way])), BASE_BAR if base else LORA_BAR, most=base)
+        cells = [interval(figures[way]), None, None, interval(most[way]), None]
+        lines.append(line(f"{task}: {name}", f"task success, {way}", cells, *told))
+    for kind in (*KINDS, ALIKE):
         if f"{kind}, own panel" in figures:
             own, other = figures[f"{kind}, own panel"], figures[f"{kind}, another's panel"]
             ceiling = most[f"{kind}, own panel"]
-            cells = [*map(interval, (own, other, np.subtract(own, other), ceiling)), ratio(own, ceiling)]
-            lines.append(line(name, kind, cells))
+            share = ratio(own, ceiling)
+            told = verdict(share[0], TRAITS_BAR) if barred and not base and kind in KINDS else ("", "")
+            cells = [*map(interval, (own, other, np.subtract(own, other), ceiling)), share]
+            lines.append(line(f"{task}: {name}", kind, cells, *told))
     return lines
 
 
 IN_CONTEXT = Judge(
-    "in-context", measure, measure_truth, SUCCESS, IDENTITY, kept_traits,
+    "in-context", measure, measure_truth, SUCCESS, DETAILS, details,
     sheet="true sets, then for every arm sets from text and with their first panel given",
 )  # fmt: skip
+IN_CONTEXT_WITH_BARS = replace(IN_CONTEXT, details=partial(details, barred=True))

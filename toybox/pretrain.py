@@ -2,7 +2,8 @@
 
 Stages, each resumed from its last checkpoint after any interruption: the autoencoder, beside it CLIP's two towers and
 T5, on captions alone; the transformer, on single panels and then on sets; guidance, distilled into it; the decoder
-alone. Checkpoints and drawn pictures are kept in --work.
+alone. Checkpoints and drawn pictures are kept in --work. With --text only the transformer is trained, and all else is
+another model's.
 """
 
 import argparse
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from iclora.cache import file_mark, text_mark
 from model.text import TextEncoders, load_text_encoders
-from model.weights import find_model, load_autoencoder, load_flux
+from model.weights import ModelFiles, find_model, load_autoencoder, load_flux
 
 from . import entry, train_autoencoder, train_clip, train_flow, train_text
 from .export import write_model
 from .sets import GRIDS, draw_sets, load_sets, sets_of
 from .tokenizers import make_clip_tokenizer, make_t5_tokenizer
-from .training import Stage, Work, finished
+from .training import Stage, Work, finished, refuse_other_run
 
 STAGES = {
     "autoencoder": Stage("autoencoder", steps=4000, batch=3, lr=1e-3, muon_lr=2e-3, decay_from=0.25, ema=0.998),
@@ -35,30 +37,40 @@ STAGES = {
     "guidance": Stage("guidance", steps=240, batch=24, lr=3e-4, muon_lr=3e-4, warmup=20, decay_from=0.3, ema=0.98),
     "decoder": Stage("decoder", steps=1200, batch=4, lr=5e-4, muon_lr=1e-3, warmup=30, decay_from=0.2, ema=0.995),
 }
+WIDTH = train_flow.CONFIG.hidden_size
 SETS = 20_000  # over all grids
 OFTEN = {(1, 1): 0.06, (1, 2): 0.05, (2, 1): 0.05, (2, 2): 0.79, (3, 1): 0.05}  # how often the flow sees each grid
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Run every stage that --work does not hold yet, and write the model."""
+    """Run every stage that --work does not hold yet, and write the model.
+
+    Errors: ValueError for flags that do not go together, or a --work of another run
+    """
+    check(args)
+    config = train_flow.new_config(args.width, not args.no_guidance)
+    files = find_model(args.init or args.text) if args.init or args.text else None
     stages = {
         name: dataclasses.replace(stage, steps=max(2, round(stage.steps * args.scale)))
         for name, stage in STAGES.items()
     }
-    work = Work(args.work, args.seed, args.device, args.init or "", args.processes if args.device == "cpu" else 1)
+    processes = args.processes if args.device == "cpu" else 1
+    work = Work(args.work, args.seed, args.device, origin(args, files), processes)
+    for path in (work.folder / f"{name}.safetensors" for name in stages):
+        if path.exists():
+            refuse_other_run(path, work)
     total = round(SETS * min(1.0, args.scale))
     draw_sets(work.folder, total, work.seed, args.processes)
     drawn = {grid: load_sets(work.folder, grid, sets_of(grid, total)) for grid in GRIDS}
     pictures = {grid: of_grid for grid, (of_grid, _) in drawn.items()}
     captions = {grid: of_grid for grid, (_, of_grid) in drawn.items()}
 
-    files = find_model(args.init) if args.init else None
     tokenizers = [files.clip_tokenizer, files.t5_tokenizer] if files else new_tokenizers(captions, work.folder)
-    text, autoencoder = None, load_autoencoder(files.autoencoder).requires_grad_(True) if files else None
+    text, autoencoder = None, None
     if files:
-        text = load_text_encoders(files, dtype=torch.float32)
+        text, autoencoder = load_text_encoders(files, dtype=torch.float32), load_autoencoder(files.autoencoder)
     elif args.init_autoencoder:
-        autoencoder = load_autoencoder(find_model(args.init_autoencoder).autoencoder).requires_grad_(True)
+        autoencoder = load_autoencoder(find_model(args.init_autoencoder).autoencoder)
     beside = None
     if not files and work.processes > 1:  # trainings of one thread each get through more than one of two threads
         torch.set_num_threads(1)
@@ -66,8 +78,10 @@ def pretrain(args: argparse.Namespace) -> None:
         task = (stages, pictures, captions, tokenizers, alone)
         beside = multiprocessing.get_context("fork").Process(target=train_encoders, args=task)
         beside.start()
-    of_panels = panels_of(pictures)
-    autoencoder = train_autoencoder.train(stages["autoencoder"], of_panels, alone if beside else work, autoencoder)
+    if not args.text:
+        of_panels = panels_of(pictures)
+        autoencoder = autoencoder and autoencoder.requires_grad_(True)
+        autoencoder = train_autoencoder.train(stages["autoencoder"], of_panels, alone if beside else work, autoencoder)
     if beside:
         beside.join()
     text = text or train_encoders(stages, pictures, captions, tokenizers, work)
@@ -77,8 +91,11 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.processes)
     del drawn, pictures
     torch.manual_seed(work.seed)
-    flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True) if files else train_flow.new_flux()
-    if not files:
+    if args.init:
+        flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True)
+    else:
+        widths = {"context_in_dim": text.t5.config.d_model, "vec_in_dim": text.clip.config.hidden_size}
+        flux = train_flow.new_flux(dataclasses.replace(config, **widths))
         few = 1 if finished(stages["singles"], work) else None
         singles = train_flow.singles(latents[2, 2][:few], text, work.seed)
         flux = train_flow.train(stages["singles"], flux, singles, {(1, 1): 1.0}, work)
@@ -86,11 +103,36 @@ def pretrain(args: argparse.Namespace) -> None:
         del singles
     data = train_flow.of_sets(latents, captions, text, work.seed)
     flux = train_flow.train(stages["flow"], flux, data, OFTEN, work, fast=args.compile)
-    teacher, flux = copy.deepcopy(flux), flux.requires_grad_(True)
-    flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher, args.compile)
-    autoencoder = train_autoencoder.finish(stages["decoder"], autoencoder, of_panels, work)
+    if flux.config.guidance_embed:
+        teacher, flux = copy.deepcopy(flux), flux.requires_grad_(True)
+        flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher, args.compile)
+    if not args.text:
+        autoencoder = train_autoencoder.finish(stages["decoder"], autoencoder, of_panels, work)
     write_model(args.out, flux.cpu(), autoencoder, text.clip, text.t5, *tokenizers)
     print(f"wrote {args.out}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together. Errors: ValueError"""
+    if args.init and (args.text or args.width != WIDTH or args.no_guidance):
+        raise ValueError("--init brings a whole model; leave out --text, --width and --no-guidance")
+    if args.text and args.init_autoencoder:
+        raise ValueError("--text brings the autoencoder too, as it is; leave out --init-autoencoder")
+    if args.text and args.out.resolve() == find_model(args.text).root.resolve():
+        raise ValueError(f"--out {args.out} is the model that --text takes from; give another folder")
+
+
+def origin(args: argparse.Namespace, files: ModelFiles | None) -> str:
+    """What tells the checkpoints of a run from those of others: the model that it started from, and another shape.
+
+    What --text takes is marked by its content, as checkpoints of the transformer are worth nothing with any other.
+    """
+    parts = [args.init] if args.init else []
+    if args.text:
+        mark = f"{file_mark([files.autoencoder])[:8]}{text_mark(files)[:8]}"
+        parts.append(f"text and autoencoder of {args.text} ({mark})")
+    parts += [f"width {args.width}"] * (args.width != WIDTH) + ["no guidance"] * args.no_guidance
+    return ", ".join(parts)
 
 
 def panels_of(pictures: dict[tuple[int, int], Tensor]) -> Tensor:
@@ -128,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="folder that receives the model")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints and drawn pictures")
     parser.add_argument("--init", help="start from the weights of this model, with fresh optimizers")
+    parser.add_argument("--text", metavar="MODEL", help="take this model's autoencoder, text encoders and tokenizers")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the transformer, a multiple of 32")
+    parser.add_argument("--no-guidance", action="store_true", help="embed no guidance, and distil none")
     parser.add_argument("--init-autoencoder", metavar="MODEL", help="start the autoencoder alone from this model's")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage; 0.01 is a trial")
     parser.add_argument("--seed", type=int, default=0)

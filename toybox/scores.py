@@ -84,6 +84,12 @@ def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: f
     return "| " + " | ".join(cells) + " |"
 
 
+def verdict(mean: float, bar: float, most: bool = False) -> tuple[str, str]:
+    """A bar in words, and whether a mean reaches it; most: it is one to stay below."""
+    reached = mean <= bar if most else mean >= bar
+    return f"at {'most' if most else 'least'} {bar:.0%}", "reached" if reached else "**missed**"
+
+
 def line(first: str, second: str, found: Sequence, *last: str, sign: str = "") -> str:
     """One line of a table: means and their intervals, in percent; None leaves a cell empty."""
     cells = ["" if one is None else "{} ({} to {})".format(*(f"{100 * v:{sign}.1f}" for v in one)) for one in found]

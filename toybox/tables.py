@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.rounds import spread, times_as_fast
 from sampling.images import to_picture
 
 from .arms import Experiment
@@ -15,33 +16,48 @@ from .scores import interval, line
 
 
 def tables(
-    experiment: Experiment, truth: dict[str, Figures], found: Sequence[Sequence[Figures]], seconds: Sequence
-) -> list[str]:
+    experiment: Experiment, truth: dict[str, Figures], found: Sequence[Sequence[Figures]], seconds: Sequence,
+    paces: Sequence[Sequence[float]] = (),
+) -> list[str]:  # fmt: skip
     """Figures of every arm, how far they are from those of the first arm of its task, and the judge's own table.
 
     truth: by task
     found: of every arm and every seed
     seconds: that the trainings of every arm took, None if that is unknown
+    paces: of every arm, the seconds of a set in each round; none are not shown
     """
     judge, means = experiment.judge, [over_seeds(figures) for figures in found]
     columns = [c for c in experiment.columns or judge.columns if any(c in figures for figures in means)]
     seeds, paper = experiment.seeds > 1, any(arm.paper for arm in experiment.arms)
-    heads = [*columns, *[f"{columns[0]} by seed"] * seeds, *["paper"] * paper, "training"]
-    lines = [f"| task | arm | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
-    details, first = [], {}
-    for arm, each, figures, took in zip(experiment.arms, found, means, seconds, strict=True):
-        most, base = truth[arm.task], first.setdefault(arm.task, figures)
-        empty = [""] * (seeds + paper)
-        if base is figures:
-            lines.append(line(arm.task, "true sets after the autoencoder", cells(most, columns), *empty, ""))
+    heads = [*columns, *[f"{columns[0]} by seed"] * seeds, *["paper"] * paper, *["seconds a set"] * bool(paces)]
+    lines = [f"| task | arm | {' | '.join(heads)} | training |", "|---|---|" + "---|" * (len(heads) + 1)]
+    more, first, empty = [], {}, [""] * (seeds + paper)
+    for i, (arm, each, figures, took) in enumerate(zip(experiment.arms, found, means, seconds, strict=True)):
+        most, base = truth[arm.task], first.setdefault(arm.task, i)
+        pace = [spread(paces[i]).show()] if paces else []
+        if base == i:
+            truths = [*empty, *[""] * len(pace), ""]
+            lines.append(line(arm.task, "true sets after the autoencoder", cells(most, columns), *truths))
         by_seed = [", ".join(f"{100 * np.mean(one[columns[0]]):.1f}" for one in each if columns[0] in one)] * seeds
-        last = [*by_seed, *[arm.paper] * paper, "" if took is None else f"{took / 60:.1f} min"]
+        last = [*by_seed, *[arm.paper] * paper, *pace, training_time(took, *experiment.minutes)]
         lines.append(line(arm.task, arm.name, cells(figures, columns), *last))
-        if base is not figures:
-            apart = {c: np.subtract(figures[c], base[c]) for c in columns if c in figures}
-            lines.append(line(arm.task, f"{arm.name}, difference", cells(apart, columns), *empty, "", sign="+"))
-        details += judge.details(arm.task, arm.name, figures, most)
-    return [*lines, *(["", *judge.head, *details] if details else [])]
+        if base != i:
+            apart = {c: np.subtract(figures[c], means[base][c]) for c in columns if c in figures}
+            pace = [f"{times_as_fast(paces[i], paces[base]).show()} times as fast"] if paces else []
+            lines.append(
+                line(arm.task, f"{arm.name}, difference", cells(apart, columns), *empty, *pace, "", sign="+")
+            )  # fmt: skip
+        more += judge.details(arm.task, arm.name, figures, most)
+    return [*lines, *(["", *judge.head, *more] if more else [])]
+
+
+def training_time(took: float | None, least: float, most: float) -> str:
+    """The minutes of a training, and whether they are fewer or more than they should be."""
+    if took is None:
+        return ""
+    minutes = took / 60
+    outside = f", **under {least:g}**" if minutes < least else f", **over {most:g}**" if minutes > most else ""
+    return f"{minutes:.1f} min{outside}"
 
 
 def cells(figures: Figures, columns: Sequence[str]) -> list[tuple[float, float, float] | None]:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from sampling.latents import pack
 
 from .captions import panel_prompt, reticent
 from .sets import plan_sets
-from .tokenizers import T5_LENGTH
 from .train_text import CLASSES, facts, wrong_facts
 from .training import Stage, Work, run, step_generator
 from .world import Panel
@@ -31,11 +30,26 @@ CONFIG = FluxConfig(
     in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=192, mlp_hidden=768, num_heads=6,
     depth=3, depth_single_blocks=5, axes_dim=(4, 14, 14), guidance_embed=True,
 )  # fmt: skip
+WIDEST = 992  # of a tiny model
 SHORT = 32  # T5 tokens of a single panel's caption
 DROPPED = 0.05  # share of the captions replaced by the empty one
 READING = 0.2  # weight of the facts beside the velocity
 LATE = 0.7  # mean of the times' logits: what a subject is gets settled near noise, where its shape is learned last
 GUIDANCE = (1.0, 5.0)  # drawn uniformly; says nothing until it is distilled
+
+
+def new_config(width: int, guidance: bool) -> FluxConfig:
+    """The shape of a transformer of another width, or without a guidance embedding.
+
+    width: of whole heads, and of a tiny model (iclora.config.model_row)
+    Errors: ValueError for another width
+    """
+    head = CONFIG.hidden_size // CONFIG.num_heads
+    if width % head or not head <= width <= WIDEST:
+        near = min(max(head, width // head * head), WIDEST)
+        raise ValueError(f"--width {width} is not a multiple of {head} from {head} to {WIDEST}; use for example {near}")
+    shape = {"hidden_size": width, "mlp_hidden": 4 * width, "num_heads": width // head, "guidance_embed": guidance}
+    return replace(CONFIG, **shape)
 
 
 def new_flux(config: FluxConfig = CONFIG) -> Flux:
@@ -70,7 +84,7 @@ class Data:
 
 def of_sets(latents: dict, captions: dict, text: TextEncoders, seed: int) -> Data:
     """The sets that were drawn, of every grid."""
-    encoded = {grid: encode(groups, text, T5_LENGTH) for grid, groups in {**captions, "empty": [[""]]}.items()}
+    encoded = {grid: encode(groups, text) for grid, groups in {**captions, "empty": [[""]]}.items()}
     told = {
         grid: facts_of([[(panel, i) for i, panel in enumerate(p, 1)] for p in plan_sets(grid, len(z), seed)])
         for grid, z in latents.items()
@@ -94,8 +108,11 @@ def singles(latents: Tensor, text: TextEncoders, seed: int) -> Data:
     return Data({(1, 1): cut}, *({grid: parts[i] for grid, parts in encoded.items()} for i in (0, 1)), {(1, 1): told})
 
 
-def encode(groups: list[list[str]], text: TextEncoders, length: int) -> tuple[Tensor, Tensor]:
-    """Encode equally many phrasings of every caption: (N, phrasings, T, C) bfloat16 and (N, phrasings, V)."""
+def encode(groups: list[list[str]], text: TextEncoders, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Encode equally many phrasings of every caption: (N, phrasings, T, C) bfloat16 and (N, phrasings, V).
+
+    length: T5 tokens T; None is the tokenizer's own limit
+    """
     every = [caption for group in groups for caption in group]
     parts = [text.encode(every[i : i + 256], length) for i in range(0, len(every), 256)]
     txt = torch.cat([txt.bfloat16().cpu() for txt, _ in parts])

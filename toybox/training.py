@@ -250,19 +250,22 @@ def store(path: Path, step: int, module: nn.Module, average: nn.Module, steppers
     save_safetensors(kept, path, {"step": str(step), "seed": str(work.seed), "origin": work.origin})
 
 
-def restore(path: Path, module: nn.Module, average: nn.Module, steppers: list, work: Work) -> int:
-    """Load what store wrote; gives the number of steps done.
-
-    Errors: ValueError if the file belongs to a run from other weights or another seed
-    """
+def refuse_other_run(path: Path, work: Work) -> dict[str, str]:
+    """Give the metadata of a checkpoint. Errors: ValueError if it is of a run with another origin or another seed"""
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
         metadata = file.metadata()
     for name, value in (("seed", str(work.seed)), ("origin", work.origin)):
         if metadata.get(name, value) != value:
             was = f"{path} belongs to a run whose {name} is {metadata[name]!r}, not {value!r}"
             raise ValueError(f"{was}; give another --work, or remove the file")
-    step = int(metadata["step"])
+    return metadata
+
+
+def restore(path: Path, module: nn.Module, average: nn.Module, steppers: list, work: Work) -> int:
+    """Load what store wrote; gives the number of steps done. Errors: as refuse_other_run"""
+    step = int(refuse_other_run(path, work)["step"])
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     for prefix, target in (("model.", module), ("ema.", average)):
         target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     for i, optimizer in enumerate(steppers):
