@@ -303,11 +303,11 @@ class Flux(nn.Module):
         for block in self.double_blocks:
             img, txt, seen = block(img, txt, vec, pe)
             every.append(seen)
-        for block in self.single_blocks[:-1]:
-            img, seen = block(img, vec, pe)
-            every.append(seen)
-        every += [block(img, vec, pe, rows=slice(0))[1] for block in self.single_blocks[-1:]]  # no result is read
-        return [(k, v.clone()) for k, v in every]  # v is a slice, which would keep all of its block's projection
+        for number, block in enumerate(self.single_blocks, start=1):
+            rows = EVERY if number < len(self.single_blocks) else slice(0)  # of the last one no result is read
+            img, (k, v) = block(img, vec, pe, rows=rows)
+            every.append((k, v.clone()))  # v is a slice, which would keep all of its block's projection
+        return every
 
     def predict(self, img: Tensor, fixed: Fixed, vec: Tensor) -> Tensor:
         """Predict the velocity of the target's tokens; what is fixed was computed before, and is not predicted.
@@ -321,12 +321,12 @@ class Flux(nn.Module):
         img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), fixed.references), dim=1)  # (B, I, D)
 
         for block in self.double_blocks:
-            img, txt, _ = block(img, txt, vec, pe, mask, next(alone))
+            img, txt = block(img, txt, vec, pe, mask, next(alone))[:2]  # the rest is not held through the next block
 
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
         for block in self.single_blocks[:-1]:
-            x, _ = block(x, vec, pe, mask, EVERY, next(alone))
+            x = block(x, vec, pe, mask, EVERY, next(alone))[0]
         for block in self.single_blocks[-1:]:  # of the last one, nothing but the target is read any more
-            x, _ = block(x, vec, pe, mask, target, next(alone))  # (B, N, D)
+            x = block(x, vec, pe, mask, target, next(alone))[0]  # (B, N, D)
 
         return self.final_layer(x, vec)  # (B, N, 64)

@@ -1,5 +1,7 @@
 """References alone: what is kept for all steps equals a single sequence with the same mask and modulation."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -119,6 +121,21 @@ def test_what_is_kept_depends_on_the_references_alone_and_on_each_of_them():
         assert all(torch.equal(i, j) and not torch.equal(i, k) for i, j, k in zip(a, b, c, strict=True))
         assert a[1].untyped_storage().nbytes() == a[1].nbytes, "nothing else stays in memory with it"
     assert far(one[1][0][:, :, 0], other[1][0][:, :, 0]) > 1e-4, "references see each other"
+
+
+@torch.no_grad()
+def test_what_is_not_kept_is_freed_block_by_block():
+    flux, (arguments, references), values, held = network(lora=False), given(), [], []
+    x, ids, txt, txt_ids, *rest = arguments
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.register_forward_pre_hook(lambda block, args: held.append(sum(v() is not None for v in values)))
+        block.register_forward_hook(lambda block, args, out: values.append(weakref.ref(out[-1][1])))
+    flux(x, ids, txt, txt_ids, *rest, None, references)
+    assert held == [0] * 5, "a step holds no values of an earlier block, nor the projection that they are a slice of"
+    values.clear()
+    held.clear()
+    flux.prepare(ids, txt, txt_ids, references, alone=True)
+    assert held == [0, 1, 2, 3, 3], "those of double blocks are kept; those of single ones copied, and let go"
 
 
 @torch.no_grad()
