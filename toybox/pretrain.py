@@ -116,8 +116,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse flags that do not go together. Errors: ValueError"""
     if args.init and (args.text or args.width != WIDTH or args.no_guidance):
         raise ValueError("--init brings a whole model; leave out --text, --width and --no-guidance")
-    if args.text and args.init_autoencoder:
-        raise ValueError("--text brings the autoencoder too, as it is; leave out --init-autoencoder")
+    if (args.init or args.text) and args.init_autoencoder:
+        raise ValueError("--init and --text bring an autoencoder too; leave out --init-autoencoder")
     if args.text and args.out.resolve() == find_model(args.text).root.resolve():
         raise ValueError(f"--out {args.out} is the model that --text takes from; give another folder")
 

@@ -59,8 +59,8 @@ def losses(model: AutoEncoder, image: Tensor, generator: torch.Generator) -> dic
     The Gaussian that latents are held to is the one that scale_factor and shift_factor map to mean 0, variance 1.
     """
     mean, logvar = model.moments(image)
-    level = NOISE * torch.rand(len(image), 1, 1, 1, generator=generator) - NOISE / 2
-    level = 2 * level.clamp(min=0).to(mean) * mean.detach().std()  # none in half of the pictures
+    level = NOISE * (2 * torch.rand(len(image), 1, 1, 1, generator=generator) - 1).clamp(min=0)  # 0 for half of them
+    level = level.to(mean) * mean.detach().std()
     spread = (logvar.exp() + level**2).sqrt()
     decoded = model.decoder(mean + spread * torch.randn(mean.shape, generator=generator).to(mean))
     pixel = (decoded - image).abs().mean()

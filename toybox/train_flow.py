@@ -149,7 +149,7 @@ def prepare_latents(autoencoder: AutoEncoder, pictures: dict, work: Work, batch:
 
 @torch.no_grad()
 def encode_pictures(autoencoder: AutoEncoder, pictures: Tensor, batch: int, processes: int) -> Tensor:
-    """Encode pictures (N, 3, h, w) uint8 with one thread in each process: (N, 16, h/8, w/8) float16."""
+    """Encode pictures (N, 3, h, w) uint8, several processes with one thread each: (N, 16, h/8, w/8) float16."""
     z = torch.empty(len(pictures), 16, *(side // 8 for side in pictures.shape[2:]), dtype=torch.half).share_memory_()
 
     def share(number: int) -> None:
@@ -157,7 +157,8 @@ def encode_pictures(autoencoder: AutoEncoder, pictures: Tensor, batch: int, proc
             part = slice(first, first + batch)
             z[part] = autoencoder.encode(pictures[part].float() / 127.5 - 1)
 
-    torch.set_num_threads(1)
+    if processes > 1:
+        torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     others = [context.Process(target=share, args=(number,)) for number in range(1, processes)]
     for other in others:

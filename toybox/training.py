@@ -43,8 +43,8 @@ class Work:
     folder: Path
     seed: int = 0
     device: str = "cpu"
-    origin: str = ""  # the model that the weights started from, if any
-    processes: int = 1  # that train the transformer together, a core each
+    origin: str = ""  # what the weights started from or stand on, and another shape; see toybox.pretrain.origin
+    processes: int = 1  # that train and encode together, a core each
 
 
 def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
