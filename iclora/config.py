@@ -254,7 +254,7 @@ class ModelRow:
 DEV = ModelRow("dev", 512, 20, 3.5, True, 512, (512, 320), "bfloat16")
 SCHNELL = ModelRow("schnell", 256, 4, None, False, 512, (512, 320), "bfloat16")
 TINY = ModelRow("tiny", None, 20, 3.5, True, 64, (64, 64), "float32")
-TINY_WITHOUT = replace(TINY, guidance=None)
+TINY_UNGUIDED = replace(TINY, guidance=None)
 TRAINING = {  # defaults of train.py, as in arXiv:2410.23775 and arXiv:2504.02160
     IN_CONTEXT: {
         "steps": 5000, "batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05,
@@ -275,7 +275,7 @@ USELESS = {  # to a method
 def model_row(shape: "FluxConfig") -> ModelRow:
     """Finds the row of a model by what it is, not by what its file is called."""
     if shape.hidden_size < 1024:
-        return TINY if shape.guidance_embed else TINY_WITHOUT
+        return TINY if shape.guidance_embed else TINY_UNGUIDED
     return DEV if shape.guidance_embed else SCHNELL
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from iclora.cli import parse, read_record
-from iclora.config import DEV, LAST_SEED, SCHNELL, TINY, TINY_WITHOUT, SampleConfig, model_row, settle
+from iclora.config import DEV, LAST_SEED, SCHNELL, TINY, TINY_UNGUIDED, SampleConfig, model_row, settle
 from iclora.knobs import flag, saved
 from iclora.prompts import TASKS, preset
 from model.position import MODES
@@ -179,7 +179,7 @@ def test_a_missing_file_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(("guidance_embed", "hidden_size", "row"), [
-    (True, 3072, DEV), (False, 3072, SCHNELL), (True, 192, TINY), (False, 192, TINY_WITHOUT),
+    (True, 3072, DEV), (False, 3072, SCHNELL), (True, 192, TINY), (False, 192, TINY_UNGUIDED),
 ])
 def test_the_row_follows_from_what_the_model_is(guidance_embed, hidden_size, row):
     assert model_row(SimpleNamespace(guidance_embed=guidance_embed, hidden_size=hidden_size)) is row

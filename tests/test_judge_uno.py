@@ -199,7 +199,7 @@ def test_flags_that_are_left_out_are_the_trainers_defaults():
     }  # fmt: skip
 
 
-def test_what_issue_five_asks_for_is_there():
+def test_the_papers_tables_are_complete_with_two_seeds_and_equal_steps():
     assert all(EXPERIMENTS[name].seeds >= 2 for name in ("offsets", "cropped", "cold"))
     warm, cold, *_ = (arm.training for arm in EXPERIMENTS["cold"].arms)
     assert cold.start is None and cold.length == sum(step.length for step in chain(warm))

@@ -110,7 +110,7 @@ def test_intervals_hold_the_mean_and_shrink_with_the_number_of_sets():
 
 def test_a_row_says_whether_its_bar_is_reached():
     assert "| reached |" in scores.row("a", [1, 1, 0, 1], bar=0.7)
-    assert "| **below** |" in scores.row("a", [1, 1, 0, 1], bar=0.8)
+    assert "| **missed** |" in scores.row("a", [1, 1, 0, 1], bar=0.8)
 
 
 def test_tiles_are_the_panels_in_reading_order_and_without_empties_one():

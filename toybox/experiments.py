@@ -154,7 +154,7 @@ def remembered(
 ) -> Found:
     """Find something, or read what was found before with the same files; remove judged/ when judges have changed."""
     folders = sorted({find_model(model).root for model in (args.model, args.judges or args.model)})
-    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if "loras" not in p.parts]
+    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name != "loras"]
     mark = file_mark([*weights, *([what] if isinstance(what, Path) else [])])[:16]
     kind = "truth" if what == "truth" else "made"
     path = args.work / "judged" / f"{judge.name}-{task}-{args.count}-{kind}-{mark}.safetensors"

@@ -78,9 +78,8 @@ def ratio(values: Sequence[float], most: Sequence[float], rounds: int = 1000) ->
 def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: float | None = None) -> str:
     """One row of a table; the ceiling is what the reader says of true panels after the autoencoder."""
     mean, low, high = interval(values)
-    verdict = "" if bar is None else ("reached" if mean >= bar else "**below**")
-    cells = [name, f"{mean:.1%}", f"{low:.1%} to {high:.1%}"]
-    cells += ["" if ceiling is None else f"{ceiling:.1%}", "" if bar is None else f"{bar:.0%}", verdict]
+    cells = [name, f"{mean:.1%}", f"{low:.1%} to {high:.1%}", "" if ceiling is None else f"{ceiling:.1%}"]
+    cells += ("", "") if bar is None else (f"{bar:.0%}", verdict(mean, bar)[1])
     return "| " + " | ".join(cells) + " |"
 
 
