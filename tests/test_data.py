@@ -319,7 +319,7 @@ def test_the_check_of_the_demo_sets_finds_nothing_wrong(capsys):
     assert status == 0
     assert lines[0].endswith("60 sets in 120 pictures of 64x64 (100), 128x64 (20)")
     assert [line for line in lines if line.startswith("bucket: 3x1 panels of 64x64, 48 tokens: 20 sets")]
-    assert lines[-2].startswith("captions: ") and lines[-2].endswith("tiny reads 80")
+    assert lines[-2].startswith("captions: ") and lines[-2].endswith("tiny reads 64")
     assert lines[-1] == "usable (broken: 0, notes: 0)"
 
 
@@ -334,7 +334,7 @@ def test_the_check_notes_what_is_doubtful(tmp_path, capsys):
     assert status == 0
     for wanted in (
         "README.md is no picture or caption", "b.png: 1 markers, but the 1x2 grid has 2 panels",
-        "b.png shows the same as", "with another caption; it counts double", "c.png: T5 reads 80 of the caption's",
+        "b.png shows the same as", "with another caption; it counts double", "c.png: T5 reads 64 of the caption's",
         "2 sets have panels of fewer pixels than 64x64",
     ):  # fmt: skip
         assert wanted in notes

@@ -33,7 +33,7 @@ STAGES = {
     "clip": Stage("clip", steps=400, batch=96, lr=1e-3, ema=0.99),
     "text": Stage("text", steps=1200, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=0.3, ema=0.995),
     "singles": Stage("singles", steps=450, batch=44, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=1.0, ema=0.99),
-    "flow": Stage("flow", steps=2250, batch=36, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=0.4, ema=0.998),
+    "flow": Stage("flow", steps=2500, batch=36, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=0.4, ema=0.998),
     "guidance": Stage("guidance", steps=240, batch=24, lr=3e-4, muon_lr=3e-4, warmup=20, decay_from=0.3, ema=0.98),
     "decoder": Stage("decoder", steps=1200, batch=4, lr=5e-4, muon_lr=1e-3, warmup=30, decay_from=0.2, ema=0.995),
 }
