@@ -56,7 +56,7 @@ PRONOUN_PANELS = {
     True: ("they are {scene}", "{scene} they meet", "we see them {scene}", "now they are {scene}"),
 }
 # The longest joint caption in words, punctuation marks and markers, for one subject and for several.
-LIMITS = (62, 62)
+LIMITS = (62, 63)
 # How much a phrase tells beside the name.
 NOTHING, POSITION, POSITION_AND_SIZE = 0, 1, 2
 
@@ -179,12 +179,12 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
     styles = ["full" if introduce and i == 0 else style for i in range(len(panels))]
     scenes = [_choose(rng, SCENE_WORDS[panel.scene]) for panel in panels]
     telling = [_choose(rng, (POSITION_AND_SIZE, POSITION, POSITION, NOTHING)) for _ in panels]
-    between = _choose(rng, (", ", "; ", ". "))
+    between, shortest = _choose(rng, (", ", "; ", ". ")), False
     while True:
         phrases = [_panel_phrase(*row, wearing) for row in zip(panels, styles, templates, scenes, telling, strict=True)]
         marked = [f"{m} {phrase}" for m, phrase in zip(markers_for(markers, rows, cols), phrases, strict=True)]
         caption = _tidy(summary + " " + between.join(marked)) + "."
-        if length(caption) <= LIMITS[several]:
+        if length(caption) <= LIMITS[several] or shortest:
             return caption
         if max(telling):
             telling[telling.index(max(telling))] -= 1
@@ -195,8 +195,11 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
             styles = [style if short == "short" else short for short in styles]
             templates = [_choose(rng, PRONOUN_PANELS[several]) if now == style else old
                          for now, old in zip(styles, templates, strict=True)]
-        else:
-            return caption
+        else:  # three or four subjects in four panels: the fewest words for all that has to be said
+            summary = _summary(panels, "the story of {cast}:", wearing)
+            templates = [PRONOUN_PANELS[several][0]] * len(panels)
+            scenes = [min(SCENE_WORDS[panel.scene], key=length) for panel in panels]
+            styles, shortest = ["pronoun"] * len(panels), True
 
 
 def vocabulary() -> list[str]:

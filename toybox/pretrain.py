@@ -34,8 +34,8 @@ STAGES = {
     "text": Stage("text", steps=1200, batch=40, lr=1e-3, muon_lr=2e-3, decay_from=0.3, ema=0.995),
     "singles": Stage("singles", steps=450, batch=44, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=1.0, ema=0.99),
     "flow": Stage("flow", steps=2500, batch=36, lr=1e-3, muon_lr=2e-3, warmup=30, decay_from=0.4, ema=0.998),
-    "guidance": Stage("guidance", steps=240, batch=24, lr=3e-4, muon_lr=3e-4, warmup=20, decay_from=0.3, ema=0.98),
-    "decoder": Stage("decoder", steps=1200, batch=4, lr=5e-4, muon_lr=1e-3, warmup=30, decay_from=0.2, ema=0.995),
+    "guidance": Stage("guidance", steps=170, batch=24, lr=3e-4, muon_lr=3e-4, warmup=20, decay_from=0.3, ema=0.98),
+    "decoder": Stage("decoder", steps=1900, batch=4, lr=5e-4, muon_lr=1e-3, warmup=30, decay_from=0.2, ema=0.995),
 }
 WIDTH = train_flow.CONFIG.hidden_size
 SETS = 20_000  # over all grids
@@ -105,7 +105,7 @@ def pretrain(args: argparse.Namespace) -> None:
     flux = train_flow.train(stages["flow"], flux, data, OFTEN, work, fast=args.compile)
     if flux.config.guidance_embed:
         teacher, flux = copy.deepcopy(flux), flux.requires_grad_(True)
-        flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher, args.compile)
+        flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher)
     if not args.text:
         autoencoder = train_autoencoder.finish(stages["decoder"], autoencoder, of_panels, work)
     write_model(args.out, flux.cpu(), autoencoder, text.clip, text.t5, *tokenizers)

@@ -265,6 +265,8 @@ def train(
     average = run(stage, module, loss_at, work, is_hidden, processes=work.processes)["flux"]
     tapped.remove()
     average.double_blocks[-1]._forward_hooks.clear()  # the copy has the hook too
+    for block in (*average.double_blocks, *average.single_blocks):
+        block._compiled_call_impl = None  # the compiler must not run in processes forked after it did: they hang
     return average
 
 
