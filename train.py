@@ -117,6 +117,7 @@ def run(config: TrainConfig) -> None:
             train(config, flux, feed, state, run.after_step, rank, ranks, lambda: bool(asked))
         run.save()
     if ranks > 1:
+        torch.distributed.barrier()  # the others wait for what the first one writes
         torch.distributed.destroy_process_group()
     if state.step < config.steps:
         raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; the same command goes on there")
