@@ -5,14 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import T5Tokenizer
 
 from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 from sampling.flow import interpolate
 from sampling.latents import pack
 from toybox import pretrain, sets, train_autoencoder, train_flow, train_text
-from toybox.captions import joint_caption, length, reticent, vocabulary
+from toybox.captions import joint_caption, length, panel_prompt, reticent, vocabulary
 from toybox.export import EXAMPLES, REFERENCES
 from toybox.generate import generate, load_networks
 from toybox.sets import GRIDS, draw_chunk
@@ -345,7 +347,8 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_drawn(argv, mes
 
 def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_path):
     def of(**given):
-        flags = {"init": None, "text": None, "width": pretrain.WIDTH, "no_guidance": False, **given}
+        flags = {"init": None, "text": None, "init_autoencoder": None}
+        flags |= {"width": pretrain.WIDTH, "no_guidance": False, **given}
         files = find_model(flags["text"]) if flags["text"] else None
         return pretrain.origin(SimpleNamespace(**flags), files)
 
@@ -355,6 +358,17 @@ def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_p
     before = of(text=str(tmp_path / "tiny"))
     (tmp_path / "tiny" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
     assert before != of(text=str(tmp_path / "tiny")) and before.startswith("text and autoencoder of ")
+    before = of(init_autoencoder=str(tmp_path / "tiny"))
+    path = tmp_path / "tiny" / "ae.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    assert before != of(init_autoencoder=str(tmp_path / "tiny")) and before.startswith("autoencoder begun as that of ")
+
+
+def test_captions_of_single_panels_are_not_cut():
+    tokenizer, rng = T5Tokenizer.from_pretrained(str(find_model("tiny").t5_tokenizer)), np.random.default_rng(0)
+    every = [panel_prompt(random_set(rng, 1, 1, number)[0], rng) for number in (1, 2) for _ in range(500)]
+    longest = max(map(len, tokenizer(every).input_ids))
+    assert 28 <= longest <= train_flow.SHORT
 
 
 @pytest.mark.slow

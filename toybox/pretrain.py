@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from iclora.cache import file_mark, text_mark
+from model.autoencoder import AutoEncoder
+from model.flux import Flux, FluxConfig
 from model.text import TextEncoders, load_text_encoders
 from model.weights import ModelFiles, find_model, load_autoencoder, load_flux
 
@@ -65,51 +67,70 @@ def pretrain(args: argparse.Namespace) -> None:
     pictures = {grid: of_grid for grid, (of_grid, _) in drawn.items()}
     captions = {grid: of_grid for grid, (_, of_grid) in drawn.items()}
 
-    tokenizers = [files.clip_tokenizer, files.t5_tokenizer] if files else new_tokenizers(captions, work.folder)
-    text, autoencoder = None, None
-    if files:
-        text, autoencoder = load_text_encoders(files, dtype=torch.float32), load_autoencoder(files.autoencoder)
-    elif args.init_autoencoder:
-        autoencoder = load_autoencoder(find_model(args.init_autoencoder).autoencoder)
-    beside = None
-    if not files and work.processes > 1:  # trainings of one thread each get through more than one of two threads
-        torch.set_num_threads(1)
-        alone = dataclasses.replace(work, processes=1)
-        task = (stages, pictures, captions, tokenizers, alone)
-        beside = multiprocessing.get_context("fork").Process(target=train_encoders, args=task)
-        beside.start()
-    if not args.text:
-        of_panels = panels_of(pictures)
-        autoencoder = autoencoder and autoencoder.requires_grad_(True)
-        autoencoder = train_autoencoder.train(stages["autoencoder"], of_panels, alone if beside else work, autoencoder)
-    if beside:
-        beside.join()
-    text = text or train_encoders(stages, pictures, captions, tokenizers, work)
-
+    of_panels = panels_of(pictures)
+    autoencoder, text, tokenizers = foundations(args, files, stages, pictures, captions, of_panels, work)
     print("encoding pictures and captions", flush=True)
     latents = train_flow.prepare_latents(autoencoder, pictures, work)
     torch.set_num_threads(args.processes)
     del drawn, pictures
+    flux = train_transformer(args, config, files, stages, latents, captions, text, work)
+    if not args.text:
+        autoencoder = train_autoencoder.finish(stages["decoder"], autoencoder, of_panels, work)
+    write_model(args.out, flux.cpu(), autoencoder, text.clip, text.t5, *tokenizers)
+    print(f"wrote {args.out}")
+
+
+def foundations(
+    args: argparse.Namespace, files: ModelFiles | None, stages: dict, pictures: dict, captions: dict,
+    of_panels: Tensor, work: Work,
+) -> tuple[AutoEncoder, TextEncoders, list[Path]]:  # fmt: skip
+    """What the transformer stands on: autoencoder, text encoders and tokenizers, trained or another model's.
+
+    With several processes the autoencoder is trained beside the encoders: trainings of one thread each get through
+    more than one of two threads.
+    """
+    stage = stages["autoencoder"]
+    if files:
+        text, autoencoder = load_text_encoders(files, dtype=torch.float32), load_autoencoder(files.autoencoder)
+        if args.init:
+            autoencoder = train_autoencoder.train(stage, of_panels, work, autoencoder.requires_grad_(True))
+        return autoencoder, text, [files.clip_tokenizer, files.t5_tokenizer]
+    tokenizers = new_tokenizers(captions, work.folder)
+    init = load_autoencoder(find_model(args.init_autoencoder).autoencoder) if args.init_autoencoder else None
+    init = init and init.requires_grad_(True)
+    task = (stages, pictures, captions, tokenizers)
+    if work.processes == 1:
+        return train_autoencoder.train(stage, of_panels, work, init), train_encoders(*task, work), tokenizers
+    torch.set_num_threads(1)
+    alone = dataclasses.replace(work, processes=1)
+    beside = multiprocessing.get_context("fork").Process(target=train_encoders, args=(*task, alone))
+    beside.start()
+    autoencoder = train_autoencoder.train(stage, of_panels, alone, init)
+    beside.join()
+    return autoencoder, train_encoders(*task, work), tokenizers  # finished beside, so loaded
+
+
+def train_transformer(
+    args: argparse.Namespace, config: FluxConfig, files: ModelFiles | None, stages: dict, latents: dict,
+    captions: dict, text: TextEncoders, work: Work,
+) -> Flux:  # fmt: skip
+    """Train the transformer on panels, unless it comes from --init, and on sets; then distil guidance into it."""
     torch.manual_seed(work.seed)
     if args.init:
-        flux = load_flux(files.flux, dtype=torch.float32).requires_grad_(True)
+        flux = load_flux(files.flux, dtype=torch.float32)
     else:
         widths = {"context_in_dim": text.t5.config.d_model, "vec_in_dim": text.clip.config.hidden_size}
         flux = train_flow.new_flux(dataclasses.replace(config, **widths))
         few = 1 if finished(stages["singles"], work) else None
         singles = train_flow.singles(latents[2, 2][:few], text, work.seed)
         flux = train_flow.train(stages["singles"], flux, singles, {(1, 1): 1.0}, work)
-        flux.requires_grad_(True)
         del singles
     data = train_flow.of_sets(latents, captions, text, work.seed)
-    flux = train_flow.train(stages["flow"], flux, data, OFTEN, work, fast=args.compile)
+    flux = train_flow.train(stages["flow"], flux.requires_grad_(True), data, OFTEN, work, fast=args.compile)
     if flux.config.guidance_embed:
-        teacher, flux = copy.deepcopy(flux), flux.requires_grad_(True)
-        flux = train_flow.train(stages["guidance"], flux, data, OFTEN, work, teacher)
-    if not args.text:
-        autoencoder = train_autoencoder.finish(stages["decoder"], autoencoder, of_panels, work)
-    write_model(args.out, flux.cpu(), autoencoder, text.clip, text.t5, *tokenizers)
-    print(f"wrote {args.out}")
+        teacher = copy.deepcopy(flux)
+        flux = train_flow.train(stages["guidance"], flux.requires_grad_(True), data, OFTEN, work, teacher)
+    return flux
 
 
 def check(args: argparse.Namespace) -> None:
@@ -125,9 +146,12 @@ def check(args: argparse.Namespace) -> None:
 def origin(args: argparse.Namespace, files: ModelFiles | None) -> str:
     """What tells the checkpoints of a run from those of others: the model that it started from, and another shape.
 
-    What --text takes is marked by its content, as checkpoints of the transformer are worth nothing with any other.
+    What --text and --init-autoencoder take is marked by its content, as the same name may soon mean another model.
     """
     parts = [args.init] if args.init else []
+    if args.init_autoencoder:
+        mark = file_mark([find_model(args.init_autoencoder).autoencoder])[:8]
+        parts.append(f"autoencoder begun as that of {args.init_autoencoder} ({mark})")
     if args.text:
         mark = f"{file_mark([files.autoencoder])[:8]}{text_mark(files)[:8]}"
         parts.append(f"text and autoencoder of {args.text} ({mark})")
