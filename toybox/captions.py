@@ -202,6 +202,23 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
             styles, shortest = ["pronoun"] * len(panels), True
 
 
+def silent_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.random.Generator | None = None) -> str:
+    """A joint caption that says of every panel where "it" is, and nothing of who that might be.
+
+    panels, rng: as for joint_caption
+    """
+    several, between = len(panels[0].placed) > 1, _choose(rng, (", ", "; ", ". "))
+    phrases = [
+        _panel_phrase(
+            panel, "pronoun", _choose(rng, PRONOUN_PANELS[several]), _choose(rng, SCENE_WORDS[panel.scene]),
+            _choose(rng, (POSITION, POSITION, NOTHING)), 0,
+        )
+        for panel in panels
+    ]  # fmt: skip
+    marked = [f"{m} {phrase}" for m, phrase in zip(markers_for("image", rows, cols), phrases, strict=True)]
+    return _tidy(between.join(marked)) + "."
+
+
 def vocabulary() -> list[str]:
     """Every word and marker that a caption of up to four panels can hold; the punctuation beside them is , : ; ."""
     texts = [*SINGLE, *SUMMARIES, *PANELS, *PRONOUN_PANELS[False], *PRONOUN_PANELS[True], *SHAPES, *COLOURS, *SIZES]

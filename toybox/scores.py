@@ -13,9 +13,9 @@ from .world import Panel, Subject
 # pictures and tensors
 
 
-def to_tensors(sets: Sequence[tuple[Panel, ...]]) -> Tensor:
-    """Draw 2x2 sets: (N, 3, 128, 128) in -1..1."""
-    drawn = np.stack([composite(panels, 2, 2) for panels in sets])
+def to_tensors(sets: Sequence[tuple[Panel, ...]], rows: int = 2, cols: int = 2) -> Tensor:
+    """Draw sets: (N, 3, 64 rows, 64 cols) in -1..1."""
+    drawn = np.stack([composite(panels, rows, cols) for panels in sets])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -26,9 +26,10 @@ def tiles(image: Tensor) -> Tensor:
 
 
 def read_sets(reader: Reader, image: Tensor) -> list[list[Reading]]:
-    """Read the four panels of each composite."""
+    """Read the panels of each composite (N, 3, 64 rows, 64 cols)."""
     found = read(reader, tiles(image))
-    return [found[i : i + 4] for i in range(0, len(found), 4)]
+    size = len(found) // len(image)
+    return [found[i : i + size] for i in range(0, len(found), size)]
 
 
 # scores of one panel, each 0 or 1
@@ -121,9 +122,5 @@ TEXT_SCORES: dict[int, dict[str, Callable[[Reading, Panel], float]]] = {
         "scene": lambda r, p: r.scene == p.scene,
         "position": position_right,
     },
-    2: {
-        "two subjects, colours unmixed": unmixed,
-        "two subjects: scene": lambda r, p: r.scene == p.scene,
-        "two subjects: position": position_right,
-    },
+    2: {"colours unmixed": unmixed, "scene": lambda r, p: r.scene == p.scene, "position": position_right},
 }  # fmt: skip
