@@ -278,8 +278,10 @@ def test_how_a_lora_was_trained_is_followed_and_flags_win(tmp_path):
     flags = {
         "offset": "d", "offset_scale": 1.0, "ref_size": 32, "posterior": "sample", "reference_attention": "joint",
     }  # fmt: skip
-    config = plan_for(CAT, lora=(file,), **flags)[0].config
-    assert {name: getattr(config, name) for name in told} == flags
+    plan, notes = plan_for(CAT, lora=(file,), **flags)
+    assert {name: getattr(plan.config, name) for name in told} == flags
+    assert len(notes) == len(told)
+    assert "uno.safetensors was trained with --offset w, not d; expect less of it" in notes
 
 
 def test_a_uno_lora_without_references_gives_one_warning_and_runs(tmp_path):

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from math import inf
 
 from .judge import IN_CONTEXT, IN_CONTEXT_WITH_BARS, Judge
+from .judge_kept import KEPT
 from .judge_uno import UNO, UNO_WITH_BARS
+from .panels import TELLING
 from .tasks import COUNT, GRIDS
 
 BASE, WHOLE = None, ("--holdout", "0")
@@ -77,6 +79,15 @@ def of_every_task(*arms: tuple) -> tuple[Arm, ...]:
 def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int | None = COUNT) -> Arm:
     """An arm that learns the first sets of the task that it is judged by; None are those of all tasks together."""
     return Arm(task, name, BASE if flags is None else Training(((task, count),) if count else (), flags))
+
+
+SIZE = ("--targets", "uno", "--rank", "32")  # 1 MiB
+CLEAN = ("--condition", "clean")
+
+
+def filling_in(*flags: str, length: int = 1) -> Training:
+    """Learns to fill in panels of all sorts of sets."""
+    return Training((("panels", 1200),), (*flags, *SIZE), length=length)
 
 
 # UNO
@@ -152,6 +163,17 @@ EXPERIMENTS = {
     "few": Experiment(
         "Ten sets, all of them trained on",
         of_every_task((f"{COUNT} sets",), ("10 sets", WHOLE, 10), ("10 sets, one epoch", ONE_EPOCH, 10)),
+    ),
+    "filling-in": Experiment(
+        "Filling in a panel: the base, and LoRAs that learnt it from 1,200 sets, with given panels noised or clean",
+        tuple(
+            Arm(telling, name, training)
+            for telling in TELLING
+            for name, training in (
+                ("base", BASE), ("SDEdit", filling_in()), ("clean", filling_in(*CLEAN)),
+            )
+        ),
+        KEPT, steps=4000, minutes=(0, inf),
     ),
     "stages": uno("UNO: no LoRA, stage I alone, both stages", *STAGES),
     "offsets": uno(

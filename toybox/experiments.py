@@ -32,6 +32,7 @@ from .eyes import load_eyes
 from .generate import Networks, load_networks
 from .judge import Found, Judge, Ruler
 from .pairs import make_pairs, write_pairs
+from .panels import write_sets
 from .report import put_between
 from .tables import sheet, tables, what_intervals_cover
 from .tasks import COUNT, write_tasks
@@ -113,6 +114,9 @@ def draw_data(training: Training, work: Path) -> Path:
             write_pairs([pair for kind, count in training.data for pair in make_pairs(kind, count, seed=0)], path)
         return path
     ((task, count),) = training.data or (("", COUNT),)
+    if task == "panels":
+        path = work / data_name(training) / "sets.jsonl"
+        return path if path.exists() else write_sets(path.parent, count)
     if count == COUNT:
         return Path("sets", task)
     write_tasks(work / f"sets-{count}", count)

@@ -66,9 +66,7 @@ def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
 
     about: metadata of its LoRA, whose ways are followed; the base has none
     """
-    reader = ruler.reader
-    ways = {"clean": about.get("iclora.condition") == "clean"}
-    ways |= {"concat": about.get("iclora.concat", "pixels"), "text": about.get("iclora.text", "joint")}
+    reader, ways = ruler.reader, as_trained(about)
     sets = task_sets(task, count, SEED, held_out=True)
     true, seeds = to_tensors(sets), list(range(count))
     given = {"kept": only_first(true), "masked": tuple(range(2, len(sets[0].pictures) + 1))}
@@ -87,6 +85,12 @@ def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
         figures |= alike(reader, made[0], made[0], sets, "own panel")
         figures |= alike(reader, made[0], again, sets, "another's panel")
     return figures, [made[0][:COLUMNS], made[1][:COLUMNS]]
+
+
+def as_trained(about: dict[str, str]) -> dict[str, str | bool]:
+    """The ways of toybox.generate that a LoRA says it was trained in; the base says nothing."""
+    ways = {"concat": about.get("iclora.concat", "pixels"), "text": about.get("iclora.text", "joint")}
+    return {"clean": about.get("iclora.condition") == "clean", **ways}
 
 
 def measure_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Found:
@@ -158,13 +162,16 @@ def traits(reading: Reading, subject: Subject) -> tuple[float, float]:
     return float(np.mean(named)), float(np.mean(list(hidden_agreement(reading, subject).values())))
 
 
+AGREEMENT = (
+    "| arm | figure | own panel | another's | difference | ceiling | own / ceiling | bar | |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
 DETAILS = (
     "Task success against its bars, if it has some; and the share of the subject's traits in the panels behind the "
     "first: those of the panel that was given, with captions silent about it, or, where none was given, those that the "
     "first panel got by chance, in the same set and in another one of the same caption:",
     "",
-    "| arm | figure | own panel | another's | difference | ceiling | own / ceiling | bar | |",
-    "|---|---|---|---|---|---|---|---|---|",
+    *AGREEMENT,
 )
 
 
