@@ -193,6 +193,10 @@ class TrainConfig:
         None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1), follows=PAPER
     )
     warmup: int = knob(10, "steps until the full learning rate", valid=(0, 1_000_000))
+    decay: float | None = knob(
+        None, "share of the steps, the last ones, in which the rate falls to 0 (default: 0; tiny 0.3, with uno 0.5)",
+        valid=(0, 1), follows=PAPER,
+    )
     ema: float = knob(
         0.99, "decay of the averaged weights, which are what is saved; 0 saves the last ones", valid=(0, 0.99999)
     )
@@ -258,14 +262,18 @@ TINY_UNGUIDED = replace(TINY, guidance=None)
 TRAINING = {  # defaults of train.py, as in arXiv:2410.23775 and arXiv:2504.02160
     IN_CONTEXT: {
         "steps": 5000, "batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05,
-        "times": "logit-normal",
+        "times": "logit-normal", "decay": 0.0,
     },
     UNO: {
         "steps": 5000, "batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": "shifted",
-        "stage": 1, "offset": "d", "offset_scale": 1.0, "posterior": "sample", "reference_attention": JOINT,
+        "decay": 0.0, "stage": 1, "offset": "d", "offset_scale": 1.0, "posterior": "sample",
+        "reference_attention": JOINT,
     },
 }  # fmt: skip
-TINY_TRAINING = {IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3}, UNO: {"steps": 1500, "lr": 1e-3, "rank": 64}}
+TINY_TRAINING = {
+    IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3, "decay": 0.3},
+    UNO: {"steps": 1500, "lr": 1e-3, "rank": 64, "decay": 0.5},
+}
 USELESS = {  # to a method
     IN_CONTEXT: ("stage", "ref_size", "offset", "offset_scale", "posterior", "reference_attention"),
     UNO: ("grid", "condition", "concat", "text"),

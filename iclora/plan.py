@@ -83,7 +83,7 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
     if config.schedule != "tokens" and not row.shift:
         note(f"{files.name} has even times; --schedule {config.schedule} is ignored")
         config = replace(config, schedule="tokens")
-    loras = tuple(parse_lora(text) for text in config.lora)
+    loras = choose_loras(config, files, note)
     config = settle(follow_loras(config, loras, note), task, row, pick_device(config.device))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     masked = parse_mask(config.mask, layout.panels)
@@ -116,6 +116,15 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
         raise ValueError("a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out")
     texts_of(prompt, layout.rows, layout.cols, plan.text)  # refuses a caption that cannot be taken apart
     return plan
+
+
+def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> tuple[tuple[Path, float], ...]:
+    """Takes the LoRAs that are asked for, or for references the model's own, if it has one and none is asked for."""
+    own = files.root / "loras" / "uno.safetensors"
+    if config.ref and not config.lora and own.is_file():
+        note(f"no LoRA given: {files.name}'s own for references is used, loras/{own.name}")
+        return ((own, 1.0),)
+    return tuple(parse_lora(text) for text in config.lora)
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -87,7 +87,8 @@ def refuse_other_run(path: Path, config: TrainConfig, origin: dict[str, str]) ->
         return
     before, learnt, _ = read_about(path)
     for name, value in json.loads(json.dumps(saved(config))).items():
-        other = learnt.get(name) != origin[name] if name in ORIGIN else before.get(name) != value
+        # a setting that came after the checkpoint was written differs from nothing
+        other = learnt.get(name) != origin[name] if name in ORIGIN else before.get(name, value) != value
         if other and name not in FREE:
             same = " with other content" if before.get(name) == value else ""
             raise ValueError(

@@ -220,8 +220,9 @@ def to(sets: Sets, device: torch.device) -> Sets:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then constant."""
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+    """Linear warm-up, then constant, then in a straight line to 0 behind the last step."""
+    left = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), left)
 
 
 def train(

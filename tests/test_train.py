@@ -50,8 +50,8 @@ from sampling.latents import pack
 ROOT = Path(__file__).parents[1]
 FLAGS = (
     "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text --ref-size "
-    "--offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup --ema "
-    "--dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
+    "--offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup --decay "
+    "--ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
     "--dtype --tensorboard --out --config"
 )
 KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")

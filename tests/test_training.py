@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import iclora.restart as restart
 import iclora.training as training
 import model.checkpoint
 from iclora.config import DEV, SCHNELL, TINY, TrainConfig, settle_training
@@ -30,7 +31,7 @@ from sampling.latents import pack
 PAIR = Layout(1, 2, 32, 32)  # 8 tokens
 TOKENS = PAIR.tokens_high * PAIR.tokens_wide
 ORIGIN = {"data": "sets", "model": "base"}
-CONFIG = settle_training(TrainConfig(rank=2, steps=6, batch=4, lr=0.01, warmup=2, dropout=0.5), TINY, "cpu")
+CONFIG = settle_training(TrainConfig(rank=2, steps=6, batch=4, lr=0.01, warmup=2, decay=0.0, dropout=0.5), TINY, "cpu")
 PANELS = replace(CONFIG, condition="clean")
 
 
@@ -366,9 +367,13 @@ def test_a_batch_in_parts_gives_what_the_whole_batch_gives(config):
         assert (weights(cut) - weights(whole)).norm() < 1e-5 * weights(whole).norm()
 
 
-def test_the_rate_warms_up_and_stays():
-    config = replace(CONFIG, lr=0.5, warmup=4)
+def test_the_rate_warms_up_stays_and_falls():
+    config = replace(CONFIG, lr=0.5, warmup=4, steps=1000, decay=0.0)
     assert [training.learning_rate(config, step) for step in (0, 1, 3, 4, 999)] == [0.125, 0.25, 0.5, 0.5, 0.5]
+    falling = replace(config, decay=0.4)
+    assert [training.learning_rate(falling, step) for step in (0, 4, 600, 800)] == [0.125, 0.5, 0.5, 0.25]
+    assert training.learning_rate(falling, 999) == pytest.approx(0.5 / 400)
+    assert training.learning_rate(replace(config, decay=1.0), 500) == 0.25
     assert training.learning_rate(replace(config, warmup=0), 0) == 0.5
 
 
@@ -468,7 +473,7 @@ def test_equal_contents_make_equal_bytes_in_any_number_of_saves(tmp_path):
 CHANGES = {
     "method": "uno", "stage": 2, "ref_size": 32, "offset": "h", "offset_scale": 2.0, "posterior": "mean",
     "reference_attention": "alone", "rank": 4, "targets": "attn", "condition": "clean", "concat": "tokens",
-    "text": "panel", "batch": 2, "lr": 0.5, "warmup": 3, "ema": 0.5, "dropout": 0.25, "times": "uniform",
+    "text": "panel", "batch": 2, "lr": 0.5, "warmup": 3, "decay": 0.5, "ema": 0.5, "dropout": 0.25, "times": "uniform",
     "panel_size": 48, "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
     "init_lora": "other.safetensors",
 }  # fmt: skip
@@ -499,6 +504,13 @@ def test_another_setting_is_refused_with_its_flag_and_both_values(checkpoint, na
 @pytest.mark.parametrize("name", FREE)
 def test_a_setting_without_influence_on_the_result_may_change(checkpoint, name):
     refuse_other_run(checkpoint, replace(CONFIG, **{name: FREE[name]}), ORIGIN)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(checkpoint, monkeypatch):
+    about = read_about(checkpoint)
+    older = {name: value for name, value in about[0].items() if name != "decay"}
+    monkeypatch.setattr(restart, "read_about", lambda path: (older, *about[1:]))
+    refuse_other_run(checkpoint, replace(CONFIG, decay=0.5), ORIGIN)
 
 
 def test_every_setting_is_either_refused_or_free():

@@ -1,5 +1,6 @@
 """The papers' experiments as rows: what every arm trains, and on which case it is judged."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
@@ -70,17 +71,6 @@ class Experiment:
 
 # In-Context LoRA
 
-
-def of_every_task(*arms: tuple) -> tuple[Arm, ...]:
-    """The same arms for each task."""
-    return tuple(on_sets(task, *about) for task in GRIDS for about in arms)
-
-
-def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int | None = COUNT) -> Arm:
-    """An arm that learns the first sets of the task that it is judged by; None are those of all tasks together."""
-    return Arm(task, name, BASE if flags is None else Training(((task, count),) if count else (), flags))
-
-
 SIZE = ("--targets", "uno", "--rank", "32")  # 1 MiB
 CLEAN = ("--condition", "clean")
 
@@ -88,6 +78,26 @@ CLEAN = ("--condition", "clean")
 def filling_in(*flags: str, length: int = 1) -> Training:
     """Learns to fill in panels of all sorts of sets."""
     return Training((("panels", 1200),), (*flags, *SIZE), length=length)
+
+
+def after_filling_in(task: str) -> Arm:
+    """An arm that learns a task from the LoRA that fills in panels."""
+    training = Training(((task, COUNT),), (*CLEAN, *SIZE), start=filling_in(*CLEAN, length=10))
+    return Arm(task, "LoRA after filling in, clean", training)
+
+
+def on_a_hundred(task: str) -> Arm:
+    return Arm(task, "100 sets", Training(((task, 100),), length=3))
+
+
+def of_every_task(*arms: tuple | Callable[[str], Arm]) -> tuple[Arm, ...]:
+    """The same arms for each task: what on_sets takes behind the task, or what makes an arm of it."""
+    return tuple(about(task) if callable(about) else on_sets(task, *about) for task in GRIDS for about in arms)
+
+
+def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int | None = COUNT) -> Arm:
+    """An arm that learns the first sets of the task that it is judged by; None are those of all tasks together."""
+    return Arm(task, name, BASE if flags is None else Training(((task, count),) if count else (), flags))
 
 
 # UNO
@@ -146,7 +156,7 @@ BUNDLED = Training(  # single references stay among the pairs of stage II: what 
 EXPERIMENTS = {
     "tasks": Experiment(
         "What a LoRA teaches the base (bars: the base at most 20 %, the LoRA at least 85 %)",
-        of_every_task(("base", None), ("LoRA",), ("one LoRA of all tasks", (), None)),
+        of_every_task(("base", None), ("LoRA",), ("one LoRA of all tasks", (), None), after_filling_in),
         IN_CONTEXT_WITH_BARS,
     ),
     "condition": Experiment(
@@ -161,8 +171,10 @@ EXPERIMENTS = {
         of_every_task(("joint",), ("panel", ("--text", "panel"))),
     ),
     "few": Experiment(
-        "Ten sets, all of them trained on",
-        of_every_task((f"{COUNT} sets",), ("10 sets", WHOLE, 10), ("10 sets, one epoch", ONE_EPOCH, 10)),
+        "Ten sets, all of them trained on, twenty, and a hundred for three times as many steps",
+        of_every_task(
+            (f"{COUNT} sets",), ("10 sets", WHOLE, 10), ("10 sets, one epoch", ONE_EPOCH, 10), on_a_hundred,
+        ),
     ),
     "filling-in": Experiment(
         "Filling in a panel: the base, and LoRAs that learnt it from 1,200 sets, with given panels noised or clean",
