@@ -65,7 +65,8 @@ class SampleConfig:
     seed: int = knob(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
     num: int = knob(1, "how many pictures to make", valid=(1, 10_000))
     lora: tuple[str, ...] = knob(
-        (), "LoRA files to apply, each with a strength behind a colon if it is not 1: storyboard.safetensors:0.8",
+        (), "LoRA files to apply, each with a strength behind a colon if it is not 1: storyboard.safetensors:0.8 "
+        "(default: none; with --ref the loras/uno.safetensors of a model that has one)",
         metavar="FILE[:STRENGTH]", path=True,
     )
     panel_size: str | None = knob(
