@@ -106,7 +106,7 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
         panels=tuple(os.path.abspath(path) for path in config.panels),
         set=config.set and os.path.abspath(config.set),
         ref=tuple(os.path.abspath(path) for path in config.ref),
-        lora=tuple(f"{os.path.abspath(path)}:{strength:g}" for path, strength in loras),
+        lora=tuple(f"{os.path.abspath(path)}:{strength:g}" for path, strength in loras if config.lora),
         prompt=prompt,
         panel_prompt=(),
         model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),

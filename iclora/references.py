@@ -53,9 +53,9 @@ def follow_loras(
         if about.get("iclora.method") == UNO and not config.ref:
             note(f"{path.name} was trained to follow reference pictures (UNO) and gets none; give some with --ref")
         for name in TRAINED if config.ref else ():
-            told, given = about.get(f"iclora.{name}"), getattr(config, name)
-            if told is not None and given is not None and told != str(given):
-                note(f"{path.name} was trained with {flag(name)} {told}, not {given}; expect less of it")
+            given = getattr(config, name)
+            if f"iclora.{name}" in about and given is not None and str(given) != about[f"iclora.{name}"]:
+                note(f"{path.name} was trained with {flag(name)} {about[f'iclora.{name}']}, not {given}")
     if config.ref and not loras:
         note("references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora")
     return as_trained(config, [path for path, _ in loras])

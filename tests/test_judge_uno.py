@@ -51,7 +51,8 @@ def test_batches_with_references_are_what_the_pipeline_makes_of_each(attention, 
     paths = [str(tmp_path / f"{i}.png") for i in range(2)]
     for path, picture in zip(paths, drawn[1].references, strict=True):
         picture.save(path)
-    config = SampleConfig(prompt=drawn[1].prompt, ref=tuple(paths), device="cpu", **ways)
+    off = f"{find_model('tiny').root / 'loras' / 'uno.safetensors'}:0"
+    config = SampleConfig(prompt=drawn[1].prompt, ref=tuple(paths), lora=(off,), device="cpu", **ways)
     pipeline = Pipeline(resolve(config, lambda line: None), lambda line: None)
     assert torch.equal(tokens[1], pipeline.encode_references(6)), "the posterior's sample too"
     composite = pipeline.sample(6, lambda *_: None).composite

@@ -3,6 +3,7 @@
 import json
 import re
 from copy import copy
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from golden import EXACT, FLUX, GOLDEN, LOOP, case, far
 from iclora.config import SCHNELL, SampleConfig
 from iclora.layout import Layout
 from iclora.pipeline import Pipeline, resolve
-from iclora.references import encode, fit_reference, place, read_references
+from iclora.plan import choose_loras
+from iclora.references import encode, fit_reference, follow_loras, place, read_references
 from model.lora import attach, load_lora, merge, save_lora
 from model.position import MODES, grid_ids, reference_ids
 from model.weights import examples_folder, find_model, load_autoencoder, load_flux
@@ -29,6 +31,7 @@ from toybox.export import REFERENCES, write_references
 BUNDLED = examples_folder() / "references"
 CAT, MUSHROOM, ROBOT = (str(BUNDLED / f"{name}.png") for name in REFERENCES)
 PROMPT = "a cat on a beach."
+OWN = find_model("tiny").root / "loras" / "uno.safetensors"
 
 
 def plan_for(*ref, **values):
@@ -40,7 +43,7 @@ def plan_for(*ref, **values):
 
 @lru_cache(maxsize=1)
 def networks():
-    """The networks of a plan without LoRA, which are those of every such plan with the same prompt and panel."""
+    """The networks without a LoRA, for every plan with the same prompt and panel; tiny's own is left out too."""
     return Pipeline(plan_for()[0], lambda line: None)
 
 
@@ -204,7 +207,8 @@ def test_the_mean_has_no_seed():
 
 def test_any_number_of_references_makes_a_picture_and_each_of_them_counts():
     assert len({quickly(*ref) for ref in [(), (CAT,), (ROBOT,), (CAT, ROBOT), (ROBOT, CAT), (CAT,) * 7]}) == 6
-    assert quickly(CAT) == make(CAT).composite.tobytes()
+    off = make(CAT, lora=(f"{OWN}:0",)).composite.tobytes()
+    assert quickly(CAT) == off != make(CAT).composite.tobytes()
 
 
 @pytest.mark.parametrize("values", [
@@ -230,8 +234,9 @@ def test_references_compose_with_grids_and_masks(tmp_path):
 def test_the_command_runs_records_its_references_and_replays_to_the_same_bytes(tmp_path, capsys):
     argv = ["--device", "cpu", "--panel-size", "32", "--steps", "2", "--out", str(tmp_path), "--prompt", PROMPT]
     assert sample.main([*argv, "--ref", CAT, "--ref", ROBOT]) == 0
-    note = "note: references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora\n"
-    assert capsys.readouterr().err == note
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2
+    assert notes[0] == "note: no LoRA given: tiny's own for references is used, loras/uno.safetensors"
     record = json.loads((tmp_path / "0001.json").read_text())
     assert [(entry["panel"], entry["use"], Path(entry["file"]).name) for entry in record["inputs"]] == [
         (None, "reference", "cat.png"), (None, "reference", "robot.png"),
@@ -241,6 +246,19 @@ def test_the_command_runs_records_its_references_and_replays_to_the_same_bytes(t
     assert "cat.png" not in text and '"offset": "d"' in text
     assert sample.main(["--config", str(tmp_path / "0001.json"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "0001.png").read_bytes() == (tmp_path / "0002.png").read_bytes()
+
+
+def test_references_are_followed_with_the_models_own_lora_unless_another_is_given(tmp_path):
+    assert plan_for(CAT)[0].loras == ((OWN, 1.0),)
+    assert plan_for()[0].loras == (), "without references it has nothing to do"
+    plan, notes = plan_for(CAT, lora=(f"{OWN}:0",))
+    assert plan.loras == ((OWN, 0.0),) and not notes
+    bare = replace(plan.files, root=tmp_path)
+    config = plan_for(CAT)[0].config
+    assert config.lora == (), "a replay finds it anew, wherever the model is"
+    assert choose_loras(config, bare, notes.append) == () and not notes
+    follow_loras(config, (), notes.append)
+    assert [note[:27] for note in notes] == ["references without a LoRA: "]
 
 
 def test_a_replay_from_another_reference_is_noted(capsys):
@@ -281,7 +299,7 @@ def test_how_a_lora_was_trained_is_followed_and_flags_win(tmp_path):
     plan, notes = plan_for(CAT, lora=(file,), **flags)
     assert {name: getattr(plan.config, name) for name in told} == flags
     assert len(notes) == len(told)
-    assert "uno.safetensors was trained with --offset w, not d; expect less of it" in notes
+    assert "uno.safetensors was trained with --offset w, not d" in notes
 
 
 def test_a_uno_lora_without_references_gives_one_warning_and_runs(tmp_path):

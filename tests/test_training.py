@@ -506,11 +506,27 @@ def test_a_setting_without_influence_on_the_result_may_change(checkpoint, name):
     refuse_other_run(checkpoint, replace(CONFIG, **{name: FREE[name]}), ORIGIN)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_goes_on(checkpoint, monkeypatch):
+def test_a_checkpoint_from_before_the_rate_could_fall_goes_on_at_a_constant_one(checkpoint, monkeypatch):
     about = read_about(checkpoint)
     older = {name: value for name, value in about[0].items() if name != "decay"}
     monkeypatch.setattr(restart, "read_about", lambda path: (older, *about[1:]))
-    refuse_other_run(checkpoint, replace(CONFIG, decay=0.5), ORIGIN)
+    refuse_other_run(checkpoint, CONFIG, ORIGIN)
+    with pytest.raises(ValueError, match="holds a run with --decay 0.0, not 0.5; give the same settings"):
+        refuse_other_run(checkpoint, replace(CONFIG, decay=0.5), ORIGIN)
+
+
+@pytest.mark.parametrize("steps", [5, 7])
+def test_a_run_whose_rate_has_begun_to_fall_keeps_its_number_of_steps(steps, tmp_path):
+    falling, path = replace(CONFIG, decay=0.5), tmp_path / "checkpoint.safetensors"
+    state, _ = run(falling, steps=6)
+    other = replace(falling, steps=steps)
+    state.step = 3  # the first half, whose rate is the same whatever follows
+    save_state(path, state, falling, ORIGIN)
+    refuse_other_run(path, other, ORIGIN)
+    state.step = 5
+    save_state(path, state, falling, ORIGIN)
+    with pytest.raises(ValueError, match=f"fall towards step 6 .--decay., so it cannot end at {steps}; give --steps 6"):
+        refuse_other_run(path, other, ORIGIN)
 
 
 def test_every_setting_is_either_refused_or_free():

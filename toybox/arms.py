@@ -71,7 +71,7 @@ class Experiment:
 
 # In-Context LoRA
 
-SIZE = ("--targets", "uno", "--rank", "32")  # 1 MiB
+SIZE = ("--targets", "uno", "--rank", "32")
 CLEAN = ("--condition", "clean")
 
 
@@ -82,7 +82,7 @@ def filling_in(*flags: str, length: int = 1) -> Training:
 
 def after_filling_in(task: str) -> Arm:
     """An arm that learns a task from the LoRA that fills in panels."""
-    training = Training(((task, COUNT),), (*CLEAN, *SIZE), start=filling_in(*CLEAN, length=10))
+    training = Training(((task, COUNT),), CLEAN, start=filling_in(*CLEAN, length=10))  # 4,000 steps, as by itself
     return Arm(task, "LoRA after filling in, clean", training)
 
 

@@ -55,6 +55,7 @@ PRONOUN_PANELS = {
     False: ("it is {place} {scene}", "{scene} it is {place}", "we see it {place} {scene}", "now it is {scene} {place}"),
     True: ("they are {scene}", "{scene} they meet", "we see them {scene}", "now they are {scene}"),
 }
+BETWEEN = (", ", "; ", ". ")  # panels
 # The longest joint caption in words, punctuation marks and markers, for one subject and for several.
 LIMITS = (62, 63)
 # How much a phrase tells beside the name.
@@ -161,8 +162,7 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
     markers: as in iclora.prompts.markers_for
     Errors: ValueError if the panels do not fill the grid
     """
-    if len(panels) != rows * cols:
-        raise ValueError(f"{len(panels)} panels given, but a {rows}x{cols} grid has {rows * cols}; pass one per cell")
+    _check_grid(panels, rows, cols)
     if len(panels) == 1:
         return panel_prompt(panels[0], rng)
     several = len(panels[0].placed) > 1
@@ -179,11 +179,10 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
     styles = ["full" if introduce and i == 0 else style for i in range(len(panels))]
     scenes = [_choose(rng, SCENE_WORDS[panel.scene]) for panel in panels]
     telling = [_choose(rng, (POSITION_AND_SIZE, POSITION, POSITION, NOTHING)) for _ in panels]
-    between, shortest = _choose(rng, (", ", "; ", ". ")), False
+    between, shortest = _choose(rng, BETWEEN), False
     while True:
         phrases = [_panel_phrase(*row, wearing) for row in zip(panels, styles, templates, scenes, telling, strict=True)]
-        marked = [f"{m} {phrase}" for m, phrase in zip(markers_for(markers, rows, cols), phrases, strict=True)]
-        caption = _tidy(summary + " " + between.join(marked)) + "."
+        caption = _marked(summary, phrases, between, rows, cols, markers)
         if length(caption) <= LIMITS[several] or shortest:
             return caption
         if max(telling):
@@ -203,11 +202,13 @@ def joint_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rando
 
 
 def silent_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.random.Generator | None = None) -> str:
-    """A joint caption that says of every panel where "it" is, and nothing of who that might be.
+    """A joint caption that says the scene of every panel, and of who is there "it" or "they" and perhaps a place.
 
     panels, rng: as for joint_caption
+    Errors: ValueError if the panels do not fill the grid
     """
-    several, between = len(panels[0].placed) > 1, _choose(rng, (", ", "; ", ". "))
+    _check_grid(panels, rows, cols)
+    several, between = len(panels[0].placed) > 1, _choose(rng, BETWEEN)
     phrases = [
         _panel_phrase(
             panel, "pronoun", _choose(rng, PRONOUN_PANELS[several]), _choose(rng, SCENE_WORDS[panel.scene]),
@@ -215,8 +216,18 @@ def silent_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rand
         )
         for panel in panels
     ]  # fmt: skip
-    marked = [f"{m} {phrase}" for m, phrase in zip(markers_for("image", rows, cols), phrases, strict=True)]
-    return _tidy(between.join(marked)) + "."
+    return _marked("", phrases, between, rows, cols, "image")
+
+
+def _check_grid(panels: tuple[Panel, ...], rows: int, cols: int) -> None:
+    if len(panels) != rows * cols:
+        raise ValueError(f"{len(panels)} panels given, but a {rows}x{cols} grid has {rows * cols}; pass one per cell")
+
+
+def _marked(summary: str, phrases: list[str], between: str, rows: int, cols: int, markers: str) -> str:
+    """A caption of a summary, and a phrase behind the marker of every panel."""
+    marked = [f"{m} {phrase}" for m, phrase in zip(markers_for(markers, rows, cols), phrases, strict=True)]
+    return _tidy(summary + " " + between.join(marked)) + "."
 
 
 def vocabulary() -> list[str]:

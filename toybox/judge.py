@@ -66,7 +66,7 @@ def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
 
     about: metadata of its LoRA, whose ways are followed; the base has none
     """
-    reader, ways = ruler.reader, as_trained(about)
+    reader, ways = ruler.reader, ways_of(about)
     sets = task_sets(task, count, SEED, held_out=True)
     true, seeds = to_tensors(sets), list(range(count))
     given = {"kept": only_first(true), "masked": tuple(range(2, len(sets[0].pictures) + 1))}
@@ -87,7 +87,7 @@ def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
     return figures, [made[0][:COLUMNS], made[1][:COLUMNS]]
 
 
-def as_trained(about: dict[str, str]) -> dict[str, str | bool]:
+def ways_of(about: dict[str, str]) -> dict[str, str | bool]:
     """The ways of toybox.generate that a LoRA says it was trained in; the base says nothing."""
     ways = {"concat": about.get("iclora.concat", "pixels"), "text": about.get("iclora.text", "joint")}
     return {"clean": about.get("iclora.condition") == "clean", **ways}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import eyes
 from .generate import Networks, generate
-from .judge import AGREEMENT, KINDS, Figures, Found, Judge, Ruler, as_trained, details, traits
+from .judge import AGREEMENT, KINDS, Figures, Found, Judge, Ruler, details, traits, ways_of
 from .judge_uno import other
 from .panels import caption
 from .report import tensors_after, without
@@ -35,7 +35,7 @@ def measure(telling: str, networks: Networks, about: dict[str, str], ruler: Rule
     shown = {"own panel": sets, "another's panel": others(sets, telling)}
     figures, made = {}, []
     for whose, kept in shown.items():
-        ways = as_trained(about) | {"kept": without(to_tensors(kept), MASKED), "masked": (MASKED,)}
+        ways = ways_of(about) | {"kept": without(to_tensors(kept), MASKED), "masked": (MASKED,)}
         image = generate(networks, captions, (2, 2), list(range(count)), **ways)
         figures |= judge(ruler.reader, image, sets, whose)
         made.append(image[:COLUMNS])

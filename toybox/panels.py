@@ -1,6 +1,6 @@
 """Sets for a LoRA that fills in panels: the picture world's own, with captions that tell more or less.
 
-python -m toybox.panels --out runs/panels --count 3000
+python -m toybox.panels --out runs/panels --count 1200
 
 A third of the captions names the subjects, a third only their shapes, a third says "it": what such a set has in common
 can then come from its other panels alone.
@@ -28,7 +28,13 @@ TELLING = ("all", "shapes", "nothing")
 
 
 def caption(panels: tuple[Panel, ...], rows: int, cols: int, telling: str, rng: np.random.Generator | None) -> str:
-    """A joint caption that tells all that captions can of the subjects, or their shapes, or nothing."""
+    """A joint caption that tells all that captions can of the subjects, or their shapes, or nothing.
+
+    telling: one of TELLING
+    Errors: ValueError for another, or if the panels do not fill the grid
+    """
+    if telling not in TELLING:
+        raise ValueError(f"telling {telling!r} is unknown; choose one of {', '.join(TELLING)}")
     if telling == "nothing":
         return silent_caption(panels, rows, cols, rng)
     return joint_caption(panels if telling == "all" else tuple(map(bare, panels)), rows, cols, rng)
@@ -43,7 +49,12 @@ def make_set(rng: np.random.Generator) -> tuple[tuple[int, int], tuple[Panel, ..
 
 
 def write_sets(folder: Path, count: int, seed: int = 0) -> Path:
-    """Write sets.jsonl, and a composite of every set beside it; the same arguments give the same bytes."""
+    """Write sets.jsonl, and a composite of every set beside it; the same arguments give the same bytes.
+
+    Errors: ValueError if count is below 1
+    """
+    if count < 1:
+        raise ValueError(f"{count} sets cannot be drawn; give --count 1 or more")
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(seed), []
     for number in range(count):
@@ -63,7 +74,7 @@ def write(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m toybox.panels", description="Draw sets with few words.")
     parser.add_argument("--out", type=Path, default=Path("runs/panels"), help="folder that receives them")
-    parser.add_argument("--count", type=int, default=3000, help="sets")
+    parser.add_argument("--count", type=int, default=1200, help="sets")
     parser.add_argument("--seed", type=int, default=0)
     return entry.run(parser, write, argv)
 

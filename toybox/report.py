@@ -1,8 +1,8 @@
 """Measure a tiny model against the truth: python -m toybox.report --model tiny --out docs/pictures
 
-On held-out combinations of traits: the autoencoder, the reader that everything is read with, 2x2 sets from text
-alone, one panel from the three others, what guidance does, and borders between panels. Intervals are 95 %,
-bootstrapped over sets: they cover sampling, not training. Then it draws the contact sheets.
+On held-out combinations of traits: the autoencoder, the reader that everything is read with, sets from text alone
+(2x2, and of two subjects 1x1 and 1x2 too), one panel from the three others, what guidance does, and borders between
+panels. Intervals are 95 %, bootstrapped over sets: they cover sampling, not training. Then it draws the contact sheets.
 """
 
 import argparse
