@@ -18,6 +18,7 @@ REFERENCE_GUIDANCE = 4.0  # UNO's
 LAST_SEED = 2**63 - 1
 METHODS = IN_CONTEXT, UNO = "in-context-lora", "uno"
 REFERENCE_ATTENTION = JOINT, ALONE = "joint", "alone"
+AS_PUBLISHED = {"offset": "d", "offset_scale": 1.0, "posterior": "sample", "reference_attention": JOINT}  # by UNO
 PAPER = ("model", "method")  # what decides the settings that a paper gives
 
 
@@ -195,8 +196,7 @@ class TrainConfig:
     )
     warmup: int = knob(10, "steps until the full learning rate", valid=(0, 1_000_000))
     decay: float | None = knob(
-        None, "share of the steps, the last ones, in which the rate falls to 0 (default: 0; tiny 0.3, with uno 0.5)",
-        valid=(0, 1), follows=PAPER,
+        None, "last share of steps, the rate falling to 0 (default: 0; tiny 0.3, uno 0.5)", valid=(0, 1), follows=PAPER
     )
     ema: float = knob(
         0.99, "decay of the averaged weights, which are what is saved; 0 saves the last ones", valid=(0, 0.99999)
@@ -267,8 +267,7 @@ TRAINING = {  # defaults of train.py, as in arXiv:2410.23775 and arXiv:2504.0216
     },
     UNO: {
         "steps": 5000, "batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": "shifted",
-        "decay": 0.0, "stage": 1, "offset": "d", "offset_scale": 1.0, "posterior": "sample",
-        "reference_attention": JOINT,
+        "decay": 0.0, "stage": 1, **AS_PUBLISHED,
     },
 }  # fmt: skip
 TINY_TRAINING = {
@@ -300,10 +299,7 @@ def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) 
         "steps": row.steps,
         "guidance": REFERENCE_GUIDANCE if config.ref and row.guidance is not None else row.guidance,
         "ref_size": row.references[len(config.ref) > 1],
-        "offset": "d",
-        "offset_scale": 1.0,
-        "posterior": "sample",
-        "reference_attention": JOINT,
+        **AS_PUBLISHED,
         "dtype": row.cpu_dtype if device == "cpu" else "bfloat16",
     }
     undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}

@@ -45,17 +45,12 @@ def follow_loras(
     """Takes over how LoRAs for references were trained, where no flag says otherwise.
 
     loras: files and strengths
-    note: is told of LoRAs that want references and get none, of references without a LoRA, and of flags that differ
+    note: is told of LoRAs that want references and get none, and of references without a LoRA
     Errors: ValueError if two LoRAs differ, or what one says makes no sense
     """
     for path, _ in loras:
-        about = read_header(path)[1] if path.is_file() else {}
-        if about.get("iclora.method") == UNO and not config.ref:
+        if path.is_file() and read_header(path)[1].get("iclora.method") == UNO and not config.ref:
             note(f"{path.name} was trained to follow reference pictures (UNO) and gets none; give some with --ref")
-        for name in TRAINED if config.ref else ():
-            given = getattr(config, name)
-            if f"iclora.{name}" in about and given is not None and str(given) != about[f"iclora.{name}"]:
-                note(f"{path.name} was trained with {flag(name)} {about[f'iclora.{name}']}, not {given}")
     if config.ref and not loras:
         note("references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora")
     return as_trained(config, [path for path, _ in loras])

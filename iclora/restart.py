@@ -7,7 +7,6 @@ averages, the optimizer's moments and the number of steps are all there is to ke
 import json
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from model.checkpoint import read_header, save_safetensors
 
 from .config import TrainConfig
 from .knobs import flag, saved
-from .training import State, learning_rate
+from .training import State
 
 ANEW = "remove it to start anew, or give another --out"
-LATER = {"decay": 0.0}  # settings that old checkpoints do not know, and what was done before
 FREE = ("steps", "save_every", "sample_every", "device", "accumulate", "checkpointing")  # may change
 ORIGIN = ("data", "model")  # may be called otherwise, but must hold the same: compared by content
 
@@ -87,22 +85,15 @@ def refuse_other_run(path: Path, config: TrainConfig, origin: dict[str, str]) ->
     """
     if not path.exists():
         return
-    before, learnt, done = read_about(path)
+    before, learnt, _ = read_about(path)
     for name, value in json.loads(json.dumps(saved(config))).items():
-        known = before.get(name, LATER.get(name))
-        other = learnt.get(name) != origin[name] if name in ORIGIN else known != value
-        if other and name not in FREE:
-            same = " with other content" if known == value else ""
+        other = learnt.get(name) != origin[name] if name in ORIGIN else before.get(name) != value
+        if other and name not in (FREE[1:] if config.decay else FREE):  # the rate falls towards the last step
+            same = " with other content" if before.get(name) == value else ""
             raise ValueError(
-                f"{path.parent} holds a run with {flag(name)} {known}, not {value}{same}; "
+                f"{path.parent} holds a run with {flag(name)} {before.get(name)}, not {value}{same}; "
                 "give the same settings to go on, or another --out"
             )
-    old = replace(config, steps=before["steps"])
-    if any(learning_rate(old, step) != learning_rate(config, step) for step in range(done)):
-        raise ValueError(
-            f"{path.parent} holds a run whose rate has begun to fall towards step {old.steps} (--decay), so it "
-            f"cannot end at {config.steps}; give --steps {old.steps}, or go on from its LoRA with --init-lora and --out"
-        )
 
 
 def start_folder(folder: Path, config: TrainConfig) -> None:

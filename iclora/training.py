@@ -226,15 +226,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def train(
-    config: TrainConfig,
-    flux: Flux,
-    feed: Feed,
-    state: State,
-    after_step: Callable[[float], None],
-    rank: int = 0,
-    ranks: int = 1,
-    stop: Callable[[], bool] = lambda: False,
-) -> None:
+    config: TrainConfig, flux: Flux, feed: Feed, state: State, after_step: Callable[[float], None],
+    rank: int = 0, ranks: int = 1, stop: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
     """Train to config.steps from wherever the state is.
 
     config: with nothing left undecided

@@ -157,12 +157,9 @@ def layers(flux: nn.Module) -> dict[str, LoraLinear]:
 
 
 def attach(
-    flux: nn.Module,
-    targets: str | Sequence[str] = "all-linear",
-    rank: int = 16,
-    alpha: float | None = None,
+    flux: nn.Module, targets: str | Sequence[str] = "all-linear", rank: int = 16, alpha: float | None = None,
     generator: torch.Generator | None = None,
-) -> list[nn.Parameter]:
+) -> list[nn.Parameter]:  # fmt: skip
     """Add fresh adapters in float32, which change nothing until they are trained: their ups are zero.
 
     targets: names of TARGETS, or released names of Linears such as double_blocks.*.img_attn.qkv; one text may hold

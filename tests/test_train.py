@@ -118,6 +118,7 @@ def world(tmp_path_factory):
 def command(world, out, *flags, steps=6):
     more = ["--steps", str(steps), "--batch", "2", "--rank", "2", "--panel-size", "32", "--dropout", "0.3"]
     more += ["--save-every", "2", "--sample-every", "0", "--device", "cpu", "--lr", "0.01", "--warmup", "2"]
+    more += ["--decay", "0"]  # a falling rate would fix the number of steps
     return ["--data", str(world / "sets"), "--model", str(world / "model"), "--out", str(out), *more, *flags]
 
 
