@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train
+from iclora.forms import Findings, read_drafts
 from toybox import experiments, judge
-from toybox.arms import EXPERIMENTS, Arm, Experiment, Training, on_sets
+from toybox.arms import BASE, EXPERIMENTS, Arm, Experiment, Training, on_sets
 from toybox.scores import ratio
 from toybox.tables import training_time
 from toybox.tasks import COUNT, GRIDS, SEED, task_sets
@@ -129,6 +130,12 @@ def test_every_experiment_compares_arms_of_every_task():
         for task in GRIDS:
             own = [arm.training for arm in experiment.arms if arm.task == task]
             assert len(own) >= 2 and len(set(own)) == len(own)
+
+
+def test_arms_without_a_training_and_no_others_are_called_base():
+    """Bars are told by that name."""
+    arms = [arm for experiment in EXPERIMENTS.values() for arm in experiment.arms]
+    assert all((arm.name == "base") == (arm.training is BASE) for arm in arms)
 
 
 def test_every_experiment_has_a_place_in_the_document():
@@ -268,3 +275,15 @@ def test_a_failed_training_or_a_missing_mark_is_one_line(made_up, tmp_path, caps
 
 def test_the_first_sets_of_a_task_are_the_committed_ones():
     assert task_sets("walk", 3, SEED) == task_sets("walk", COUNT, SEED)[:3]
+
+
+def test_what_a_training_learns_from_is_drawn_once_and_readable(tmp_path, monkeypatch):
+    panels = experiments.draw_data(Training((("panels", 3),)), tmp_path)
+    found = Findings()
+    drafts = read_drafts(panels, None, found)
+    assert panels == tmp_path / "panels-3" / "sets.jsonl" and len(drafts) == 3 and not found.broken
+    monkeypatch.setattr(experiments, "write_sets", None)
+    assert experiments.draw_data(Training((("panels", 3),)), tmp_path) == panels
+    assert experiments.draw_data(Training((("walk", COUNT),)), tmp_path) == Path("sets", "walk")
+    pairs = experiments.draw_data(Training((("one", 1), ("two", 1)), stage=2), tmp_path)
+    assert [len(row["image_paths"]) for row in json.loads(pairs.read_text())] == [1, 2]
