@@ -135,7 +135,7 @@ def by_flag(case: str, flag: str, rows: dict[str, str]) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 1500, columns=LIKENESS, **more) -> Experiment:
+def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 1200, columns=LIKENESS, **more) -> Experiment:
     return Experiment(title, arms, judge, steps, columns=columns, minutes=(10, inf), **more)
 
 
