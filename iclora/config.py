@@ -196,7 +196,7 @@ class TrainConfig:
     )
     warmup: int = knob(10, "steps until the full learning rate", valid=(0, 1_000_000))
     decay: float | None = knob(
-        None, "last share of steps, the rate falling to 0 (default: 0; tiny 0.3, with uno 0.5)", valid=(0, 1), follows=PAPER
+        None, "last share of steps, rate falling to 0 (default: 0; tiny 0.3, with uno 0.5)", valid=(0, 1), follows=PAPER
     )
     ema: float = knob(
         0.99, "decay of the averaged weights, which are what is saved; 0 saves the last ones", valid=(0, 0.99999)
