@@ -20,6 +20,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # torch loads after the command line was found to be right
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"
 DIALECTS = {IN_CONTEXT: "diffusers", UNO: "xlabs"}  # of the file, by method; the latter is the release's
+WAIT = timedelta(days=1)  # for another process; the first one encodes alone
 LOST = re.compile("onnection (closed|reset|refused)|gloo|NCCL")  # what a process says when another one has ended
 
 
@@ -258,7 +260,7 @@ def join_processes(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=WAIT)
 
 
 def in_turn(ranks: int, rank: int, work: Callable):

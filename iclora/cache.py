@@ -1,7 +1,7 @@
 """Latents and text features on disk, one file each, named by the sha256 of all that they depend on.
 
-The encoders run once, before the transformer is loaded, and only for what is missing: none of the three networks is
-ever in memory together with another. A damaged entry counts as missing.
+The encoders run once, before the transformer is loaded, and only for what is missing: the text encoders, the
+autoencoder and the transformer are never in memory together then. A damaged entry counts as missing.
 Letters: C channels and T tokens of one entry; h, w in latent cells.
 """
 

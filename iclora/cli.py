@@ -141,7 +141,7 @@ def _given(kind: type, argv: Sequence[str] | None, about: str) -> dict[str, Any]
     types = _types(kind)
     for field in fields(kind):
         more = {
-            bool: {"action": "store_true"},
+            bool: {"action": argparse.BooleanOptionalAction if field.default is None else "store_true"},
             tuple: {"action": "extend", "nargs": "+"},  # several after one flag, or the flag several times
         }.get(types[field.name], {})
         if types[field.name] is not bool:

@@ -216,7 +216,7 @@ class TrainConfig:
     holdout: float = knob(0.1, "share of the sets kept for the validation loss, at most 32 of a bucket", valid=(0, 0.9))
     save_every: int = knob(250, "steps between checkpoints", valid=(1, 10_000_000))
     sample_every: int = knob(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
-    checkpointing: bool = knob(False, "recompute activations instead of keeping them: less memory, a third slower")
+    checkpointing: bool | None = knob(None, "less memory, a third slower (default: yes; tiny no)", follows=("model",))
     seed: int = knob(0, "of everything that is drawn", valid=(0, LAST_SEED))
     device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(
@@ -263,16 +263,16 @@ TINY_UNGUIDED = replace(TINY, guidance=None)
 TRAINING = {  # defaults of train.py, as in arXiv:2410.23775 and arXiv:2504.02160
     IN_CONTEXT: {
         "steps": 5000, "batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05,
-        "times": "logit-normal", "decay": 0.0,
+        "times": "logit-normal", "decay": 0.0, "checkpointing": True,
     },
     UNO: {
         "steps": 5000, "batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": "shifted",
-        "decay": 0.0, "stage": 1, **AS_PUBLISHED,
+        "decay": 0.0, "checkpointing": True, "stage": 1, **AS_PUBLISHED,
     },
 }  # fmt: skip
 TINY_TRAINING = {
-    IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3, "decay": 0.3},
-    UNO: {"steps": 1500, "lr": 1e-3, "rank": 64, "decay": 0.5},
+    IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3, "decay": 0.3, "checkpointing": False},
+    UNO: {"steps": 1500, "lr": 1e-3, "rank": 64, "decay": 0.5, "checkpointing": False},
 }
 USELESS = {  # to a method
     IN_CONTEXT: ("stage", "ref_size", "offset", "offset_scale", "posterior", "reference_attention"),

@@ -84,8 +84,7 @@ class Pipeline:
         start = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)  # (1, I, 64)
         ts = times(config.steps, tokens=start.shape[1], shift=plan.row.shift, schedule=config.schedule)
         ts = drafted_start(ts, config.strength)
-        clean = plan.clean and config.strength == 1
-        keep = keep_clean(self.data, self.mask) if clean else keep_known(self.data, start, self.mask)
+        keep = keep_clean(self.data, self.mask) if plan.clean else keep_known(self.data, start, self.mask)
 
         def after_step(x: Tensor, t_next: float) -> Tensor:
             wait(x.device)

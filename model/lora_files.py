@@ -113,7 +113,7 @@ def read_lora(path: str | Path, skip_text_encoder: bool = False) -> LoraFile:
     if text and not skip_text_encoder:
         raise ValueError(
             f"{path} has {len(text)} keys of text encoders ({text[0]}, ...), which are not applied here; skip them "
-            "with skip_text_encoder (--skip-text-encoder)"
+            "with `python -m iclora.convert` (--skip-text-encoder)"
         )
     own = {key: entry for key, entry in stored.items() if key not in text}
     for what, pattern in REFUSED:
@@ -177,7 +177,7 @@ def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> floa
     chosen = {}
     for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         value = file.settings.get(name)
-        for pattern, other in (file.settings.get(patterns) or {}).items():
+        for pattern, other in reversed((file.settings.get(patterns) or {}).items()):  # the first match stays
             try:
                 matches = re.match(rf"^(.*\.)?({pattern})$", entry.place.name)  # PEFT's own rule
             except re.error:

@@ -199,6 +199,15 @@ def test_alpha_patterns_count_as_peft_counts_them(flux, tmp_path):
     assert set(scales.values()) == {1.0}
 
 
+@pytest.mark.parametrize(("patterns", "scale"), [
+    ({"to_q": 8, "transformer_blocks.0.attn.to_q": 2}, 2), ({"transformer_blocks.0.attn.to_q": 2, "to_q": 8}, 0.5),
+])  # fmt: skip
+def test_of_patterns_that_overlap_the_first_counts(flux, tmp_path, patterns, scale):
+    """As in PEFT 0.21.2, get_pattern_key."""
+    load_lora(flux, changed(tmp_path, metadata=peft(alpha_pattern=patterns)))
+    assert [part.scale for part in lora.layers(flux)[QKV].parts if part.start == 0] == [scale]
+
+
 def test_rank_patterns_and_rank_stabilised_scales_are_read(flux, tmp_path):
     path = changed(tmp_path, metadata=peft(r=8, rank_pattern={".*": 4}, use_rslora=True))
     assert load_lora(flux, path).scales == (2.0,)

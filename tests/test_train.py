@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ import sample
 import train
 from golden import LOOP
 from iclora.cli import Bar, parse
-from iclora.config import DEV, SampleConfig, TrainConfig, model_row, settle_training
+from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, model_row, settle_training
 from iclora.feed import prepare
 from iclora.knobs import flag
 from iclora.pipeline import Pipeline, resolve
@@ -172,7 +172,7 @@ def test_help_lists_every_knob_once(capsys):
     assert train.main(["--help"]) == 0
     words = capsys.readouterr().out.split("\noptions:\n")[1].split()
     listed = [word for word in words if word.startswith("--") and word != "--help"]
-    assert listed == FLAGS.split()
+    assert listed == FLAGS.replace("--checkpointing", "--checkpointing, --no-checkpointing").split()
 
 
 def test_a_typo_is_answered_without_waiting_for_torch():
@@ -767,6 +767,24 @@ def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, c
         same = [torch.equal(x[kept], networks.data[0, kept]) for x in seen]
         assert len(same) == 3 and all(same) == stays and any(same) == stays
         assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+
+
+def test_kept_panels_stay_clean_beside_drafts(world, clean):
+    panels = tuple(str(world / "sets" / "0" / f"{number}.png") for number in (1, 2))
+    networks, _ = pipeline(world, clean, mask="2", panels=panels, strength=0.7)
+    seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+    assert len(seen) and all(torch.equal(x[kept], networks.data[0, kept]) for x in seen)
+    assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+
+
+def test_the_12b_model_recomputes_its_activations_unless_told_not_to(world, out):
+    for method in METHODS:
+        config = TrainConfig(method=method)
+        chosen = [settle_training(config, row, "cpu").checkpointing for row in (DEV, TINY)]
+        assert chosen == [True, False]
+        assert not settle_training(replace(config, checkpointing=False), DEV, "cpu").checkpointing
+    assert go(world, out, "--no-checkpointing", steps=1) == 0
+    assert json.loads((out / "config.json").read_text())["config"]["checkpointing"] is False
 
 
 def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(world, out):
