@@ -163,6 +163,14 @@ def test_bars_are_shares_of_the_ceiling_but_for_swapping():
     assert {figure for _, figure in BARS} == {"traits", "scene", "all right", "swapped"}
 
 
+def test_scores_of_the_paper_stand_beside_those_of_the_controls():
+    names = ("traits", "DINO", "CLIP-I", "CLIP-T")
+    figures = {name: [0.6, 0.6] for name in names} | {f"{name}, {c}": [0.1, 0.1] for name in names for c in CONTROLS}
+    lines = controls("one", "arm", figures, {name: [0.8, 0.8] for name in names})
+    assert [line.split(" | ")[1] for line in lines] == list(names)
+    assert all("| 60.0 (60.0 to 60.0) | 10.0 (10.0 to 10.0) | 10.0" in line for line in lines)
+
+
 # arms
 
 

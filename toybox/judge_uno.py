@@ -192,7 +192,7 @@ def controls(
     bars: by kind and figure, a share of what can be reached, but of all pairs for those that are swapped
     """
     lines = []
-    for figure in ("asked for", "traits", "all right", "swapped", "scene"):
+    for figure in ("asked for", "traits", "all right", "swapped", "scene", "DINO", "CLIP-I", "CLIP-T"):
         if figure not in figures:
             continue
         own = figures[figure]
