@@ -107,6 +107,38 @@ def test_what_the_prompt_asks_for_is_no_trait_of_the_reference():
     assert score(Reading(pair.panel.scene, (seen(after),)), pair, "colour")["asked for"] == 1
 
 
+def test_pasted_is_who_stands_as_in_the_reference_and_should_not():
+    pair, (subject,) = of("one")
+    shown, wanted = pair.shown[0].placed[0], pair.panel.placed[0]
+    assert (shown.position, shown.size) != (wanted.position, wanted.size), "or choose another seed"
+    for at, pasted in ((shown, 1), (wanted, 0)):
+        reading = Reading(pair.panel.scene, (seen(subject, position=at.position, size=at.size),))
+        assert score(reading, pair)["pasted"] == pasted
+    assert score(Reading(pair.panel.scene, ()), pair)["pasted"] == 0
+    same = replace(pair, shown=(replace(pair.shown[0], placed=(wanted,)),))
+    assert "pasted" not in score(reading, same)
+
+
+def test_look_is_the_mean_of_colour_pattern_face_and_hue():
+    pair, (subject,) = of("one")
+    wrong = replace(subject, accessory="hat" if subject.accessory != "hat" else "scarf")
+    assert score(Reading(pair.panel.scene, (seen(wrong),)), pair)["look"] == 1
+    other = seen(subject, colour="red" if subject.colour != "red" else "blue", face=(subject.face + 1) % 5)
+    assert score(Reading(pair.panel.scene, (other,)), pair)["look"] == 0.5
+
+
+def test_who_tries_something_on_is_told_from_who_wears_it():
+    pair, (subject,) = of("try-on")
+    wearer = pair.shown[1].placed[0].subject
+    assert pair.shown[0].placed[0].subject == replace(subject, accessory="none")
+    assert wearer.accessory == subject.accessory != "none" and len(pair.references) == 2
+    assert wearer.shape != subject.shape and wearer.colour != subject.colour
+    best = score(Reading(pair.panel.scene, (seen(subject),)), pair, "accessory")
+    assert best["asked for"] == best["traits"] == 1 and best["swapped"] == best["confused"] == 0
+    looks = {mark: getattr(wearer, mark) for mark in judge_uno.MARKS}
+    assert score(Reading(pair.panel.scene, (seen(subject, **looks),)), pair, "accessory")["swapped"] == 1
+
+
 def test_wrong_references_share_shape_and_place_and_nothing_else(monkeypatch):
     shown = []
     monkeypatch.setattr(judge_uno, "draw", lambda panel, size: shown.append(panel) or draw(panel, size))
@@ -160,7 +192,7 @@ def test_bars_are_shares_of_the_ceiling_but_for_swapping():
     assert EXPERIMENTS["tiny-uno"].judge is UNO_WITH_BARS
     assert "| 66.7% (66.7% to 66.7%) | at least 65% | reached |" in right
     assert "| at most 10% | **missed** |" in swapped
-    assert {figure for _, figure in BARS} == {"traits", "scene", "all right", "swapped"}
+    assert {figure for _, figure in BARS} == {"look", "scene", "all right", "swapped"}
 
 
 def test_scores_of_the_paper_stand_beside_those_of_the_controls():

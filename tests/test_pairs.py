@@ -24,9 +24,9 @@ def test_prompts_name_shapes_and_nothing_else_of_a_subject(kind):
 @pytest.mark.parametrize("kind", pairs.KINDS)
 def test_every_subject_has_a_reference_of_its_own_in_another_scene(kind):
     for pair in pairs.make_pairs(kind, 6, 4):
-        assert len(pair.references) == len(pair.shown) == len(pair.panel.placed)
+        assert len(pair.references) == len(pair.shown) == len(pair.panel.placed) + (kind == "try-on")
         assert len({pair.panel.scene, *(shown.scene for shown in pair.shown)}) == 1 + len(pair.shown)
-        for shown, one in zip(pair.shown, pair.panel.placed, strict=True):
+        for shown, one in zip(pair.shown, pair.panel.placed, strict=False):
             assert [each.subject.shape for each in shown.placed] == [one.subject.shape]
             assert shown.placed[0].subject.face == one.subject.face
 
@@ -41,9 +41,10 @@ def test_the_kinds_change_what_they_say():
     for pair in pairs.make_pairs("recolour", 10, 6):
         before, after = pair.shown[0].placed[0].subject, pair.panel.placed[0].subject
         assert before.colour != after.colour and after.colour in pair.prompt
-    for pair in pairs.make_pairs("hat", 10, 6):
-        before, after = pair.shown[0].placed[0].subject, pair.panel.placed[0].subject
-        assert before.accessory == "none" and WORN[after.accessory] in pair.prompt
+    for kind in ("hat", "try-on"):
+        for pair in pairs.make_pairs(kind, 10, 6):
+            before, after = pair.shown[0].placed[0].subject, pair.panel.placed[0].subject
+            assert before.accessory == "none" and WORN[after.accessory] in pair.prompt
     for pair in pairs.make_pairs("sketch", 3, 6):
         spread = np.asarray(pair.target).astype(int)
         assert (spread.max(axis=2) - spread.min(axis=2)).mean() < 20 and "pencil" in pair.prompt

@@ -106,7 +106,7 @@ PAIRS = 2000
 DEFAULTS = {  # without the flag, so that trainings are shared
     "--offset": "d", "--offset-scale": "1", "--rank": "64", "--reference-attention": "joint",
 }  # fmt: skip
-LIKENESS = ("traits", "all right", "swapped", "scene", "copied", "DINO", "CLIP-I", "CLIP-T")
+LIKENESS = ("traits", "all right", "swapped", "scene", "copied", "pasted", "DINO", "CLIP-I", "CLIP-T")
 EDITS = ("recolour", "sketch", "hat")
 
 
@@ -245,14 +245,14 @@ EXPERIMENTS = {
         "paper leaves it open)",
         *(
             Arm(case, name, training)
-            for case in (*EDITS, "one", "two")
+            for case in (*EDITS, "try-on", "one", "two")
             for name, training in (
                 ("none of them", then("two")),
                 ("recolour and sketch", then("two", "two", "recolour", "sketch")),
                 ("all three", then("two", "two", "two", *EDITS)),
             )
         ),
-        columns=("asked for", "traits", "all right", "scene", "copied"),
+        columns=("asked for", "traits", "all right", "confused", "scene", "copied", "pasted"),
     ),
     "another-base": uno("UNO: the same recipe on another base", *STAGES),
     "tiny-uno": uno(
@@ -260,6 +260,9 @@ EXPERIMENTS = {
         *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two", "three", "four")),
         judge=UNO_WITH_BARS,
         steps=3000,
-        columns=("traits", "right", "all right", "swapped", "confused", "scene", "copied", "DINO", "CLIP-I", "CLIP-T"),
+        columns=(
+            "traits", "look", "right", "all right", "swapped", "confused", "scene", "copied", "pasted", "DINO",
+            "CLIP-I", "CLIP-T",
+        ),
     ),
 }  # fmt: skip

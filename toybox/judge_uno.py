@@ -28,15 +28,19 @@ from .scores import hidden_agreement, interval, line, ratio, verdict
 from .sets import PANEL
 from .tasks import is_sketch
 from .truth import Reading, Seen, read
-from .world import Subject, draw
+from .world import Placed, Subject, draw
 
 SEED = 9_100_000  # of the pairs that are judged
 COLUMNS = 8  # pairs on a sheet
-TOLD = {"recolour": "colour", "hat": "accessory"}  # by kind, the trait that its prompts ask for
+TOLD = {"recolour": "colour", "hat": "accessory", "try-on": "accessory"}  # by kind, the trait that prompts ask for
 NAMED = ("colour", "pattern", "accessory")
+LOOK = ("colour", "pattern", "hue", "face")
 MARKS = (*NAMED, "face")  # traits that every subject has, and that tell one from another
 CONTROLS = ("no references", "wrong references")
-BARS = {("one", "traits"): 0.8, ("one", "scene"): 0.9, ("two", "all right"): 0.65, ("two", "swapped"): 0.1}
+CONTROLLED = (
+    "asked for", "traits", "look", "all right", "swapped", "scene", "pasted", "DINO", "CLIP-I", "CLIP-T",
+)  # fmt: skip
+BARS = {("one", "look"): 0.8, ("one", "scene"): 0.9, ("two", "all right"): 0.65, ("two", "swapped"): 0.1}
 
 
 def measure(kind: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
@@ -118,16 +122,22 @@ def score(reading: Reading, pair: Pair, told: str | None = None) -> dict[str, fl
     agree = [agreement(reading, seen, s) for seen, s in zip(found, subjects, strict=True)]
     got = {"asked for": float(np.mean([one.pop(told) for one in agree]))} if told else {}
     got["traits"] = float(np.mean([np.mean(list(one.values())) for one in agree]))
+    got["look"] = float(np.mean([one[trait] for one in agree for trait in LOOK if trait in one]))
     for trait in (*NAMED, "face", "hue", "angle", "spacing"):
         if values := [one[trait] for one in agree if trait in one]:
             got[trait] = float(np.mean(values))
     got["missing"] = float(np.mean([seen is None for seen in found]))
     got["scene"] = float(reading.scene == pair.panel.scene)
     got["copied"] = float(reading.scene in {panel.scene for panel in pair.shown})
+    drawn = zip(found, pair.panel.placed, (panel.placed[0] for panel in pair.shown), strict=False)
+    if pasted := [place_of(seen) == place_of(shown) for seen, one, shown in drawn if place_of(one) != place_of(shown)]:
+        got["pasted"] = float(np.mean(pasted))
     if len(subjects) > 1:
         right = [all(one[trait] for trait in NAMED) for one in agree]
         got |= {"right": float(np.mean(right)), "all right": float(all(right))}
-        rest = [[s for s in subjects if s is not own] for own in subjects]
+    cast = [*subjects, *(panel.placed[0].subject for panel in pair.shown[len(subjects) :])]
+    if len(cast) > 1:
+        rest = [[s for s in cast if s is not own] for own in subjects]
         everyone = list(zip(found, subjects, rest, strict=True))
         taken = [is_another(*one) for one in everyone]
         got |= {"swapped": float(any(taken)), "mistaken": float(np.mean(taken))}
@@ -139,6 +149,11 @@ def agreement(reading: Reading, seen: Seen | None, subject: Subject) -> dict[str
     """Which traits of a subject the one of its shape has; none if nobody has it."""
     named = {trait: seen is not None and getattr(seen, trait) == getattr(subject, trait) for trait in NAMED}
     return named | hidden_agreement(reading, subject)
+
+
+def place_of(one: Seen | Placed | None) -> tuple[str, str] | None:
+    """Where somebody stands, and how large; nobody stands nowhere."""
+    return (one.position, one.size) if one else None
 
 
 def is_another(seen: Seen | None, own: Subject, others: list[Subject]) -> bool:
@@ -192,12 +207,12 @@ def controls(
     bars: by kind and figure, a share of what can be reached, but of all pairs for those that are swapped
     """
     lines = []
-    for figure in ("asked for", "traits", "all right", "swapped", "scene", "DINO", "CLIP-I", "CLIP-T"):
+    for figure in CONTROLLED:
         if figure not in figures:
             continue
         own = figures[figure]
         cells = [interval(values) for values in (own, *(figures[f"{figure}, {c}"] for c in CONTROLS), most[figure])]
-        wanted, fewer = bars.get((kind, figure)), figure == "swapped"
+        wanted, fewer = bars.get((kind, figure)), figure in ("swapped", "pasted")
         reached = interval(own) if fewer else ratio(own, most[figure])
         share = "" if fewer else "{:.1%} ({:.1%} to {:.1%})".format(*reached)
         told = ("", "") if wanted is None else verdict(reached[0], wanted, fewer)
@@ -209,11 +224,14 @@ UNO = Judge(
     "uno", measure, measure_truth, ("traits", "scene", "copied"), HEAD, controls,
     notes=(
         "traits: colour, pattern, accessory, face, hue and, of patterns, angle and spacing that the subject of the "
-        "right shape shares with its reference; prompts tell none of them, but for what is asked for. right: its "
-        "colour, pattern and accessory are all its reference's; all right: every subject is. mistaken: the share of "
+        "right shape shares with its reference; prompts tell none of them, but for what is asked for; look: the first "
+        "two, face and hue. right: its colour, pattern and accessory are all its reference's; all right: every "
+        "subject is. mistaken: the share of "
         "subjects with most of the marks (colour, pattern, accessory, face) in which another's reference differs from "
         "their own; swapped: there is one. confused: the share of marks that are another's. scene: the prompt's; "
-        "copied: that of a reference. The paper's cells are DINO / CLIP-I / CLIP-T on DreamBench, times 100.",
+        "copied: that of a reference; pasted: of the subjects that the true picture has in another place or size than "
+        "their reference, those that stand as in the reference. The paper's cells are DINO / CLIP-I / CLIP-T on "
+        "DreamBench, times 100.",
     ),
     sheet="references, true pictures after the autoencoder, then every arm (its first seed) from the same noise",
     one=one_picture,

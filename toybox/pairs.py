@@ -23,12 +23,12 @@ from .captions import panel_prompt
 from .eyes import with_subject, with_trait
 from .sets import PANEL
 from .tasks import with_pencil
-from .world import COLOURS, SCENES, Panel, Subject, box, draw, random_set
+from .world import COLOURS, SCENES, Panel, Subject, box, draw, random_set, random_subject
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One example; reference i shows the i-th subject of the panel.
+    """One example; reference i shows the i-th subject of the panel, and those left over what a subject puts on.
 
     panel: what the target shows
     shown: what the references show
@@ -107,6 +107,17 @@ def with_hat(rng: np.random.Generator, held_out: bool | None) -> Pair:
     return with_target(pair, replace(naked.placed[0].subject, accessory=wears))
 
 
+def tried_on(rng: np.random.Generator, held_out: bool | None) -> Pair:
+    """As with_hat, and a second reference shows somebody else who wears it; the target shows the first one only."""
+    pair = with_hat(rng, held_out)
+    mine = pair.panel.placed[0].subject
+    while (wearer := random_subject(rng, held_out)).shape == mine.shape or wearer.colour == mine.colour:
+        pass
+    scenes = [scene for scene in SCENES if scene not in (pair.panel.scene, pair.shown[0].scene)]
+    second = alone(replace(wearer, accessory=mine.accessory), scenes[int(rng.integers(len(scenes)))], rng)
+    return replace(pair, shown=(*pair.shown, second), references=(*pair.references, draw(second, PANEL)))
+
+
 def sketched(rng: np.random.Generator, held_out: bool | None) -> Pair:
     """One subject, drawn in pencil."""
     pair = of_subjects((1,))(rng, held_out)
@@ -122,7 +133,7 @@ def with_target(pair: Pair, subject: Subject) -> Pair:
 KINDS: dict[str, Callable[[np.random.Generator, bool | None], Pair]] = {
     "one": of_subjects((1,)), "two": of_subjects((2,)), "three": of_subjects((3,)), "four": of_subjects((4,)),
     "up-to-four": of_subjects((2, 3, 4)), "cropped": cropped, "recolour": recoloured, "hat": with_hat,
-    "sketch": sketched,
+    "sketch": sketched, "try-on": tried_on,
 }  # fmt: skip
 
 
