@@ -69,9 +69,11 @@ def describe(plan: "Plan") -> dict[str, Any]:
     """Lists what made the pictures besides the configuration, to be compared on replay."""
     import torch
 
+    from model.lora_files import lora_file
+
     files = [fingerprint(path, plan.files.root) for path in plan.weights]
     for path, strength in plan.loras:
-        file = path / "adapter_model.safetensors" if path.is_dir() else path  # PEFT saves folders
+        file = lora_file(path)
         files.append({**fingerprint(file, file.parent), "strength": strength})
     versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
     versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}

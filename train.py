@@ -92,7 +92,7 @@ def run(config: TrainConfig) -> None:
     if config.method == UNO:
         trained = sum(p.numel() for p in trainable(flux))
         check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, trained, ranks)
-    origin = feeds.origin(examples, files)
+    origin = feeds.origin(examples, files, config.init_lora)
     refuse_other_run(folder / CHECKPOINT, config, origin)
     if ranks > 1:
         join_processes(config.device)
@@ -110,8 +110,7 @@ def run(config: TrainConfig) -> None:
     run = Run(config, files, row, feed, flux, state, folder, origin)
     if rank == 0:
         note(report)
-        if config.stage == 2 and not config.init_lora:
-            note("stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes to --init-lora")
+        note_doubts(config, feed)
         start_folder(folder, config)
         run.metrics = Metrics(folder / METRICS, state.step, config.tensorboard)
     with stop_between_steps() as asked:
@@ -233,6 +232,22 @@ def adapt(flux: "Flux", config: TrainConfig) -> str:
         line = str(error).partition(";")[0]
         raise ValueError(f"{line}, so the release's names cannot hold it; use --targets uno, or another file") from None
     return report
+
+
+def note_doubts(config: TrainConfig, feed: "Feed") -> None:
+    """Tells of what is possible, but seldom meant."""
+    from iclora.plan import note_other_ways
+
+    most = max(len(layout.references) for layout in feed.layouts)
+    if config.stage == 1 and most > 1:
+        note(f"rows of --data have up to {most} references; the paper's stage 1 has one, several are for --stage 2")
+    if config.stage == 2 and most < 2:
+        note("every row of --data has one reference; the paper's stage 2 has several")
+    if config.stage == 2 and not config.init_lora:
+        note("stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes to --init-lora")
+    if config.method == IN_CONTEXT and config.init_lora:
+        ways = {name: getattr(config, name) for name in ("condition", "concat", "text")}
+        note_other_ways([Path(config.init_lora)], ways, note)
 
 
 @contextlib.contextmanager

@@ -231,26 +231,26 @@ def every_mask(layout: Layout) -> list[tuple[int, ...]]:
     return [masked for count in range(layout.panels) for masked in combinations(range(1, layout.panels + 1), count)]
 
 
-def file_mark(paths: Iterable[str | Path]) -> str:
-    """Marks files by the sha256 of their content; of those over 1 GB, by name, size and time of change."""
+def file_mark(paths: Iterable[str | Path], dated: bool = True) -> str:
+    """Marks files by the sha256 of their content; of those over 1 GB, by name, size and, if dated, time of change."""
     marks = []
     for path in map(Path, paths):
         about = path.stat()
         if about.st_size > HASHED:
-            marks.append([path.name, about.st_size, about.st_mtime_ns])
+            marks.append([path.name, about.st_size, *[about.st_mtime_ns] * dated])
         else:
             with open(path, "rb") as file:
                 marks.append(hashlib.file_digest(file, "sha256").hexdigest())
     return _key("files", marks)
 
 
-def text_mark(files: ModelFiles) -> str:
+def text_mark(files: ModelFiles, dated: bool = True) -> str:
     """Marks the text encoders of a model and their tokenizers. Errors: ValueError for damaged files, by name"""
     opened = [open_checkpoint(files.clip, "clip"), open_checkpoint(files.t5, "t5")]
     paths = {stored.path: None for checkpoint in opened for stored in checkpoint.tensors.values()}
     settings = [folder / "config.json" for folder in (files.clip, files.t5)]
     tokenizers = [path for folder in (files.clip_tokenizer, files.t5_tokenizer) for path in sorted(folder.glob("*.*"))]
-    return file_mark([*paths, *(path for path in (*settings, *tokenizers) if path.is_file())])
+    return file_mark([*paths, *(path for path in (*settings, *tokenizers) if path.is_file())], dated)
 
 
 def _encode(autoencoder: AutoEncoder, image: Tensor, layout: Layout, concat: str) -> Tensor:

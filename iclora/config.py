@@ -221,7 +221,7 @@ class TrainConfig:
     device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(
         None, "of the base's weights; the LoRA's are float32 (default: bfloat16; for tiny on a CPU float32)",
-        choices=("float32", "bfloat16", "float16"), follows=("model",),
+        choices=("float32", "bfloat16"), follows=("model",),
     )
     tensorboard: bool = knob(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = knob("runs/lora", "folder of the run; a run found there goes on", metavar="DIR", path=True, saved=False)
@@ -254,6 +254,10 @@ class ModelRow:
     panel: int
     references: tuple[int, int]
     cpu_dtype: str
+
+    def long_sides(self, ref_size: int | None) -> tuple[int, int]:
+        """Gives the longer sides of a single reference, and of each of several, where --ref-size says something."""
+        return self.references if ref_size is None else (ref_size, ref_size)
 
 
 DEV = ModelRow("dev", 512, 20, 3.5, True, 512, (512, 320), "bfloat16")

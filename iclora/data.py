@@ -116,6 +116,7 @@ class DataConfig:
     panel_size: int | None = knob(
         None, "train at about so many pixels squared a panel (default: 512, for tiny 64)", valid=(16, 8192)
     )
+    ref_size: int | None = knob(None, "longer side of a reference in pixels, as train.py's", valid=(16, 2048))
     model: str = knob("tiny", "the model that is to learn, for its text length", metavar="NAME|PATH")
 
     def __post_init__(self) -> None:
@@ -147,14 +148,13 @@ def report(config: DataConfig) -> tuple[list[str], bool]:
 
     files = find_model(config.model)
     row = model_row(read_flux_config(files.flux))
-    resolution = config.panel_size or row.panel
+    resolution, long_sides = config.panel_size or row.panel, row.long_sides(config.ref_size)
     examples, found = look(config.data, config.grid and parse_grid(config.grid))
     sizes = Counter(f"{wide}x{high}" for example in examples for wide, high in example.sizes)
     lines = [f"{config.data}: {len(examples)} sets in {sum(sizes.values())} pictures of {_most(sizes)}"]
     shown = Counter(f"{wide}x{high}" for example in examples for wide, high in example.reference_sizes)
     lines += [f"references: {sum(shown.values())} pictures of {_most(shown)}"] if shown else []
-    sorted_out = buckets(examples, resolution, row.references)
-    for layout, members in sorted_out.items():
+    for layout, members in buckets(examples, resolution, long_sides, found.broken.append).items():
         shape = f"{layout.rows}x{layout.cols} panels of {layout.panel_width}x{layout.panel_height}"
         loss = max(cropped(example, layout) for example in members)
         cut = f", cropped by up to {loss:.0%}" if loss > 0.005 else ""

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -129,7 +129,8 @@ def bucket_of(example: Example, resolution: int, long_sides: tuple[int, int] = (
             if width * height <= 1.1 * area and cost < least:
                 best, least = (width, height), cost
     long_side = long_sides[len(example.references) > 1]
-    return Layout(*example.grid, *best, tuple(fitted(size, long_side) for size in example.reference_sizes))
+    shown = zip(example.references, example.reference_sizes, strict=True)
+    return Layout(*example.grid, *best, tuple(fitted(size, long_side, path.name) for path, size in shown))
 
 
 def cropped(example: Example, layout: Layout) -> float:
@@ -138,21 +139,29 @@ def cropped(example: Example, layout: Layout) -> float:
     return max(1 - math.exp(-abs(math.log(width / height / target))) for width, height in example.panel_sizes())
 
 
+def refuse(line: str) -> None:
+    """Ends it with the first broken example. Errors: ValueError with the line"""
+    raise ValueError(line)
+
+
 def buckets(
-    examples: Sequence[Example], resolution: int, long_sides: tuple[int, int] = (512, 320)
+    examples: Sequence[Example],
+    resolution: int,
+    long_sides: tuple[int, int] = (512, 320),
+    broken: Callable[[str], None] = refuse,
 ) -> dict[Layout, list[Example]]:
     """Sorts examples by grid, panel size, and number and sizes of references; a batch is formed within one bucket.
 
     resolution, long_sides: as for bucket_of
+    broken: is told of examples that have no bucket, and why
     returns: in a fixed order, whatever the order of the examples' shapes
-    Errors: ValueError, with the example's name, as bucket_of
     """
     sorted_out: dict[Layout, list[Example]] = {}
     for example in examples:
         try:
             sorted_out.setdefault(bucket_of(example, resolution, long_sides), []).append(example)
         except ValueError as error:
-            raise ValueError(f"{example.name}: {error}") from None
+            broken(f"{example.name}: {error}")
     return {layout: sorted_out[layout] for layout in sorted(sorted_out, key=astuple)}
 
 

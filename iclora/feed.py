@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from model.flux import FluxConfig
+from model.lora_files import lora_file
 from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
-from .cache import HASHED, Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
+from .cache import Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
 from .config import ALONE, UNO, TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, sight, token_mask
@@ -115,25 +116,23 @@ def find(config: TrainConfig) -> list[Example]:
     return find_examples(config.data, parse_grid(config.grid) if config.grid else None)
 
 
-def origin(examples: Sequence[Example], files: ModelFiles) -> dict[str, str]:
-    """Mark what a run learns from by its content: the sets in their order, and the base model.
+def origin(examples: Sequence[Example], files: ModelFiles, init_lora: str | None = None) -> dict[str, str]:
+    """Mark what a run learns from by its content: the sets in their order, the base, its encoders, the LoRA before it.
 
-    Of a transformer over 1 GB, name and size stand for the content.
+    Of files over 1 GB, name and size stand for the content.
     """
     sets = json.dumps([(e.grid, e.caption, e.sha256 + e.reference_sha256) for e in examples])
-    size = files.flux.stat().st_size
-    model = file_mark([files.flux]) if size <= HASHED else f"{files.flux.name} of {size} bytes"
-    return {"data": hashlib.sha256(sets.encode()).hexdigest(), "model": model}
-
-
-def long_sides_of(config: TrainConfig, shape: FluxConfig) -> tuple[int, int]:
-    """Give the longer sides of a single reference, and of each of several, in pixels."""
-    return model_row(shape).references if config.ref_size is None else (config.ref_size, config.ref_size)
+    return {
+        "data": hashlib.sha256(sets.encode()).hexdigest(),
+        "model": file_mark([files.flux], dated=False),
+        "encoders": file_mark([files.autoencoder], dated=False) + text_mark(files, dated=False),
+        "init_lora": file_mark([lora_file(init_lora)], dated=False) if init_lora else "",
+    }
 
 
 def sort_out(config: TrainConfig, examples: Sequence[Example], shape: FluxConfig) -> dict[Layout, list[Example]]:
     """Sort examples into buckets. Errors: ValueError for what is too large or too narrow"""
-    return buckets(examples, config.panel_size, long_sides_of(config, shape))
+    return buckets(examples, config.panel_size, model_row(shape).long_sides(config.ref_size))
 
 
 def prepare(
@@ -149,13 +148,13 @@ def prepare(
     Errors: ValueError for too large composites, captions that cannot be taken apart, or encoders of another model;
         OSError if the disk is full
     """
-    row, long_sides = model_row(shape), long_sides_of(config, shape)
+    row = model_row(shape)
     every = sort_out(config, examples, shape)
     trained, held_out = hold_out(every, config.holdout)
     cache, dtype = Cache(Path(config.out).absolute().parent / ".cache"), getattr(torch, config.dtype)
     mark = file_mark([files.autoencoder])
     latents = LatentCache(cache, mark, config.fit, config.concat)
-    references = ReferenceCache(cache, mark, long_sides)
+    references = ReferenceCache(cache, mark, row.long_sides(config.ref_size))
     texts = TextCache(cache, text_mark(files), row.text, dtype)
     load = partial(load_autoencoder, files.autoencoder, config.device)
     masks = every_mask if config.condition == "clean" else lambda layout: ((),)
@@ -173,6 +172,8 @@ def prepare(
     with bar("encoding references") as progress:
         made += references.encode(examples, load, progress)
     note(f"{len(examples)} sets in {len(every)} buckets; {made} pictures and {read} texts encoded, others cached")
+    if small := sum(len(members) < config.batch for members in trained.values()):
+        note(f"{small} buckets have fewer sets than the {config.batch} of a batch, which then holds some of them twice")
     layouts = list(trained)
     batches = Batches([len(trained[layout]) for layout in layouts], config.batch, config.seed)
     chosen = [trained[layout] for layout in layouts]

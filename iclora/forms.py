@@ -253,6 +253,8 @@ def _read_row(row: Any, name: str, place: Path, settings: Settings) -> Draft:
         raise ValueError('it needs either "panels", a list of pictures, or "image", a composite')
     if ("prompt" in row) == ("prompts" in row):
         raise ValueError('it needs either "prompt", the joint caption, or "prompts", one a panel')
+    if "prompt" in row and "summary" in row:
+        raise ValueError('"summary" stands before "prompts"; with "prompt", put its words there')
     if "grid" in row and not settings.forced:
         settings = replace(settings, grid=parse_grid(row["grid"]))
     composite = "image" in row

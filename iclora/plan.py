@@ -1,24 +1,26 @@
 """From a configuration to a plan: everything that can be checked before a network loads is checked here."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from model.checkpoint import read_header
-from model.flux import FluxConfig
+from model.flux import Flux, FluxConfig
+from model.lora import shapes
+from model.lora_files import check_lora
 from model.weights import ModelFiles, examples_folder, find_model, read_flux_config, weight_files
 from sampling.flow import times
 from sampling.inpaint import drafted_start
 
-from .config import ModelRow, SampleConfig, model_row, settle
+from .config import IN_CONTEXT, ModelRow, SampleConfig, model_row, settle
 from .data import PanelSet, Source, read_set, read_source
+from .knobs import flag
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
-from .references import check_memory, follow_loras, read_references
+from .references import about, check_memory, follow_loras, read_references
 
 Note = Callable[[str], None]  # takes one line for the user
 
@@ -60,7 +62,7 @@ class Plan:
         return "panel" if self._learnt("text", "panel") else "joint"
 
     def _learnt(self, name: str, value: str) -> bool:
-        return any(read_header(path)[1].get(f"iclora.{name}") == value for path, _ in self.loras if path.is_file())
+        return any(about(path).get(f"iclora.{name}") == value for path, _ in self.loras)
 
     def pictures(self, drafted: bool) -> dict[int, Image.Image]:
         """Gives the kept panels, or the drafts."""
@@ -84,6 +86,10 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
         note(f"{files.name} has even times; --schedule {config.schedule} is ignored")
         config = replace(config, schedule="tokens")
     loras = choose_loras(config, files, note)
+    with torch.device("meta"):
+        linears = shapes(Flux(shape))
+    for path, _ in loras:
+        check_lora(path, linears)
     config = settle(follow_loras(config, loras, note), task, row, pick_device(config.device))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     masked = parse_mask(config.mask, layout.panels)
@@ -115,16 +121,29 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
     if references and plan.text == "panel":
         raise ValueError("a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out")
     texts_of(prompt, layout.rows, layout.cols, plan.text)  # refuses a caption that cannot be taken apart
+    ways = {"condition": "clean" if plan.clean else "none", "concat": plan.concat, "text": plan.text}
+    note_other_ways([path for path, _ in loras], ways, note)
     return plan
 
 
 def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> tuple[tuple[Path, float], ...]:
-    """Takes the LoRAs that are asked for, or for references the model's own, if it has one and none is asked for."""
-    own = files.root / "loras" / "uno.safetensors"
-    if config.ref and not config.lora and own.is_file():
-        note(f"no LoRA given: {files.name}'s own for references is used, loras/{own.name}")
-        return ((own, 1.0),)
-    return tuple(parse_lora(text) for text in config.lora)
+    """Takes the LoRAs that are asked for and, for references, the model's own unless one of those may be for them."""
+    own, asked = files.root / "loras" / "uno.safetensors", tuple(parse_lora(text) for text in config.lora)
+    if config.ref and own.is_file() and all(about(path).get("iclora.method") == IN_CONTEXT for path, _ in asked):
+        note(f"no LoRA for references given: {files.name}'s own is used, loras/{own.name}")
+        return (*asked, (own, 1.0))
+    return asked
+
+
+def note_other_ways(loras: Iterable[Path], ways: Mapping[str, str], note: Note) -> None:
+    """Tells of LoRAs that were trained in other ways than they are used in, which is possible, but seldom meant.
+
+    ways: condition, concat and text, as for TrainConfig
+    """
+    for path in loras:
+        for name, value in ways.items():
+            if (was := about(path).get(f"iclora.{name}", value)) != value:
+                note(f"{path.name} was trained with {flag(name)} {was}; now it is used with {value}")
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -39,6 +39,11 @@ RECOMPUTED = 2  # of a block that is computed again: its input, and keys and val
 COPIES = 5  # of what is trained, in float32: weights, gradients, averages, two moments
 
 
+def about(lora: Path) -> dict[str, str]:
+    """Gives the metadata of a LoRA file; a folder of PEFT's has none."""
+    return read_header(lora)[1] if lora.is_file() else {}
+
+
 def follow_loras(
     config: SampleConfig, loras: Sequence[tuple[Path, float]], note: Callable[[str], None]
 ) -> SampleConfig:
@@ -49,7 +54,7 @@ def follow_loras(
     Errors: ValueError if two LoRAs differ, or what one says makes no sense
     """
     for path, _ in loras:
-        if path.is_file() and read_header(path)[1].get("iclora.method") == UNO and not config.ref:
+        if about(path).get("iclora.method") == UNO and not config.ref:
             note(f"{path.name} was trained to follow reference pictures (UNO) and gets none; give some with --ref")
     if config.ref and not loras:
         note("references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora")
@@ -60,12 +65,12 @@ def as_trained(config: Config, loras: Sequence[Path]) -> Config:
     """Takes what LoRA files say of the references in their training, where a configuration leaves it open."""
     told: dict[str, str | float | int] = {}
     for path in loras:
-        about = read_header(path)[1] if path.is_file() else {}
+        said = about(path)
         for name, kind in TRAINED.items():
-            if f"iclora.{name}" not in about or getattr(config, name) is not None:
+            if f"iclora.{name}" not in said or getattr(config, name) is not None:
                 continue
             try:
-                value = kind(about[f"iclora.{name}"])
+                value = kind(said[f"iclora.{name}"])
                 replace(config, **{name: value})  # checks its range
             except ValueError as error:
                 raise ValueError(f"{path} has a damaged iclora.{name} in its metadata ({str(error)[:120]})") from None
@@ -84,25 +89,26 @@ def read_references(paths: Sequence[str], long_side: int) -> tuple[Source, ...]:
     """
     references = []
     for path in map(Path, paths):
-        picture = fit_reference(open_picture(path), long_side)
+        picture = fit_reference(open_picture(path), long_side, path.name)
         references.append(Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture))
     return tuple(references)
 
 
-def fit_reference(picture: Image.Image, long_side: int) -> Image.Image:
+def fit_reference(picture: Image.Image, long_side: int, name: str = "a reference") -> Image.Image:
     """Scales the longer side to a length, small pictures up too, and cuts both sides to whole tokens, at the centre.
 
     long_side: pixels
+    name: for the message
     Errors: ValueError if the shorter side is less than a token then
     Source: bytedance/UNO@d305981 uno/flux/pipeline.py preprocess_ref
     """
-    (wide, high), (width, height) = scaled(picture.size, long_side), fitted(picture.size, long_side)
+    (wide, high), (width, height) = (size(picture.size, long_side, name) for size in (scaled, fitted))
     left, top = (wide - width) // 2, (high - height) // 2
     picture = picture.resize((wide, high), Image.Resampling.LANCZOS)
     return picture.crop((left, top, left + width, top + height))
 
 
-def scaled(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+def scaled(size: tuple[int, int], long_side: int, name: str = "a reference") -> tuple[int, int]:
     """Gives width and height when the longer is long_side; the release's floats lose a pixel of it now and then.
 
     Errors: ValueError if the shorter is less than a token then
@@ -110,15 +116,15 @@ def scaled(size: tuple[int, int], long_side: int) -> tuple[int, int]:
     wide, high = (side * long_side // max(size) for side in size)
     if min(wide, high) < TOKEN:
         raise ValueError(
-            f"a reference of {size[0]}x{size[1]} pixels becomes {wide}x{high}, but a token has {TOKEN}x{TOKEN}; crop "
-            "it or raise --ref-size"
+            f"{name} of {size[0]}x{size[1]} pixels becomes {wide}x{high}, but a token has {TOKEN}x{TOKEN}; crop it or "
+            "raise --ref-size"
         )
     return wide, high
 
 
-def fitted(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+def fitted(size: tuple[int, int], long_side: int, name: str = "a reference") -> tuple[int, int]:
     """Gives width and height of a reference as fit_reference makes it. Errors: as scaled"""
-    wide, high = scaled(size, long_side)
+    wide, high = scaled(size, long_side, name)
     return wide // TOKEN * TOKEN, high // TOKEN * TOKEN
 
 
@@ -161,7 +167,7 @@ def check_memory(config: SampleConfig, layout: Layout, flux: Path, shape: FluxCo
     flux, shape: the transformer's file, and what it is
     Errors: ValueError with the tokens and an estimate of the memory; or for a file that is no picture, or too narrow
     """
-    shapes = [scaled(picture_size(path), config.ref_size) for path in config.ref]
+    shapes = [scaled(picture_size(path), config.ref_size, Path(path).name) for path in config.ref]
     count, target = sum(w // TOKEN * (h // TOKEN) for w, h in shapes), layout.tokens_high * layout.tokens_wide
     size, blocks = getattr(torch, config.dtype).itemsize, shape.depth + shape.depth_single_blocks
     once = 2 * blocks * count if config.reference_attention == ALONE else 0  # keys and values

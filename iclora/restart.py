@@ -22,7 +22,8 @@ from .training import State
 
 ANEW = "remove it to start anew, or give another --out"
 FREE = ("steps", "save_every", "sample_every", "device", "accumulate", "checkpointing")  # may change
-ORIGIN = ("data", "model")  # may be called otherwise, but must hold the same: compared by content
+# Marks by the knob that names them: what may be called otherwise, but must hold the same, as it is compared by content
+ORIGIN = {"data": ("data",), "model": ("model", "encoders"), "init_lora": ("init_lora",)}
 
 
 def save_state(path: Path, state: State, config: TrainConfig, origin: dict[str, str]) -> None:
@@ -87,7 +88,8 @@ def refuse_other_run(path: Path, config: TrainConfig, origin: dict[str, str]) ->
         return
     before, learnt, _ = read_about(path)
     for name, value in json.loads(json.dumps(saved(config))).items():
-        other = learnt.get(name) != origin[name] if name in ORIGIN else before.get(name) != value
+        marks = [(learnt.get(mark, origin[mark]), origin[mark]) for mark in ORIGIN.get(name, ())]  # old runs have fewer
+        other = any(one != now for one, now in marks) if marks else before.get(name) != value
         if other and name not in (FREE[1:] if config.decay else FREE):  # the rate falls towards the last step
             same = " with other content" if before.get(name) == value else ""
             raise ValueError(

@@ -24,6 +24,7 @@ ROLES = re.compile(
 TEXT_ENCODER = re.compile(
     r"^(text_encoders?(_\d)?\.|lora_te\d?_|lycoris_text_|clip_[lg]\.|t5xxl\.|(base_model\.model\.)?text_model\.)"
 )
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # ways of PEFT's to start a LoRA
 REFUSED = (
     ("DoRA magnitudes", r"dora_scale|lora_magnitude_vector"),
     ("LoKr factors", r"lokr_"),
@@ -94,6 +95,15 @@ class LoraReport:
         )
 
 
+def lora_file(path: str | Path) -> Path:
+    """Find the file of a LoRA in a folder as PEFT saves it; a file is itself."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = path / "adapter_model.safetensors"
+    return found if found.is_file() else file_in(path, "*.safetensors") or found
+
+
 def read_lora(path: str | Path, skip_text_encoder: bool = False) -> LoraFile:
     """Read the header of a LoRA in any dialect and find out where each adapter belongs.
 
@@ -101,10 +111,7 @@ def read_lora(path: str | Path, skip_text_encoder: bool = False) -> LoraFile:
     skip_text_encoder: leave out what belongs to CLIP or T5, instead of refusing the file
     Errors: ValueError that names the key, for whatever is damaged, no LoRA, no plain LoRA or not for FLUX.1
     """
-    path = Path(path)
-    if path.is_dir():
-        found = path / "adapter_model.safetensors"
-        path = found if found.is_file() else file_in(path, "*.safetensors") or found
+    path = lora_file(path)
     stored, metadata = read_header(path)
     if (holds := kind(stored)) != "LoRA weights":
         what = WANTED[holds][0] if holds in WANTED else holds
@@ -160,8 +167,13 @@ def _settings(path: Path, metadata: dict[str, str]) -> dict:
         return {}
     if not all(isinstance(settings.get(name) or {}, dict) for name in ("rank_pattern", "alpha_pattern")):
         raise ValueError(f"{path} has a damaged rank_pattern or alpha_pattern in its PEFT configuration")
-    if settings.get("use_dora") or settings.get("peft_type", "LORA") != "LORA":
+    if settings.get("use_dora") or settings.get("use_qalora") or settings.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{path} is configured as {settings.get('peft_type')}, DoRA or not LoRA; it is not applied")
+    if str(start := settings.get("init_lora_weights")).startswith(CHANGES_BASE):
+        raise ValueError(
+            f"{path} was trained beside a base that {start} changed, which it does not hold; save it from PEFT with "
+            "path_initial_model_for_weight_conversion"
+        )
     return settings
 
 
@@ -191,6 +203,17 @@ def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> floa
             f"{file.path} says rank {chosen['r']} for {entry.place.name}, but {entry.keys['down']} has rank {rank}"
         )
     return chosen["lora_alpha"] / (rank**0.5 if file.settings.get("use_rslora") else rank)
+
+
+def check_lora(path: str | Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse a LoRA that load_lora would refuse, but for values that are not finite, before a network loads.
+
+    shapes: outputs and inputs of every Linear, by released name
+    Errors: as read_lora and read_deltas
+    """
+    file = read_lora(path)
+    for entry in file.entries:
+        _span(file, entry, shapes)
 
 
 def read_deltas(file: LoraFile, shapes: dict[str, tuple[int, int]]) -> list[Delta]:

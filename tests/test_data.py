@@ -95,6 +95,13 @@ def test_rows_name_panels_or_composites_and_their_captions(tmp_path):
         assert first.panel_sizes() == second.panel_sizes() == [(32, 32)] * 2
 
 
+def test_a_row_with_a_joint_caption_and_a_summary_is_refused(tmp_path):
+    panel_set(tmp_path / "p", caption=None)
+    write(tmp_path / "rows.jsonl", {"panels": ["p/1.png", "p/2.png"], "grid": "1x2", "prompt": TWO, "summary": "foxes"})
+    with pytest.raises(ValueError, match='line 1: "summary" stands before "prompts"; with "prompt", put its words'):
+        find_examples(tmp_path / "rows.jsonl")
+
+
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "deep/../../outside.png", "a\0.png"])
 def test_rows_do_not_reach_out_of_their_folder(tmp_path, name):
     picture(tmp_path / "outside.png")
@@ -299,8 +306,20 @@ def test_a_file_of_pairs_that_is_no_json_or_not_there_is_one_line(tmp_path):
 def test_a_reference_too_narrow_for_a_token_is_named(tmp_path):
     path = pairs_of(tmp_path, PAIR, {**PAIR, "image_path": "p/thin.png"})
     picture(tmp_path / "p" / "thin.png", (320, 40))
-    with pytest.raises(ValueError, match="row 2: a reference of 320x40 pixels becomes 64x8, but a token has 16x16"):
+    with pytest.raises(ValueError, match="row 2: thin.png of 320x40 pixels becomes 64x8, but a token has 16x16"):
         buckets(find_examples(path), 64, (64, 64))
+
+
+def test_the_check_lists_every_reference_that_is_too_narrow_and_takes_a_size_for_it(tmp_path, capsys):
+    thin = [{**PAIR, "image_path": f"p/{name}.png"} for name in ("thin", "flat")]
+    path = pairs_of(tmp_path, PAIR, *thin)
+    picture(tmp_path / "p" / "thin.png", (40, 320))
+    picture(tmp_path / "p" / "flat.png", (320, 40))
+    status, lines = check(capsys, path)
+    one, other = (line for line in lines if line.startswith("broken: "))
+    assert status == 2 and "thin.png" in one and "flat.png" in other
+    assert data.main([str(path), "--ref-size", "128"]) == 0
+    assert "references of 128x16" in capsys.readouterr().out
 
 
 def test_the_check_counts_pairs_and_their_references(tmp_path, capsys):

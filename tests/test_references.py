@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import iclora.references
 import sample
@@ -20,6 +21,7 @@ from iclora.layout import Layout
 from iclora.pipeline import Pipeline, resolve
 from iclora.plan import choose_loras
 from iclora.references import encode, fit_reference, follow_loras, place, read_references
+from model.checkpoint import save_safetensors
 from model.lora import attach, load_lora, merge, save_lora
 from model.position import MODES, grid_ids, reference_ids
 from model.weights import examples_folder, find_model, load_autoencoder, load_flux
@@ -31,7 +33,7 @@ from toybox.export import REFERENCES, write_references
 BUNDLED = examples_folder() / "references"
 CAT, MUSHROOM, ROBOT = (str(BUNDLED / f"{name}.png") for name in REFERENCES)
 PROMPT = "a cat on a beach."
-OWN = find_model("tiny").root / "loras" / "uno.safetensors"
+OWN, WALK = (find_model("tiny").root / "loras" / f"{name}.safetensors" for name in ("uno", "walk"))
 
 
 def plan_for(*ref, **values):
@@ -236,7 +238,7 @@ def test_the_command_runs_records_its_references_and_replays_to_the_same_bytes(t
     assert sample.main([*argv, "--ref", CAT, "--ref", ROBOT]) == 0
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2
-    assert notes[0] == "note: no LoRA given: tiny's own for references is used, loras/uno.safetensors"
+    assert notes[0] == "note: no LoRA for references given: tiny's own is used, loras/uno.safetensors"
     record = json.loads((tmp_path / "0001.json").read_text())
     assert [(entry["panel"], entry["use"], Path(entry["file"]).name) for entry in record["inputs"]] == [
         (None, "reference", "cat.png"), (None, "reference", "robot.png"),
@@ -259,6 +261,42 @@ def test_references_are_followed_with_the_models_own_lora_unless_another_is_give
     assert choose_loras(config, bare, notes.append) == () and not notes
     follow_loras(config, (), notes.append)
     assert [note[:27] for note in notes] == ["references without a LoRA: "]
+
+
+def test_a_lora_for_panels_leaves_the_models_own_for_references_in_place_and_both_work(tmp_path):
+    grid = {"grid": "3x1", "mask": "2,3", "prompt": "three pictures: [IMAGE1] a, [IMAGE2] b, [IMAGE3] c"}
+    plan, notes = plan_for(CAT, lora=(f"{WALK}:0.5",), **grid)
+    assert plan.loras == ((WALK, 0.5), (OWN, 1.0)) and "tiny's own is used" in notes[0]
+    assert plan.config.lora == (f"{WALK}:0.5", f"{OWN}:1"), "a replay needs no choice"
+    assert plan_for(CAT, lora=plan.config.lora, **grid)[0].loras == plan.loras
+    assert plan_for(lora=(str(WALK),), **grid)[0].loras == ((WALK, 1.0),), "without references nothing is added"
+    unknown = lora(tmp_path)  # says nothing of its method, as the released one
+    assert plan_for(CAT, lora=(unknown,))[0].loras == ((Path(unknown), 1.0),)
+
+    def made(*ref, **values):
+        pipeline = Pipeline(plan_for(*ref, **grid, **values)[0], lambda line: None)
+        return pipeline.sample(0, lambda *_: None).panels[3].tobytes()
+
+    both = made(CAT, lora=(str(WALK),))
+    assert len({both, made(CAT), made(lora=(str(WALK),)), made(ROBOT, lora=(str(WALK),))}) == 4, "each has its say"
+
+
+def test_a_lora_that_does_not_fit_is_refused_before_a_network_loads(tmp_path):
+    flux = load_flux(find_model("tiny").flux, dtype=torch.float32)
+    attach(flux, "double_blocks.2.img_attn.proj", rank=1)
+    save_lora(flux, tmp_path / "deep.safetensors")
+    tensors = load_file(tmp_path / "deep.safetensors")
+    deep = {name.replace("blocks.2.", "blocks.12."): tensor for name, tensor in tensors.items()}
+    save_safetensors(deep, tmp_path / "deep.safetensors")
+    with pytest.raises(ValueError, match="deep.safetensors has .* this model has no double_blocks.12.img_attn.proj"):
+        plan_for(lora=(str(tmp_path / "deep.safetensors"),))
+
+
+def test_loras_that_were_trained_in_other_ways_than_they_are_used_in_are_told(tmp_path):
+    clean, plain = lora(tmp_path, condition="clean", concat="pixels"), lora(tmp_path, "b.safetensors", condition="none")
+    plan, notes = plan_for(lora=(clean, plain))
+    assert plan.clean and notes == ["b.safetensors was trained with --condition none; now it is used with clean"]
+    assert plan_for(lora=(clean,))[1] == []
 
 
 def test_a_replay_from_another_reference_is_noted(capsys):
@@ -334,7 +372,7 @@ def test_metadata_that_makes_no_sense_is_refused(tmp_path, about, message):
 
 
 @pytest.mark.parametrize(("size", "message"), [
-    ((320, 40), "a reference of 320x40 pixels becomes 32x4, but a token has 16x16; crop it or raise --ref-size"),
+    ((320, 40), "a.png of 320x40 pixels becomes 32x4, but a token has 16x16; crop it or raise --ref-size"),
     ((400, 2), "400x2 is narrower than 32:1"),
 ])
 def test_absurd_shapes_are_refused(tmp_path, size, message):

@@ -68,10 +68,10 @@ def test_files_and_functions_stay_readable(path):
 
 
 def test_the_reading_matter_is_short_enough_to_read():
-    # The plan's 3,500 lines held for sampling sets; LoRA dialects, data sets, training of two methods and references
-    # took the rest (docs/log.md).
+    # The plan's 3,500 lines held for sampling sets; LoRA dialects, data sets, training of two methods, references and
+    # refusing more of what cannot be meant took the rest (docs/log.md).
     lines = sum(p.read_text().count("\n") for p in READING)
-    assert lines <= 6880
+    assert lines <= 6960
 
 
 def test_pixels_become_tensors_in_one_place_only():

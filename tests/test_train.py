@@ -210,6 +210,7 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--out", "a" * 300], "choose another"),
     (["--device", "mps"], "--device mps is not available"),
     (["--concat", "token"], "--concat 'token' is unknown; did you mean tokens?"),
+    (["--dtype", "float16"], "--dtype 'float16' is unknown; did you mean bfloat16"),
     (["--text", "panels"], "--text 'panels' is unknown; did you mean panel?"),
     (["--data", "{unmarked}", "--text", "panel"], "turned around': no markers for the 2 panels of the 1x2 grid"),
     (["--method", "uno"], "is not for --method uno, which takes a .json of pairs"),
@@ -219,7 +220,7 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--method", "uno", "--stage", "3"], "--stage 3 is out of range; use 1 to 2"),
     (["--method", "uno", "--targets", "mod"], "no place for rows 0 to 192 of double_blocks.0.img_mod.lin, so the"),
     (["--method", "uno", "--data", "{unreferred}"], "unreferred.json row 1: it has no references"),
-    (["--method", "uno", "--data", "{pairs}", "--ref-size", "20"], "row 2: a reference of 60x40 pixels becomes 20x13"),
+    (["--method", "uno", "--data", "{pairs}", "--ref-size", "20"], "row 2: 1-2.png of 60x40 pixels becomes 20x13"),
     (["--tensorboard"], "--tensorboard needs a package that is not installed; pip install tensorboard, or leave it"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(world, out, tmp_path, capsys, monkeypatch, flags, message):
@@ -393,6 +394,25 @@ def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
     before, after = (model.lora.read_lora(path / "lora.safetensors") for path in (whole, out))
     assert before.stored.keys() == after.stored.keys()
     assert all(load_file(out / "checkpoint.safetensors")[f"{i}.weight"].any() for i in range(4)), "ups are not fresh"
+
+
+def test_another_lora_under_the_same_name_is_refused_on_resume(world, whole, out, tmp_path, capsys):
+    start = tmp_path / "start.safetensors"
+    shutil.copy(whole / "lora.safetensors", start)
+    assert go(world, out, "--init-lora", str(start), steps=1) == 0
+    assert go(world, out, "--init-lora", str(shutil.copy(start, tmp_path / "moved.safetensors")), steps=1) == 0
+    shutil.copy(out / "lora.safetensors", start)
+    capsys.readouterr()
+    assert go(world, out, "--init-lora", str(start), steps=2) == 2
+    assert "moved.safetensors, not" in (line := refused(capsys)) and "start.safetensors; give the same" in line
+
+
+def test_what_is_seldom_meant_is_told(world, whole, clean, out, capsys):
+    flags = ["--init-lora", str(clean), "--batch", "6"]
+    assert go(world, out, *flags, steps=1) == 0
+    said = capsys.readouterr().err
+    assert "lora.safetensors was trained with --condition clean; now it is used with none" in said
+    assert "1 buckets have fewer sets than the 6 of a batch, which then holds some of them twice" in said
 
 
 # killed, stopped, resumed
@@ -939,6 +959,13 @@ def test_the_second_stage_starts_from_the_first_and_keeps_its_offset(world, refe
     assert steps_of(out) == [1]
     assert go(world, beside(out, "cold"), *flags, "--ref-size", "32", steps=1) == 0
     assert "stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes" in capsys.readouterr().err
+    assert go(world, beside(out, "one"), *flags[:4], "--ref-size", "32", steps=1) == 0
+    assert "rows of --data have up to 2 references; the paper's stage 1 has one" in capsys.readouterr().err
+    rows = [row for row in json.loads((world / "pairs.json").read_text()) if len(row["image_paths"]) == 1]
+    (world / "single.json").write_text(json.dumps(rows))
+    flags[3] = str(world / "single.json")
+    assert go(world, beside(out, "single"), *flags, "--ref-size", "32", steps=1) == 0
+    assert "every row of --data has one reference; the paper's stage 2 has several" in capsys.readouterr().err
 
 
 def test_references_alone_are_trained_and_followed_by_the_sampler_and_the_second_stage(world, out, monkeypatch):

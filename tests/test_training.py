@@ -29,7 +29,7 @@ from sampling.latents import pack
 
 PAIR = Layout(1, 2, 32, 32)  # 8 tokens
 TOKENS = PAIR.tokens_high * PAIR.tokens_wide
-ORIGIN = {"data": "sets", "model": "base"}
+ORIGIN = {"data": "sets", "model": "base", "encoders": "T5", "init_lora": "one"}
 CONFIG = settle_training(TrainConfig(rank=2, steps=6, batch=4, lr=0.01, warmup=2, decay=0.0, dropout=0.5), TINY, "cpu")
 PANELS = replace(CONFIG, condition="clean")
 
@@ -474,7 +474,6 @@ CHANGES = {
     "reference_attention": "alone", "rank": 4, "targets": "attn", "condition": "clean", "concat": "tokens",
     "text": "panel", "batch": 2, "lr": 0.5, "warmup": 3, "decay": 0.5, "ema": 0.5, "dropout": 0.25, "times": "uniform",
     "panel_size": 48, "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
-    "init_lora": "other.safetensors",
 }  # fmt: skip
 FREE = {
     "steps": 9, "save_every": 9, "sample_every": 9, "accumulate": 2, "checkpointing": True, "device": "cuda",
@@ -514,7 +513,7 @@ def test_a_run_whose_rate_falls_keeps_its_number_of_steps(tmp_path):
 
 
 def test_every_setting_is_either_refused_or_free():
-    assert CHANGES.keys() | FREE.keys() | {"data", "model"} == vars(CONFIG).keys()
+    assert CHANGES.keys() | FREE.keys() | {"data", "model", "init_lora"} == vars(CONFIG).keys()
 
 
 @pytest.mark.parametrize(("name", "flag"), [("data", "--data sets"), ("model", "--model tiny")])
@@ -526,6 +525,19 @@ def test_sets_and_model_are_compared_by_content_and_not_by_name(checkpoint, name
         refuse_other_run(checkpoint, moved, other)
     with pytest.raises(ValueError, match=f"holds a run with {flag}, not {flag.split()[1]} with other content; give"):
         refuse_other_run(checkpoint, CONFIG, other)
+
+
+def test_other_encoders_or_another_lora_before_it_are_another_run(checkpoint):
+    with pytest.raises(ValueError, match="holds a run with --model tiny, not tiny with other content; give the same"):
+        refuse_other_run(checkpoint, CONFIG, {**ORIGIN, "encoders": "others"})
+    with pytest.raises(ValueError, match="holds a run with --init-lora None, not b; give the same"):
+        refuse_other_run(checkpoint, replace(CONFIG, init_lora="b"), {**ORIGIN, "init_lora": "other"})
+    refuse_other_run(checkpoint, replace(CONFIG, init_lora="moved"), ORIGIN)
+
+
+def test_a_checkpoint_from_before_a_mark_existed_goes_on(tmp_path):
+    save_state(tmp_path / "c.safetensors", run(CONFIG, steps=1)[0], CONFIG, {"data": "sets", "model": "base"})
+    refuse_other_run(tmp_path / "c.safetensors", CONFIG, ORIGIN)
 
 
 def test_without_a_checkpoint_anything_may_begin(tmp_path):
