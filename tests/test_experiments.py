@@ -123,11 +123,12 @@ def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it():
 
 
 def test_every_experiment_compares_arms_of_every_task():
-    for experiment in EXPERIMENTS.values():
+    for name, experiment in EXPERIMENTS.items():
         if experiment.judge.name != judge.IN_CONTEXT.name:
             continue
-        assert {arm.task for arm in experiment.arms} == set(GRIDS)
-        for task in GRIDS:
+        if name != "bundled":
+            assert {arm.task for arm in experiment.arms} == set(GRIDS)
+        for task in {arm.task for arm in experiment.arms}:
             own = [arm.training for arm in experiment.arms if arm.task == task]
             assert len(own) >= 2 and len(set(own)) == len(own)
 

@@ -1,11 +1,14 @@
 """UNO's experiments: batches with references, what a picture is judged by, and the rows of arms; no training."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from iclora.cache import file_mark
 from iclora.cli import parse
 from iclora.config import TINY_TRAINING, TRAINING, SampleConfig, TrainConfig
 from iclora.pipeline import Pipeline, resolve
@@ -15,13 +18,15 @@ from model.flux import Flux
 from model.lora import attach, save_lora
 from model.weights import find_model, read_flux_config
 from sampling.images import to_picture
-from toybox import experiments, judge_uno, pairs
+from toybox import experiments, judge, judge_uno, pairs
 from toybox.arms import DEFAULTS, EXPERIMENTS, FITTING
 from toybox.generate import generate, load_networks
 from toybox.judge_uno import BARS, CONTROLS, UNO, UNO_WITH_BARS, controls, score, wrong_references
+from toybox.tasks import GRIDS, task_sets
 from toybox.truth import Reading, Seen
 from toybox.world import draw
 
+ROOT = Path(__file__).parent.parent
 OURS = {name: one for name, one in EXPERIMENTS.items() if one.judge.name == UNO.name}
 
 
@@ -260,3 +265,37 @@ def test_the_bundled_rank_fits_into_its_file(tmp_path):
     size = (tmp_path / "l.safetensors").stat().st_size
     assert size < 1.01 * experiments.BUNDLE and (rank == 128 or size > 0.8 * experiments.BUNDLE)
     assert read_header(tmp_path / "l.safetensors")[0]
+
+
+# what is bundled
+
+
+@pytest.mark.parametrize(("name", "experiment"), [("uno", "tiny-uno"), ("walk", "bundled")])
+def test_the_figures_of_bundled_loras_are_theirs(name, experiment):
+    rows = json.loads((ROOT / "docs" / "experiments" / f"{experiment}.json").read_text())["rows"]
+    marks = {mark for row in rows for mark in row.get("loras", ()) if mark}
+    assert marks == {file_mark([find_model("tiny").root / "loras" / f"{name}.safetensors"])}
+
+
+def test_the_bundled_uno_takes_colours_from_references():
+    networks, about = experiments.with_lora("tiny", find_model("tiny").root / "loras" / "uno.safetensors")
+    reader, drawn = experiments.load_ruler("tiny"), pairs.make_pairs("one", 8, judge_uno.SEED, held_out=True)
+    wrong = [wrong_references(pair, np.random.default_rng(0)) for pair in drawn]
+    right = []
+    for references in ([pair.references for pair in drawn], wrong):
+        made = judge_uno.make_pictures(networks, about, drawn, references)
+        figures = judge_uno.judge("one", replace(reader, eyes=None), made, drawn)
+        right.append((np.mean(figures["colour"]), np.mean(figures["scene"])))
+    assert right[0][0] >= 0.75 and right[1][0] <= 0.25, "with own references, and with those of others"
+    assert right[0][1] == right[1][1] == 1
+
+
+def test_the_bundled_walk_walks_and_the_base_does_not():
+    reader, sets = experiments.load_ruler("tiny").reader, task_sets("walk", 6, judge.SEED, held_out=True)
+    walked = []
+    for lora in (find_model("tiny").root / "loras" / "walk.safetensors", None):
+        networks, about = experiments.with_lora("tiny", lora)
+        ways, captions = judge.ways_of(about), [one.caption for one in sets]
+        made = generate(networks, captions, GRIDS["walk"], list(range(6)), **ways)
+        walked.append(np.mean(judge.judge("walk", reader, made)))
+    assert walked[0] >= 0.8 and walked[1] <= 0.2

@@ -38,13 +38,13 @@ class Arm:
     """One line of a table.
 
     task: what is judged: a task, or with UNO a kind of pairs
-    training: BASE, which is None, judges the model without a LoRA
+    training: BASE, which is None, judges the model without a LoRA, and a text one that lies in the model's folder
     paper: what the paper has in this line
     """
 
     task: str
     name: str
-    training: Training | None = BASE
+    training: Training | str | None = BASE
     paper: str = ""
 
 
@@ -186,6 +186,11 @@ EXPERIMENTS = {
             )
         ),
         KEPT, steps=4000, minutes=(0, inf),
+    ),
+    "bundled": Experiment(
+        "The bundled LoRA of a walk, of rank 8",
+        (Arm("walk", "base"), Arm("walk", "bundled LoRA", "loras/walk.safetensors")),
+        IN_CONTEXT_WITH_BARS,
     ),
     "stages": uno("UNO: no LoRA, stage I alone, both stages", *STAGES),
     "offsets": uno(

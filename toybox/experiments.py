@@ -52,7 +52,9 @@ def run_all(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     @functools.cache
-    def trained(training: Training, steps: int, seed: int) -> tuple[Path, float | None]:
+    def trained(training: Training | str | None, steps: int, seed: int) -> tuple[Path | None, float | None]:
+        if not isinstance(training, Training):
+            return training and find_model(args.model).root / training, None
         start, before = trained(training.start, steps, seed) if training.start else (None, 0.0)
         lora, took = train_one(training, start, steps, seed, args)
         return lora, None if took is None or before is None else took + before
@@ -61,15 +63,15 @@ def run_all(args: argparse.Namespace) -> None:
         experiment = EXPERIMENTS[name]
         steps, seeds, judge = args.steps or experiment.steps, range(experiment.seeds), experiment.judge
         truth = {arm.task: judge_truth(judge, arm.task, ruler, args) for arm in experiment.arms}
-        found, seconds, firsts = [], [], []
+        found, seconds, files = [], [], []
         for arm in experiment.arms:
-            loras = [trained(arm.training, steps, seed) if arm.training else (None, None) for seed in seeds]
+            loras = [trained(arm.training, steps, seed) for seed in seeds]
             found.append([judge_one(judge, arm.task, lora, ruler, args) for lora, _ in loras])
-            firsts.append(loras[0][0])
+            files.append([lora for lora, _ in loras])
             known = [took for _, took in loras if took is not None]
             seconds.append(sum(known) / len(known) if len(known) == len(loras) else None)
-        paces = take_paces(experiment, firsts, args) if experiment.timed else []
-        write(name, steps, args, truth, found, seconds, paces)
+        paces = take_paces(experiment, [loras[0] for loras in files], args) if experiment.timed else []
+        write(name, steps, args, truth, found, seconds, files, paces)
 
 
 # training
@@ -202,9 +204,12 @@ def take_paces(experiment: Experiment, loras: list[Path | None], args: argparse.
 
 def write(
     name: str, steps: int, args: argparse.Namespace, truth: dict[str, Found], found: list[list[Found]],
-    seconds: Sequence[float | None], paces: Sequence[Sequence[float]],
+    seconds: Sequence[float | None], files: Sequence[Sequence[Path | None]], paces: Sequence[Sequence[float]],
 ) -> None:  # fmt: skip
-    """Print the tables of an experiment; write them, the values of every set, and a sheet of each task."""
+    """Print the tables of an experiment; write them, the values of every set, and a sheet of each task.
+
+    files: the LoRAs of every arm, by seed; their marks stand beside the values
+    """
     experiment = EXPERIMENTS[name]
     about = f"{args.count} held-out sets; {steps} steps a stage; on the base {Path(args.model).name}."
     lines = [f"### {experiment.title}", "", f"{about} {what_intervals_cover(experiment)}", ""]
@@ -214,8 +219,9 @@ def write(
     lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds, paces)
     rows = [{"task": task, "name": "true sets", "figures": [figures]} for task, (figures, _) in truth.items()]
     for i, (arm, figures, took) in enumerate(zip(experiment.arms, of_arms, seconds, strict=True)):
+        marks = [lora and file_mark([lora]) for lora in files[i]]
         pace = {"seconds a set": paces[i]} if paces else {}
-        rows.append({**dataclasses.asdict(arm), "seconds": took, **pace, "figures": figures})
+        rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, **pace, "figures": figures})
     values = {"model": Path(args.model).name, "count": args.count, "steps": steps, "rows": rows}
     write_whole(args.out / f"{name}.json", json.dumps(values) + "\n")
     for task, (_, parts) in truth.items():
