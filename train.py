@@ -113,6 +113,8 @@ def run(config: TrainConfig) -> None:
         note_doubts(config, feed)
         start_folder(folder, config)
         run.metrics = Metrics(folder / METRICS, state.step, config.tensorboard)
+        if run.sheet and not run.sheet.exists():  # after a kill between checkpoint and sheet
+            run.sample(run.sheet)
     with stop_between_steps() as asked:
         with run.bar:
             train(config, flux, feed, state, run.after_step, rank, ranks, lambda: bool(asked))
@@ -158,8 +160,8 @@ class Run:
         self.metrics.add(step=step, loss=loss, **(self.validation() if due else {}))
         if due:
             self.save()
-        if config.sample_every and (step % config.sample_every == 0 or step == config.steps):
-            self.sample()
+        if self.sheet:
+            self.sample(self.sheet)
 
     def validation(self) -> dict[str, float]:
         """The loss on the held-out sets with the averaged weights; nothing if none are held out."""
@@ -198,7 +200,14 @@ class Run:
         told |= {"method": config.method, "base": self.files.name, "steps": self.state.step}
         return {f"iclora.{name}": str(value) for name, value in told.items() if value is not None}
 
-    def sample(self) -> None:
+    @property
+    def sheet(self) -> Path | None:
+        """The sheet of samples that belongs to the step just taken, if there is one."""
+        step, config = self.state.step, self.config
+        due = config.sample_every and step and (step % config.sample_every == 0 or step == config.steps)
+        return self.folder / f"sheet-{step:06d}.png" if due else None
+
+    def sample(self, path: Path) -> None:
         """Writes a sheet of samples, made with the averaged weights."""
         from iclora.monitor import put_png, sheet
         from iclora.training import averaged
@@ -207,7 +216,7 @@ class Run:
         autoencoder = load_autoencoder(self.files.autoencoder, self.config.device)
         with averaged(self.state):
             picture = sheet(self.flux, autoencoder, self.feed, self.row, self.config)
-        put_png(picture, self.folder / f"sheet-{self.state.step:06d}.png")
+        put_png(picture, path)
 
 
 def adapt(flux: "Flux", config: TrainConfig) -> str:

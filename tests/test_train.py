@@ -381,6 +381,16 @@ def test_sheets_of_samples_are_the_same_for_the_same_weights(world, out):
     assert files(beside(out, "a"))["sheet-000001.png"] == files(beside(out, "b"))["sheet-000001.png"]
 
 
+def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
+    monkeypatch.setattr(train.Run, "sample", killing(train.Run.sample, 1))
+    with pytest.raises(Killed):
+        go(world, out, "--sample-every", "2", steps=3)
+    assert not list(out.glob("sheet-*")) and go(world, out, "--sample-every", "2", steps=3) == 0
+    assert go(world, beside(out, "whole"), "--sample-every", "2", steps=3) == 0
+    made = files(out)
+    assert "sheet-000002.png" in made and made == files(beside(out, "whole"))
+
+
 def test_without_held_out_sets_there_is_no_validation_and_the_sheet_shows_trained_ones(world, out):
     assert go(world, out, "--holdout", "0", "--sample-every", "2", steps=2) == 0
     assert "validation" not in (out / "metrics.jsonl").read_text()
