@@ -114,7 +114,10 @@ def run(config: TrainConfig) -> None:
         start_folder(folder, config)
         run.metrics = Metrics(folder / METRICS, state.step, config.tensorboard)
         if run.sheet and not run.sheet.exists():  # after a kill between checkpoint and sheet
-            run.sample(run.sheet)
+            try:
+                run.sample(run.sheet)
+            except (RuntimeError, MemoryError) as error:
+                note(f"{run.sheet} is left out ({str(error).partition(chr(10))[0][:120]}); training goes on")
     with stop_between_steps() as asked:
         with run.bar:
             train(config, flux, feed, state, run.after_step, rank, ranks, lambda: bool(asked))

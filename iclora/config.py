@@ -67,7 +67,8 @@ class SampleConfig:
     num: int = knob(1, "how many pictures to make", valid=(1, 10_000))
     lora: tuple[str, ...] = knob(
         (), "LoRA files to apply, each with a strength behind a colon if it is not 1: storyboard.safetensors:0.8 "
-        "(default: none; with --ref the loras/uno.safetensors of a model that has one)",
+        "(default: none; with --ref the loras/uno.safetensors of a model that has one, also beside those that train.py "
+        "made for panels)",
         metavar="FILE[:STRENGTH]", path=True,
     )
     panel_size: str | None = knob(

@@ -16,7 +16,7 @@ from model.lora_files import lora_file
 from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
-from .cache import Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
+from .cache import HASHED, Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
 from .config import ALONE, UNO, TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, sight, token_mask
@@ -122,9 +122,10 @@ def origin(examples: Sequence[Example], files: ModelFiles, init_lora: str | None
     Of files over 1 GB, name and size stand for the content.
     """
     sets = json.dumps([(e.grid, e.caption, e.sha256 + e.reference_sha256) for e in examples])
+    size = files.flux.stat().st_size
     return {
         "data": hashlib.sha256(sets.encode()).hexdigest(),
-        "model": file_mark([files.flux], dated=False),
+        "model": file_mark([files.flux]) if size <= HASHED else f"{files.flux.name} of {size} bytes",
         "encoders": file_mark([files.autoencoder], dated=False) + text_mark(files, dated=False),
         "init_lora": file_mark([lora_file(init_lora)], dated=False) if init_lora else "",
     }

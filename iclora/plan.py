@@ -10,12 +10,12 @@ from PIL import Image
 
 from model.flux import Flux, FluxConfig
 from model.lora import shapes
-from model.lora_files import check_lora
+from model.lora_files import read_deltas, read_lora
 from model.weights import ModelFiles, examples_folder, find_model, read_flux_config, weight_files
 from sampling.flow import times
 from sampling.inpaint import drafted_start
 
-from .config import IN_CONTEXT, ModelRow, SampleConfig, model_row, settle
+from .config import UNO, ModelRow, SampleConfig, model_row, settle
 from .data import PanelSet, Source, read_set, read_source
 from .knobs import flag
 from .layout import Layout, parse_grid, parse_mask, parse_size
@@ -89,7 +89,7 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
     with torch.device("meta"):
         linears = shapes(Flux(shape))
     for path, _ in loras:
-        check_lora(path, linears)
+        read_deltas(read_lora(path), linears)  # refuses what load_lora would
     config = settle(follow_loras(config, loras, note), task, row, pick_device(config.device))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     masked = parse_mask(config.mask, layout.panels)
@@ -129,10 +129,14 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
 def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> tuple[tuple[Path, float], ...]:
     """Takes the LoRAs that are asked for and, for references, the model's own unless one of those may be for them."""
     own, asked = files.root / "loras" / "uno.safetensors", tuple(parse_lora(text) for text in config.lora)
-    if config.ref and own.is_file() and all(about(path).get("iclora.method") == IN_CONTEXT for path, _ in asked):
-        note(f"no LoRA for references given: {files.name}'s own is used, loras/{own.name}")
-        return (*asked, (own, 1.0))
-    return asked
+    methods = {about(path).get("iclora.method"): path.name for path, _ in asked}
+    if not config.ref or not own.is_file() or UNO in methods or asked and config.config:  # a record has all of them
+        return asked
+    if None in methods:
+        note(f"{methods[None]} may be for references, so {files.name}'s own is not added; --lora {own} adds it")
+        return asked
+    note(f"no LoRA for references given: {files.name}'s own is used, loras/{own.name}")
+    return (*asked, (own, 1.0))
 
 
 def note_other_ways(loras: Iterable[Path], ways: Mapping[str, str], note: Note) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from model.autoencoder import AutoEncoder
 from model.checkpoint import open_checkpoint, read_header
 from model.flux import FluxConfig
+from model.lora_files import lora_file
 from model.position import grid_ids, reference_ids
 from sampling.images import open_picture, picture_size, to_tensor
 from sampling.latents import TOKEN, pack
@@ -40,8 +41,8 @@ COPIES = 5  # of what is trained, in float32: weights, gradients, averages, two 
 
 
 def about(lora: Path) -> dict[str, str]:
-    """Gives the metadata of a LoRA file; a folder of PEFT's has none."""
-    return read_header(lora)[1] if lora.is_file() else {}
+    """Gives the metadata of a LoRA's file."""
+    return read_header(file)[1] if (file := lora_file(lora)).is_file() else {}
 
 
 def follow_loras(

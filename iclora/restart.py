@@ -88,8 +88,8 @@ def refuse_other_run(path: Path, config: TrainConfig, origin: dict[str, str]) ->
         return
     before, learnt, _ = read_about(path)
     for name, value in json.loads(json.dumps(saved(config))).items():
-        marks = [(learnt.get(mark, origin[mark]), origin[mark]) for mark in ORIGIN.get(name, ())]  # old runs have fewer
-        other = any(one != now for one, now in marks) if marks else before.get(name) != value
+        marks = [mark for mark in ORIGIN.get(name, ()) if mark in learnt]  # old runs have fewer
+        other = any(learnt[mark] != origin[mark] for mark in marks) if marks else before.get(name) != value
         if other and name not in (FREE[1:] if config.decay else FREE):  # the rate falls towards the last step
             same = " with other content" if before.get(name) == value else ""
             raise ValueError(

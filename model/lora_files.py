@@ -24,7 +24,7 @@ ROLES = re.compile(
 TEXT_ENCODER = re.compile(
     r"^(text_encoders?(_\d)?\.|lora_te\d?_|lycoris_text_|clip_[lg]\.|t5xxl\.|(base_model\.model\.)?text_model\.)"
 )
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # ways of PEFT's to start a LoRA
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways of PEFT's to start a LoRA
 REFUSED = (
     ("DoRA magnitudes", r"dora_scale|lora_magnitude_vector"),
     ("LoKr factors", r"lokr_"),
@@ -167,12 +167,14 @@ def _settings(path: Path, metadata: dict[str, str]) -> dict:
         return {}
     if not all(isinstance(settings.get(name) or {}, dict) for name in ("rank_pattern", "alpha_pattern")):
         raise ValueError(f"{path} has a damaged rank_pattern or alpha_pattern in its PEFT configuration")
-    if settings.get("use_dora") or settings.get("use_qalora") or settings.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{path} is configured as {settings.get('peft_type')}, DoRA or not LoRA; it is not applied")
-    if str(start := settings.get("init_lora_weights")).startswith(CHANGES_BASE):
+    odd = [name for name in ("use_dora", "use_qalora") if settings.get(name)]
+    odd += [f"peft_type {settings['peft_type']}"] if settings.get("peft_type", "LORA") != "LORA" else []
+    if odd:
+        raise ValueError(f"{path} is configured with {odd[0]}, so it is no plain LoRA and is not applied")
+    if (start := str(settings.get("init_lora_weights")).lower()).startswith(CHANGES_BASE):
         raise ValueError(
-            f"{path} was trained beside a base that {start} changed, which it does not hold; save it from PEFT with "
-            "path_initial_model_for_weight_conversion"
+            f"{path} was trained beside a base that {start} changed, which the file does not hold; convert it to a "
+            "plain LoRA in PEFT"
         )
     return settings
 
@@ -203,17 +205,6 @@ def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> floa
             f"{file.path} says rank {chosen['r']} for {entry.place.name}, but {entry.keys['down']} has rank {rank}"
         )
     return chosen["lora_alpha"] / (rank**0.5 if file.settings.get("use_rslora") else rank)
-
-
-def check_lora(path: str | Path, shapes: dict[str, tuple[int, int]]) -> None:
-    """Refuse a LoRA that load_lora would refuse, but for values that are not finite, before a network loads.
-
-    shapes: outputs and inputs of every Linear, by released name
-    Errors: as read_lora and read_deltas
-    """
-    file = read_lora(path)
-    for entry in file.entries:
-        _span(file, entry, shapes)
 
 
 def read_deltas(file: LoraFile, shapes: dict[str, tuple[int, int]]) -> list[Delta]:

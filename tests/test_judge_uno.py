@@ -22,6 +22,7 @@ from toybox import experiments, judge, judge_uno, pairs
 from toybox.arms import DEFAULTS, EXPERIMENTS, FITTING
 from toybox.generate import generate, load_networks
 from toybox.judge_uno import BARS, CONTROLS, UNO, UNO_WITH_BARS, controls, score, wrong_references
+from toybox.tables import tables
 from toybox.tasks import GRIDS, task_sets
 from toybox.truth import Reading, Seen
 from toybox.world import draw
@@ -158,6 +159,18 @@ def test_wrong_references_share_shape_and_place_and_nothing_else(monkeypatch):
             assert all(getattr(a.subject, mark) != getattr(b.subject, mark) for mark in judge_uno.MARKS)
 
 
+def test_a_trait_that_the_prompt_asks_for_is_no_wrong_references_gift(monkeypatch):
+    shown = []
+    monkeypatch.setattr(judge_uno, "draw", lambda panel, size: shown.append(panel.placed[0].subject))
+    for seed in range(5):
+        pair, (subject,) = of("try-on", seed)
+        shown.clear()
+        wrong_references(pair, np.random.default_rng(seed), "accessory")
+        first, second = shown
+        assert first.accessory == "none" and first.colour != subject.colour
+        assert second.accessory != subject.accessory
+
+
 def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_ones(monkeypatch):
     calls = []
 
@@ -198,6 +211,15 @@ def test_bars_are_shares_of_the_ceiling_but_for_swapping():
     assert "| 66.7% (66.7% to 66.7%) | at least 65% | reached |" in right
     assert "| at most 10% | **missed** |" in swapped
     assert {figure for _, figure in BARS} == {"look", "scene", "all right", "swapped"}
+
+
+def test_figures_that_an_earlier_judging_lacks_are_left_out():
+    now = {"traits": [0.5, 0.5], "pasted": [0.1, 0.1]}
+    now |= {f"{name}, {control}": [0, 0] for name in tuple(now) for control in CONTROLS}
+    before = {name: values for name, values in now.items() if "pasted" not in name}
+    lines = tables(EXPERIMENTS["alone"], {"one": before, "two": before}, [[before], [now], [now], [before]], [None] * 4)
+    assert sum("alone, difference" in line for line in lines) == 2
+    assert not any("| pasted |" in line for line in lines[2:])
 
 
 def test_scores_of_the_paper_stand_beside_those_of_the_controls():

@@ -214,10 +214,12 @@ def test_rank_patterns_and_rank_stabilised_scales_are_read(flux, tmp_path):
 
 
 @pytest.mark.parametrize(("metadata", "message"), [
-    (peft(use_dora=True), "is configured as"),
-    (peft(use_qalora=True), "is configured as"),
-    (peft(init_lora_weights="pissa_niter_4"), "beside a base that pissa_niter_4 changed, which it does not hold"),
-    (peft(init_lora_weights="olora"), "beside a base that olora changed"),
+    (peft(use_dora=True), "is configured with use_dora, so it is no plain LoRA"),
+    (peft(use_qalora=True), "is configured with use_qalora, so it is no plain LoRA"),
+    (peft(peft_type="LOHA"), "is configured with peft_type LOHA, so"),
+    (peft(init_lora_weights="pissa_niter_4"), "beside a base that pissa_niter_4 changed, which the file does not hold"),
+    (peft(init_lora_weights="OLoRA"), "beside a base that olora changed"),
+    (peft(init_lora_weights="lora_ga"), "beside a base that lora_ga changed"),
     (peft(r=8), "says rank 8 for single_transformer_blocks.0.attn.to_k, but transformer.*lora_A.weight has rank 4"),
     (peft(lora_alpha=None), "gives single_transformer_blocks.0.attn.to_k the lora_alpha None, no positive number"),
     (peft(alpha_pattern={"(": 3}), "no valid pattern"),

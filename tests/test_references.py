@@ -272,6 +272,8 @@ def test_a_lora_for_panels_leaves_the_models_own_for_references_in_place_and_bot
     assert plan_for(lora=(str(WALK),), **grid)[0].loras == ((WALK, 1.0),), "without references nothing is added"
     unknown = lora(tmp_path)  # says nothing of its method, as the released one
     assert plan_for(CAT, lora=(unknown,))[0].loras == ((Path(unknown), 1.0),)
+    record = {"lora": (f"{WALK}:1",), "config": "out/0001.json"}
+    assert plan_for(CAT, **record, **grid)[0].loras == ((WALK, 1.0),), "a replay of a time without one"
 
     def made(*ref, **values):
         pipeline = Pipeline(plan_for(*ref, **grid, **values)[0], lambda line: None)
@@ -290,6 +292,21 @@ def test_a_lora_that_does_not_fit_is_refused_before_a_network_loads(tmp_path):
     save_safetensors(deep, tmp_path / "deep.safetensors")
     with pytest.raises(ValueError, match="deep.safetensors has .* this model has no double_blocks.12.img_attn.proj"):
         plan_for(lora=(str(tmp_path / "deep.safetensors"),))
+
+
+def test_a_lora_in_a_folder_says_as_much_as_its_file(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lora(folder, method="in-context-lora", condition="clean", concat="tokens")
+    plan = plan_for(lora=(str(folder),))[0]
+    assert plan.clean and plan.concat == "tokens"
+
+
+def test_a_peft_configuration_that_does_not_fit_is_refused_before_a_network_loads(tmp_path):
+    lora(tmp_path, "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 7, "lora_alpha": 7}')
+    with pytest.raises(ValueError, match="says rank 7 for "):
+        plan_for(lora=(str(tmp_path),))
 
 
 def test_loras_that_were_trained_in_other_ways_than_they_are_used_in_are_told(tmp_path):
@@ -323,7 +340,9 @@ def lora(folder, name="uno.safetensors", **about):
 def test_a_lora_of_unos_dialect_changes_what_references_do(tmp_path):
     file = lora(tmp_path)
     assert make(CAT, lora=(file,)).composite.tobytes() != quickly(CAT)
-    assert plan_for(CAT, lora=(file,))[1] == []
+    assert plan_for(CAT, lora=(file,))[1] == [
+        f"uno.safetensors may be for references, so tiny's own is not added; --lora {OWN} adds it"
+    ]
 
 
 def test_how_a_lora_was_trained_is_followed_and_flags_win(tmp_path):

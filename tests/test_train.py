@@ -381,10 +381,17 @@ def test_sheets_of_samples_are_the_same_for_the_same_weights(world, out):
     assert files(beside(out, "a"))["sheet-000001.png"] == files(beside(out, "b"))["sheet-000001.png"]
 
 
+def no_memory(*_):
+    raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+
 def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
     monkeypatch.setattr(train.Run, "sample", killing(train.Run.sample, 1))
     with pytest.raises(Killed):
         go(world, out, "--sample-every", "2", steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "sample", no_memory)
+        assert go(world, out, "--sample-every", "2", steps=2) == 0, "one that fails again is left out"
     assert not list(out.glob("sheet-*")) and go(world, out, "--sample-every", "2", steps=3) == 0
     assert go(world, beside(out, "whole"), "--sample-every", "2", steps=3) == 0
     made = files(out)
@@ -404,6 +411,13 @@ def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
     before, after = (model.lora.read_lora(path / "lora.safetensors") for path in (whole, out))
     assert before.stored.keys() == after.stored.keys()
     assert all(load_file(out / "checkpoint.safetensors")[f"{i}.weight"].any() for i in range(4)), "ups are not fresh"
+
+
+def test_a_large_model_is_marked_as_ever(world, monkeypatch):
+    monkeypatch.setattr(iclora.feed, "HASHED", 1000)
+    model = find_model(str(world / "model"))
+    size = model.flux.stat().st_size
+    assert iclora.feed.origin([], model)["model"] == f"flux1-small.safetensors of {size} bytes"
 
 
 def test_another_lora_under_the_same_name_is_refused_on_resume(world, whole, out, tmp_path, capsys):

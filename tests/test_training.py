@@ -536,8 +536,12 @@ def test_other_encoders_or_another_lora_before_it_are_another_run(checkpoint):
 
 
 def test_a_checkpoint_from_before_a_mark_existed_goes_on(tmp_path):
-    save_state(tmp_path / "c.safetensors", run(CONFIG, steps=1)[0], CONFIG, {"data": "sets", "model": "base"})
-    refuse_other_run(tmp_path / "c.safetensors", CONFIG, ORIGIN)
+    started = replace(CONFIG, init_lora="one")
+    save_state(tmp_path / "c.safetensors", run(CONFIG, steps=1)[0], started, {"data": "sets", "model": "base"})
+    refuse_other_run(tmp_path / "c.safetensors", started, ORIGIN)
+    for other in ("other", None):  # then by name, as it was
+        with pytest.raises(ValueError, match=f"holds a run with --init-lora one, not {other}; give the same"):
+            refuse_other_run(tmp_path / "c.safetensors", replace(CONFIG, init_lora=other), ORIGIN)
 
 
 def test_without_a_checkpoint_anything_may_begin(tmp_path):

@@ -53,7 +53,8 @@ def measure(kind: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
     make = partial(make_pictures, networks, about, pairs)
     made = make([pair.references for pair in pairs])
     figures = judge(kind, ruler, made, pairs)
-    for control, references in zip(CONTROLS, ((), [wrong_references(pair, rng) for pair in pairs]), strict=True):
+    wrong = [wrong_references(pair, rng, TOLD.get(kind, "")) for pair in pairs]
+    for control, references in zip(CONTROLS, ((), wrong), strict=True):
         chance = judge(kind, ruler, make(references), pairs)
         figures |= {f"{name}, {control}": values for name, values in chance.items()}
     return figures, [made[:COLUMNS]]
@@ -86,14 +87,20 @@ def to_tensors(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.cat([to_tensor(picture) for picture in pictures])
 
 
-def wrong_references(pair: Pair, rng: np.random.Generator) -> tuple[Image.Image, ...]:
-    """The references with other subjects of the same shapes in their places."""
-    return tuple(draw(with_subject(panel, other(panel.placed[0].subject, rng)), PANEL) for panel in pair.shown)
+def wrong_references(pair: Pair, rng: np.random.Generator, told: str = "") -> tuple[Image.Image, ...]:
+    """The references with other subjects of the same shapes in their places.
+
+    told: the trait that the prompt asks for; who is to get it lacks it here as well, and who shows it has another
+    """
+    keep = [told] * len(pair.panel.placed) + [""] * (len(pair.shown) - len(pair.panel.placed))
+    subjects = [other(panel.placed[0].subject, rng, kept) for panel, kept in zip(pair.shown, keep, strict=True)]
+    return tuple(draw(with_subject(panel, one), PANEL) for panel, one in zip(pair.shown, subjects, strict=True))
 
 
-def other(subject: Subject, rng: np.random.Generator) -> Subject:
-    """A subject that has the shape of this one and nothing else in common with it."""
-    left = {trait: [value for value in OPTIONS[trait] if value != getattr(subject, trait)] for trait in NAMED}
+def other(subject: Subject, rng: np.random.Generator, keep: str = "") -> Subject:
+    """A subject that has the shape of this one, the trait to keep, and nothing else in common with it."""
+    changed = [trait for trait in NAMED if trait != keep]
+    left = {trait: [value for value in OPTIONS[trait] if value != getattr(subject, trait)] for trait in changed}
     return replace(twin(subject, rng), **{trait: str(rng.choice(values)) for trait, values in left.items()})
 
 
@@ -208,7 +215,7 @@ def controls(
     """
     lines = []
     for figure in CONTROLLED:
-        if figure not in figures:
+        if figure not in figures or figure not in most:  # what was judged earlier may lack some
             continue
         own = figures[figure]
         cells = [interval(values) for values in (own, *(figures[f"{figure}, {c}"] for c in CONTROLS), most[figure])]

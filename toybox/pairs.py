@@ -108,7 +108,11 @@ def with_hat(rng: np.random.Generator, held_out: bool | None) -> Pair:
 
 
 def tried_on(rng: np.random.Generator, held_out: bool | None) -> Pair:
-    """As with_hat, and a second reference shows somebody else who wears it; the target shows the first one only."""
+    """As with_hat, and a second reference shows somebody else who wears it; the target shows the first one only.
+
+    Prompts name what is put on, as people do, and accessories have no looks of their own here: what the second
+    reference adds to that shows against one that wears something else.
+    """
     pair = with_hat(rng, held_out)
     mine = pair.panel.placed[0].subject
     while (wearer := random_subject(rng, held_out)).shape == mine.shape or wearer.colour == mine.colour:

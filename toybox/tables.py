@@ -42,7 +42,8 @@ def tables(
         last = [*by_seed, *[arm.paper] * paper, *pace, training_time(took, *experiment.minutes)]
         lines.append(line(arm.task, arm.name, cells(figures, columns), *last))
         if base != i:
-            apart = {c: np.subtract(figures[c], means[base][c]) for c in columns if c in figures}
+            both = [c for c in columns if c in figures and c in means[base]]  # what was judged earlier may lack some
+            apart = {c: np.subtract(figures[c], means[base][c]) for c in both}
             pace = [f"{times_as_fast(paces[i], paces[base]).show()} times as fast"] if paces else []
             lines.append(
                 line(arm.task, f"{arm.name}, difference", cells(apart, columns), *empty, *pace, "", sign="+")
