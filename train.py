@@ -128,8 +128,10 @@ def run(config: TrainConfig) -> None:
     if state.step < config.steps:
         raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; the same command goes on there")
     if rank == 0:
-        more = " --ref PICTURE --prompt TEXT" if config.method == UNO else ""
-        note(f"wrote {folder / RESULT}; try it with `python sample.py --lora {folder / RESULT}{more}`")
+        rows, cols = feed.layouts[0].rows, feed.layouts[0].cols
+        given = " --mask 2 --panels PICTURES" if config.condition == "clean" else ""
+        more = " --ref PICTURE" if config.method == UNO else f" --grid {rows}x{cols}{given}"
+        note(f"wrote {folder / RESULT}; try it with `python sample.py --lora {folder / RESULT}{more} --prompt TEXT`")
 
 
 @dataclass

@@ -96,12 +96,14 @@ class LoraReport:
 
 
 def lora_file(path: str | Path) -> Path:
-    """Find the file of a LoRA in a folder as PEFT saves it; a file is itself."""
+    """Find the file of a LoRA in a folder as PEFT saves it; a file is itself. Errors: ValueError if there is none"""
     path = Path(path)
     if not path.is_dir():
         return path
     found = path / "adapter_model.safetensors"
-    return found if found.is_file() else file_in(path, "*.safetensors") or found
+    if not found.is_file() and not (found := file_in(path, "*.safetensors")):
+        raise ValueError(f"{path} holds no LoRA, no .safetensors file; name the file")
+    return found
 
 
 def read_lora(path: str | Path, skip_text_encoder: bool = False) -> LoraFile:

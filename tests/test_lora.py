@@ -341,7 +341,7 @@ def test_a_whole_model_is_no_lora(flux):
 def test_missing_damaged_and_pickled_files_are_refused(flux, tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         load_lora(flux, tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="holds no LoRA, no .safetensors file; name the file"):
         load_lora(flux, tmp_path)
     (tmp_path / "cut.safetensors").write_bytes(PLAIN.read_bytes()[:-9])
     with pytest.raises(ValueError, match="damaged"):

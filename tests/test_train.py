@@ -198,6 +198,7 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--grid", "2by2"], "grid '2by2' is not ROWSxCOLS"),
     (["--grid", "3x1"], "has 2 panels, but its 3x1 grid takes 3"),
     (["--data", "nowhere"], "there is no folder 'nowhere'; --data takes"),
+    (["--data", "{sample}"], "sample' is no folder; --data takes"),
     (["--data", "{empty}"], "holds no sets"),
     (["--data", "{broken}"], "2.png"),
     (["--data", "{model}/ae.safetensors"], "--data takes one with pictures"),
