@@ -171,7 +171,9 @@ def write_pairs(pairs: list[Pair], path: Path) -> None:
 
 def make(args: argparse.Namespace) -> None:
     """Draw the pairs that the command line asks for."""
-    write_pairs(make_pairs(args.kind, args.count, args.seed), args.out / f"{args.kind}.json")
+    path = args.out / f"{args.kind}.json"
+    write_pairs(make_pairs(args.kind, args.count, args.seed), path)
+    print(f"wrote {args.count} pairs: {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
