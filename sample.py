@@ -52,7 +52,10 @@ def run(config: SampleConfig) -> None:
     check_folder(folder)
     from iclora.pipeline import Pipeline, resolve
 
-    plan = resolve(config, note)
+    notes: list[str] = []
+    plan = resolve(config, notes.append)  # a mistake is one line, without notes before it
+    for line in notes:
+        note(line)
     record = describe(plan)
     if config.config:
         compare(record, read_record(config.config), config.config)

@@ -332,3 +332,8 @@ def test_the_readmes_first_command_makes_its_picture_in_time(tmp_path):
         assert composite.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == given.tobytes()
     shown = Image.open(ROOT / "docs" / "pictures" / "first.png")
     assert json.loads(shown.text["config"]) == json.loads(composite.text["config"])
+
+
+def test_a_mistake_is_one_line_without_the_notes_before_it(tmp_path, capsys):
+    assert sample.main(["--ref", "nope.png", "--prompt", "a cat.", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: cannot read nope.png: there is no such file; check the name\n"
