@@ -70,7 +70,7 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
     stored = reduce(torch.promote_types, (delta.up.dtype for delta in deltas))
     dtype = getattr(torch, config.dtype) if config.dtype else stored
     write_lora(deltas, known, target, config.to, file.metadata, dtype)
-    return str(describe(file, deltas))
+    return f"{describe(file, deltas)}; wrote {target}"
 
 
 def infer_config(file: LoraFile) -> FluxConfig:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -163,7 +164,10 @@ def parse_lora(text: str) -> tuple[Path, float]:
         except ValueError:
             raise ValueError(f"--lora {ascii(text[-80:])}: {ascii(number[:40])} is no strength; use 0.8") from None
     if not os.path.exists(path):
-        raise ValueError(f"--lora {ascii(path[-80:])}: there is no such file; train.py writes lora.safetensors")
+        folder, name = os.path.split(path)
+        near = get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [], n=1)
+        meant = f"did you mean {near[0]}?" if near else "train.py writes lora.safetensors"
+        raise ValueError(f"--lora {ascii(path[-80:])}: there is no such file; {meant}")
     if not -100 <= strength <= 100:
         raise ValueError(f"--lora {ascii(text[-80:])}: strength {strength:g} is out of range; 1 is as trained")
     return Path(path), strength

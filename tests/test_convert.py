@@ -75,8 +75,8 @@ def test_kohya_to_diffusers_and_back_changes_neither_effect_nor_size(tmp_path, n
 
 def test_a_published_file_becomes_what_all_programs_load(tmp_path, capsys):
     path = convert(FILES / "ai_toolkit_blocks.safetensors", tmp_path / "a.safetensors", "--to", "kohya")
-    line = "ai_toolkit_blocks.safetensors: diffusers names, 46 modules, rank 4, scale 1, 0 keys unused\n"
-    assert capsys.readouterr().out == line
+    line = "ai_toolkit_blocks.safetensors: diffusers names, 46 modules, rank 4, scale 1, 0 keys unused"
+    assert capsys.readouterr().out == f"{line}; wrote {path}\n"
     tensors = load_file(path)
     assert tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (12, 64)
     assert tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] == 12

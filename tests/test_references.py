@@ -294,6 +294,13 @@ def test_a_lora_that_does_not_fit_is_refused_before_a_network_loads(tmp_path):
         plan_for(lora=(str(tmp_path / "deep.safetensors"),))
 
 
+def test_a_mistyped_lora_is_told_of_a_name_near_it(tmp_path):
+    with pytest.raises(ValueError, match="there is no such file; did you mean walk.safetensors.$"):
+        plan_for(lora=(str(WALK)[:-1],))
+    with pytest.raises(ValueError, match="there is no such file; train.py writes lora.safetensors"):
+        plan_for(lora=(str(tmp_path / "a.safetensors"),))
+
+
 def test_a_lora_in_a_folder_says_as_much_as_its_file(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
