@@ -113,11 +113,7 @@ def run(config: TrainConfig) -> None:
         note_doubts(config, feed)
         start_folder(folder, config)
         run.metrics = Metrics(folder / METRICS, state.step, config.tensorboard)
-        if run.sheet and not run.sheet.exists():  # after a kill between checkpoint and sheet
-            try:
-                run.sample(run.sheet)
-            except (RuntimeError, MemoryError) as error:
-                note(f"{run.sheet} is left out ({str(error).partition(chr(10))[0][:120]}); training goes on")
+        run.make_up_for_sheet()
     with stop_between_steps() as asked:
         with run.bar:
             train(config, flux, feed, state, run.after_step, rank, ranks, lambda: bool(asked))
@@ -211,6 +207,14 @@ class Run:
         step, config = self.state.step, self.config
         due = config.sample_every and step and (step % config.sample_every == 0 or step == config.steps)
         return self.folder / f"sheet-{step:06d}.png" if due else None
+
+    def make_up_for_sheet(self) -> None:
+        """Writes the sheet that a kill between checkpoint and sheet prevented; if that fails, training goes on."""
+        if self.sheet and not self.sheet.exists():
+            try:
+                self.sample(self.sheet)
+            except (RuntimeError, MemoryError) as error:
+                note(f"{self.sheet} is left out ({str(error).partition(chr(10))[0][:120]}); training goes on")
 
     def sample(self, path: Path) -> None:
         """Writes a sheet of samples, made with the averaged weights."""
