@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ from .references import encode_posterior, fit_reference
 
 HASHED = 10**9  # bytes; of larger files, name, size and time of change stand for the content
 Progress = Callable[[int, int], None]  # entries done, entries in all
+Make = Callable[[Any, Any], dict[str, Tensor]]  # network, what an entry is made of -> its tensors
 
 
 class Cache:
@@ -62,6 +64,24 @@ class Cache:
         if (found := self.get(key)) is None:
             raise ValueError(f"the cached {what} in {self.folder} is gone or damaged; run again, it is made anew then")
         return found
+
+    def fill(self, wanted: Mapping[str, Any], load: Callable[[], Any], make: Make, progress: Progress) -> int:
+        """Writes what is missing, and frees the network again; it is not even loaded if nothing is missing.
+
+        wanted: key -> what the entry is made of
+        returns: how many were missing
+        Errors: those of load and make; OSError if the disk is full
+        """
+        missing = {key: what for key, what in wanted.items() if self.get(key) is None}
+        network = load() if missing else None
+        for done, (key, what) in enumerate(missing.items(), start=1):
+            self.put(key, make(network, what))
+            progress(done, len(missing))
+        del network
+        gc.collect()  # transformers' modules hold each other in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return len(missing)
 
 
 class LatentCache:
@@ -100,29 +120,27 @@ class LatentCache:
         masks: Callable[[Layout], Iterable[tuple[int, ...]]] = lambda layout: ((),),
         progress: Progress = lambda done, total: None,
     ) -> int:
-        """Writes what is missing, and frees the autoencoder again; it is not even loaded if nothing is missing.
+        """Writes what is missing, see Cache.fill.
 
         load: loads the autoencoder onto its device
         masks: which panels to mask, for a grid: () for the whole composite, every_mask for clean conditioning
         returns: how many were missing
         Errors: ValueError if a picture cannot be read any more, OSError if the disk is full
         """
-        missing = {
+        wanted = {
             self.key(example, layout, masked): (example, layout, masked)
             for layout, examples in buckets.items()
             for example in examples
             for masked in masks(layout)
-            if self.cache.get(self.key(example, layout, masked)) is None
         }
-        autoencoder = load() if missing else None
-        for done, (key, (example, layout, masked)) in enumerate(missing.items(), start=1):
-            panels = dict(enumerate(read_panels(example, layout, self.rule), start=1))
-            kept = {panel: picture for panel, picture in panels.items() if panel not in masked}
-            self.cache.put(key, {"z": _encode(autoencoder, compose(kept, layout), layout, self.concat)})
-            progress(done, len(missing))
-        del autoencoder
-        _free()
-        return len(missing)
+        return self.cache.fill(wanted, load, self._make, progress)
+
+    def _make(self, autoencoder: AutoEncoder, what: tuple[Example, Layout, tuple[int, ...]]) -> dict[str, Tensor]:
+        example, layout, masked = what
+        kept = {i: panel for i, panel in enumerate(read_panels(example, layout, self.rule), 1) if i not in masked}
+        image = compose(kept, layout).to(next(autoencoder.parameters()).device)
+        with torch.no_grad():
+            return {"z": through(autoencoder.encode, image, layout, self.concat)[0].float()}
 
 
 class ReferenceCache:
@@ -151,21 +169,19 @@ class ReferenceCache:
 
     def encode(self, examples: Iterable[Example], load: Callable[[], AutoEncoder], progress: Progress) -> int:
         """Writes what is missing, as LatentCache.encode does; a picture that many pairs share is encoded once."""
-        missing = {
+        wanted = {
             key: (path, self.long_sides[len(example.references) > 1])
             for example in examples
             for key, path in zip(self.keys(example), example.references, strict=True)
-            if self.cache.get(key) is None
         }
-        autoencoder = load() if missing else None
-        for done, (key, (path, long_side)) in enumerate(missing.items(), start=1):
+
+        def make(autoencoder: AutoEncoder, shown: tuple[Path, int]) -> dict[str, Tensor]:
+            path, long_side = shown
             with torch.no_grad():
                 mean, spread = encode_posterior(autoencoder, fit_reference(open_picture(path), long_side))
-            self.cache.put(key, {"mean": mean[0].float(), "spread": spread[0].float()})
-            progress(done, len(missing))
-        del autoencoder
-        _free()
-        return len(missing)
+            return {"mean": mean[0].float(), "spread": spread[0].float()}
+
+        return self.cache.fill(wanted, load, make, progress)
 
 
 class TextCache:
@@ -200,22 +216,19 @@ class TextCache:
         load: Callable[[], TextEncoders],
         progress: Progress = lambda done, total: None,
     ) -> int:
-        """Writes what is missing, and frees the encoders again; they are not even loaded if nothing is missing.
+        """Writes what is missing, see Cache.fill.
 
         captions: with "" among them, if captions are left out now and then
         load: loads the encoders onto their device
         returns: how many were missing
         Errors: OSError if the disk is full
         """
-        missing = [text for text in dict.fromkeys(captions) if self.cache.get(self.key(text)) is None]
-        encoders = load() if missing else None
-        for done, caption in enumerate(missing, start=1):
+
+        def make(encoders: TextEncoders, caption: str) -> dict[str, Tensor]:
             txt, vec = encoders.encode([caption], self.length)
-            self.cache.put(self.key(caption), {"txt": txt[0], "vec": vec[0]})
-            progress(done, len(missing))
-        del encoders
-        _free()
-        return len(missing)
+            return {"txt": txt[0], "vec": vec[0]}
+
+        return self.cache.fill({self.key(text): text for text in captions}, load, make, progress)
 
 
 def every_mask(layout: Layout) -> list[tuple[int, ...]]:
@@ -253,13 +266,6 @@ def text_mark(files: ModelFiles, dated: bool = True) -> str:
     return file_mark([*paths, *(path for path in (*settings, *tokenizers) if path.is_file())], dated)
 
 
-def _encode(autoencoder: AutoEncoder, image: Tensor, layout: Layout, concat: str) -> Tensor:
-    """Encodes one composite: (1, 3, h, w) pixels -> its latents without the batch axis."""
-    device = next(autoencoder.parameters()).device
-    with torch.no_grad():
-        return through(autoencoder.encode, image.to(device), layout, concat)[0].float()
-
-
 def _key(*parts: object) -> str:
     """The sha256 of plain values; their JSON tells apart what text alone would run together."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -272,10 +278,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
-
-
-def _free() -> None:
-    """Gives the memory of a dropped network back."""
-    gc.collect()  # transformers' modules hold each other in cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -19,15 +19,16 @@ NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate me
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
 
 
-def parse(kind: type[Config], argv: Sequence[str] | None, about: str) -> Config:
+def parse(kind: type[Config], argv: Sequence[str] | None, about: str, program: str | None = None) -> Config:
     """Reads a command line into a configuration.
 
     kind: a dataclass whose fields come from iclora.knobs.knob
     argv: without the script's name; None takes the process's own
     about: the text of --help above the flags
+    program: how it is called, up to the flags; None takes the script's name
     Errors: ValueError in one line for whatever is wrong; SystemExit(0) after --help
     """
-    given = _given(kind, argv, about)
+    given = _given(kind, argv, about, program)
     recorded = _recorded(kind, given["config"], given) if "config" in given else {}
     return kind(**{**recorded, **given})
 
@@ -46,8 +47,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
             raise ValueError("it is too large")
         record = json.loads(path.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
-        plain = type(error) is ValueError
-        reason = str(error) if plain else getattr(error, "strerror", None) or "it is damaged or no JSON"
+        known = str(error) if type(error) is ValueError else getattr(error, "strerror", None)
+        reason = known or "it is damaged or no JSON"
         raise ValueError(f"cannot read {ascii(str(path)[-80:])}: {reason[:80]}; {advice}") from None
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise ValueError(f"{path} holds no configuration; {advice}")
@@ -56,8 +57,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 def plain(text: str) -> str:
     """Makes one line that commands no terminal, as names in a downloaded file might."""
-    line = " ".join(text.split())
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def complain(line: str, status: int) -> int:
@@ -132,10 +132,10 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; see --help")
 
 
-def _given(kind: type, argv: Sequence[str] | None, about: str) -> dict[str, Any]:
+def _given(kind: type, argv: Sequence[str] | None, about: str, program: str | None) -> dict[str, Any]:
     """Reads the flags that stand on the command line, and no defaults."""
     parser = _Parser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     types = _types(kind)
@@ -152,8 +152,8 @@ def _given(kind: type, argv: Sequence[str] | None, about: str) -> dict[str, Any]
         name = rest[0].partition("=")[0]
         if not name.startswith("-"):
             raise ValueError(f"{ascii(name[:40])} follows no flag; put texts with spaces in quotes, see --help")
-        flags = [flag(field.name) for field in fields(kind)]
-        raise ValueError(f"{ascii(name[:40])[1:-1]} is unknown; {nearest(name, flags)}see --help for all flags")
+        meant = nearest(name, map(flag, types))
+        raise ValueError(f"{ascii(name[:40])[1:-1]} is unknown; {meant}see --help for all flags")
     return {name: _from_text(name, types[name], value) for name, value in vars(found).items()}
 
 

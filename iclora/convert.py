@@ -19,7 +19,7 @@ from model.lora_names import template
 from model.lora_write import DIALECTS, write_lora
 from model.weights import find_model, read_flux_config
 
-from .cli import parse
+from .cli import complain, parse, plain
 from .knobs import check, knob
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
@@ -120,16 +120,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     files = [text for text in argv[:2] if not text.startswith("-")]
     try:
-        config = parse(ConvertConfig, argv[len(files) :], __doc__)
+        config = parse(ConvertConfig, argv[len(files) :], __doc__, "python -m iclora.convert IN OUT")
         if len(files) < 2:
             raise ValueError("name two files before the flags: the LoRA to read and the one to write")
-        line, status, stream = convert(*files, config), 0, sys.stdout
+        sys.stdout.write(plain(convert(*files, config)) + "\n")
     except SystemExit:  # after --help
-        return 0
+        pass
     except (ValueError, OSError) as error:
-        line, status, stream = f"error: {error}", 2, sys.stderr
-    stream.write("".join(c if c.isprintable() else "?" for c in " ".join(line.split())) + "\n")
-    return status
+        return complain(str(error), 2)
+    return 0
 
 
 if __name__ == "__main__":

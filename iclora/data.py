@@ -20,7 +20,7 @@ from PIL import Image
 from model.weights import ModelFiles, find_model, read_flux_config
 from sampling.images import fit, open_picture
 
-from .cli import parse
+from .cli import parse, plain
 from .config import ModelRow, model_row
 from .knobs import check, knob
 from .layout import parse_grid
@@ -65,6 +65,8 @@ def read_set(folder: Path) -> PanelSet:
     """
     if not os.path.isdir(folder):  # False where Path.is_dir raises: a name too long
         raise ValueError(f"there is no folder {ascii(str(folder)[-80:])}; --set takes one with 1.png, 2.png, ...")
+    if (folder / "set.json").exists():
+        raise ValueError(f"{folder} holds sets for train.py; --set takes one, a folder in it with 1.png, 2.png, ...")
     numbered: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         if re.fullmatch("[0-9]{1,4}", path.stem) and path.suffix.lower() in PICTURES:
@@ -125,17 +127,17 @@ class DataConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks a data set and returns the exit status: 0 if all of it is usable, 2 if anything is broken."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = parse(DataConfig, ["--data", *argv] if argv and argv[0][:1] != "-" else argv, __doc__)
+        flags = ["--data", *argv] if argv and argv[0][:1] != "-" else argv
+        config = parse(DataConfig, flags, __doc__, "python -m iclora.data [PATH]")
         lines, usable = report(config)
     except SystemExit:  # after --help
         return 0
     except (ValueError, OSError) as error:
         lines, usable = [f"error: {error}"], False
     for line in lines:
-        shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
-        sys.stdout.write(shown + "\n")
+        sys.stdout.write(plain(line) + "\n")
     return 0 if usable else 2
 
 

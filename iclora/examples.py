@@ -77,12 +77,9 @@ def look(folder: str | Path, grid: tuple[int, int] | None = None) -> tuple[list[
     root = Path(folder)
     file = root.suffix.lower() in (".jsonl", ".json") and os.path.isfile(root)
     if not file and not os.path.isdir(root):  # False where Path.is_dir raises: a name too long
-        shown = ascii(str(root)[-80:])
-        advice = "--data takes one with pictures and captions, a .jsonl, or a .json of pairs"
-        if os.path.exists(root):
-            raise ValueError(f"{shown} is no folder; {advice}")
-        what = "file" if root.suffix.lower() in (".jsonl", ".json") else "folder"
-        raise ValueError(f"there is no {what} {shown}; {advice}")
+        shown, what = ascii(str(root)[-80:]), "file" if root.suffix.lower() in (".jsonl", ".json") else "folder"
+        problem = f"{shown} is no folder" if os.path.exists(root) else f"there is no {what} {shown}"
+        raise ValueError(f"{problem}; --data takes one with pictures and captions, a .jsonl, or a .json of pairs")
     found = Findings()
     examples = [example for draft in read_drafts(root, grid, found) if (example := _finish(draft, found))]
     _note_duplicates(examples, found)

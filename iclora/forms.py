@@ -212,8 +212,7 @@ def _read_set(
         found.broken.append(str(error))
         return []
     prompts = tuple(words[stem] for stem in each) if "caption" not in words else ()
-    draft = Draft(str(place), tuple(panels), False, settings, words.get("caption"))
-    return [replace(draft, summary=words.get("summary", ""), prompts=prompts)]
+    return [Draft(str(place), tuple(panels), False, settings, words.get("caption"), words.get("summary", ""), prompts)]
 
 
 # from rows to drafts
@@ -259,8 +258,8 @@ def _read_row(row: Any, name: str, place: Path, settings: Settings) -> Draft:
         settings = replace(settings, grid=parse_grid(row["grid"]))
     composite = "image" in row
     files = tuple(_inside(place, name) for name in ([row["image"]] if composite else row["panels"]))
-    draft = Draft(name, files, composite, settings, row.get("prompt"))
-    return replace(draft, summary=row.get("summary", ""), prompts=tuple(row.get("prompts", ())))
+    words = row.get("prompt"), row.get("summary", ""), tuple(row.get("prompts", ()))
+    return Draft(name, files, composite, settings, *words)
 
 
 def _read_pairs(path: Path, found: Findings) -> list[Draft]:

@@ -26,7 +26,7 @@ from .training import Feed, to
 SAMPLES = 4  # sets on a sheet
 CURVE = (960, 420)  # pixels
 MARGIN = 56
-SMOOTH = 0.95  # of the curve's running mean
+NEW = 0.05  # share of a new loss in the curve's running mean; of short runs more
 
 
 class Metrics:
@@ -94,10 +94,10 @@ def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
         return x, CURVE[1] - MARGIN - (CURVE[1] - 2 * MARGIN) * (value - low) / (high - low)
 
     pen.rectangle((MARGIN, MARGIN, CURVE[0] - MARGIN, CURVE[1] - MARGIN), outline=(200, 200, 200))
-    mean, smooth, validation = None, [], []
+    mean, smooth, validation, new = None, [], [], min(1.0, max(NEW, 1 / (NEW * len(rows))))
     for row in rows:
         if math.isfinite(row.get("loss", math.nan)):
-            mean = row["loss"] if mean is None else SMOOTH * mean + (1 - SMOOTH) * row["loss"]
+            mean = row["loss"] if mean is None else (1 - new) * mean + new * row["loss"]
             x, y = place(row["step"], row["loss"])
             pen.point([(x, y), (x + 1, y)], fill=(170, 200, 235))
             smooth.append(place(row["step"], mean))

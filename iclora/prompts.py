@@ -3,12 +3,14 @@
 A joint caption is one paragraph: an optional fixed beginning, a sentence about the whole set, then each panel's text
 behind its marker. Sources: arXiv:2410.23775 ([IMAGE1]...) and the model zoo of ali-vilab/In-Context-LoRA (the rest).
 """
-import difflib
+import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from .knobs import nearest
 
 MARKER_KINDS = ("image", "position", "scene")
 MAX_CHARACTERS = 20_000  # ten times what 512 text tokens hold
@@ -48,6 +50,11 @@ class Task:
         """Width and height of one panel in pixels."""
         return self.width // self.cols, self.height // self.rows
 
+    def panel_size_near(self, side: int) -> tuple[int, int]:
+        """The same shape with about side x side pixels, in multiples of 16."""
+        shrink = side / math.prod(self.panel_size) ** 0.5
+        return tuple(round(length * shrink / 16) * 16 for length in self.panel_size)
+
 
 # Source: model zoo of ali-vilab/In-Context-LoRA, which gives size and caption; the grid follows from the markers.
 TASKS: dict[str, Task] = {
@@ -71,9 +78,8 @@ def preset(name: str) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    near = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"preset {ascii(name[:40])} is unknown; {hint}choose one of {', '.join(TASKS)}")
+    near = nearest(name.lower(), TASKS)
+    raise ValueError(f"preset {ascii(name[:40])} is unknown; {near}choose one of {', '.join(TASKS)}")
 
 
 def markers_for(kind: str, rows: int, cols: int) -> tuple[str, ...]:

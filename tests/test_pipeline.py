@@ -158,6 +158,7 @@ def test_the_words_that_the_encoders_lose_are_noted():
     ({"grid": "5x1", "mask": "3", "prompt": "x"}, r"give panels \(--panels or --set\): there is no"),
     ({"panels": ("a.png",), "set": "b"}, "--panels and --set are two ways"),
     ({"set": "nowhere"}, "there is no folder 'nowhere'; --set takes one with 1.png"),
+    ({"set": "sets/sketch"}, "sets/sketch holds sets for train.py; --set takes one, a folder in it with 1.png"),
     ({"panel_prompt": ("a", "b", "c")}, "3 --panel-prompt for the 2 panels of the 1x2 grid; give one for each"),
     ({"prompt": "a\0b"}, "the prompt is not plain text: character 2"),
     ({"prompt": "a\udcffb"}, "the prompt is not plain text"),

@@ -16,7 +16,7 @@ import model.checkpoint
 from iclora.config import DEV, SCHNELL, TINY, TrainConfig, settle_training
 from iclora.feed import hold_out
 from iclora.layout import Layout, token_mask
-from iclora.monitor import Metrics, draw_curve, put_png
+from iclora.monitor import CURVE, Metrics, draw_curve, put_png
 from iclora.references import place
 from iclora.restart import load_state, read_about, refuse_other_run, save_state, start_folder, write_whole
 from iclora.training import Sets, averaged, draw, draw_kept, draw_times, flow_loss, new_state, parts, train
@@ -630,6 +630,14 @@ def test_the_curve_shows_loss_and_validation(tmp_path):
         draw_curve(rows, path)
     assert {(20, 90, 170), (210, 80, 30), (255, 255, 255)} <= colours(path)
     assert os.listdir(tmp_path) == ["loss.png"]
+
+
+def test_the_mean_of_a_short_run_follows_its_losses(tmp_path):
+    draw_curve([{"step": i, "loss": float(i == 1)} for i in range(1, 21)], tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as picture:
+        places = {(x, y) for x in range(picture.width) for y in range(picture.height)}
+        lowest = max(y for x, y in places if picture.getpixel((x, y)) == (20, 90, 170))
+    assert lowest > 0.85 * CURVE[1], "it ends at the losses, which are at the bottom, not far above them"
 
 
 @pytest.mark.parametrize("rows", [
