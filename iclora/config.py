@@ -72,7 +72,7 @@ class SampleConfig:
         metavar="FILE[:STRENGTH]", path=True,
     )
     panel_size: str | None = knob(
-        None, "pixels, 512 or 512x768 (default: the preset's, on tiny smaller; without one 512, on tiny 64)",
+        None, "pixels, 512 or 512x768 (default: the preset's, else 512; for tiny 64)",
         metavar="WIDTHxHEIGHT", follows=("preset", "model"),
     )
     ref_size: int | None = knob(
@@ -298,7 +298,7 @@ def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) 
     device: cpu, cuda or mps
     returns: no field is None any more, except those that may be: set, prompt, preset, config, and guidance without it
     """
-    size = task and (task.panel_size_near(row.panel) if row.name == "tiny" else task.panel_size)
+    size = task.panel_size if task and row.name != "tiny" else None  # tiny knows its own panels only
     chosen = {
         "grid": f"{task.rows}x{task.cols}" if task else "1x1" if config.ref else GRID,
         "panel_size": "{}x{}".format(*size) if size else str(row.panel),

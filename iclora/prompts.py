@@ -3,7 +3,6 @@
 A joint caption is one paragraph: an optional fixed beginning, a sentence about the whole set, then each panel's text
 behind its marker. Sources: arXiv:2410.23775 ([IMAGE1]...) and the model zoo of ali-vilab/In-Context-LoRA (the rest).
 """
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -49,11 +48,6 @@ class Task:
     def panel_size(self) -> tuple[int, int]:
         """Width and height of one panel in pixels."""
         return self.width // self.cols, self.height // self.rows
-
-    def panel_size_near(self, side: int) -> tuple[int, int]:
-        """The same shape with about side x side pixels, in multiples of 16."""
-        shrink = side / math.prod(self.panel_size) ** 0.5
-        return tuple(round(length * shrink / 16) * 16 for length in self.panel_size)
 
 
 # Source: model zoo of ali-vilab/In-Context-LoRA, which gives size and caption; the grid follows from the markers.

@@ -218,8 +218,9 @@ def test_references_bring_unos_defaults(row, references, guidance, size):
 
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_model():
     task = preset("film-storyboard")
-    config = settle(SampleConfig(), task, TINY, "cpu")
-    assert (config.grid, config.panel_size, config.steps) == ("3x1", "96x48", 20), "the preset's shape, at tiny's size"
+    config = settle(SampleConfig(), task, DEV, "cpu")
+    assert (config.grid, config.panel_size, config.steps) == ("3x1", "1024x512", 20)
+    assert settle(SampleConfig(), task, TINY, "cpu").panel_size == "64", "it can draw no others"
     config = settle(SampleConfig(grid="1x3", panel_size="64", steps=2), task, TINY, "cpu")
     assert (config.grid, config.panel_size, config.steps) == ("1x3", "64", 2)
 
