@@ -61,7 +61,7 @@ def pretrain(args: argparse.Namespace) -> None:
     for path in (work.folder / f"{name}.safetensors" for name in stages):
         if path.exists():
             refuse_other_run(path, work)
-    total = round(SETS * min(1.0, args.scale))
+    total = min(SETS, stages["flow"].steps * stages["flow"].batch)  # a trial draws no more than it looks at
     draw_sets(work.folder, total, work.seed, args.processes)
     drawn = {grid: load_sets(work.folder, grid, sets_of(grid, total)) for grid in GRIDS}
     pictures = {grid: of_grid for grid, (of_grid, _) in drawn.items()}
