@@ -298,10 +298,9 @@ def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) 
     device: cpu, cuda or mps
     returns: no field is None any more, except those that may be: set, prompt, preset, config, and guidance without it
     """
-    size = task.panel_size if task and row.name != "tiny" else None  # tiny knows its own panels only
     chosen = {
         "grid": f"{task.rows}x{task.cols}" if task else "1x1" if config.ref else GRID,
-        "panel_size": "{}x{}".format(*size) if size else str(row.panel),
+        "panel_size": "{}x{}".format(*task.panel_size) if task and row.name != "tiny" else str(row.panel),
         "steps": row.steps,
         "guidance": REFERENCE_GUIDANCE if config.ref and row.guidance is not None else row.guidance,
         "ref_size": row.references[len(config.ref) > 1],

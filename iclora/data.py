@@ -65,8 +65,8 @@ def read_set(folder: Path) -> PanelSet:
     """
     if not os.path.isdir(folder):  # False where Path.is_dir raises: a name too long
         raise ValueError(f"there is no folder {ascii(str(folder)[-80:])}; --set takes one with 1.png, 2.png, ...")
-    if (folder / "set.json").exists():
-        raise ValueError(f"{folder} holds sets for train.py; --set takes one, a folder in it with 1.png, 2.png, ...")
+    if (folder / "set.json").exists() and not {"1", "caption", "summary"} & {path.stem for path in folder.iterdir()}:
+        raise ValueError(f"{folder} holds many sets, for train.py; --set takes a folder with 1.png, 2.png, ... of one")
     numbered: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         if re.fullmatch("[0-9]{1,4}", path.stem) and path.suffix.lower() in PICTURES:

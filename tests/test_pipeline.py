@@ -101,6 +101,7 @@ def test_a_set_is_read_in_natural_order_with_its_caption(tmp_path):
     pictures(tmp_path, 10)
     (tmp_path / "other.png").write_bytes(b"")
     (tmp_path / "caption.txt").write_text("\ufeffa \n caption\n", encoding="utf-8")
+    (tmp_path / "set.json").write_text('{"grid": "2x1"}')  # a set may also be all that a folder for train.py holds
     found = read_set(tmp_path)
     assert [path.stem for path in found.paths] == [str(number) for number in range(1, 11)]
     assert found.caption == "a caption"
@@ -158,7 +159,7 @@ def test_the_words_that_the_encoders_lose_are_noted():
     ({"grid": "5x1", "mask": "3", "prompt": "x"}, r"give panels \(--panels or --set\): there is no"),
     ({"panels": ("a.png",), "set": "b"}, "--panels and --set are two ways"),
     ({"set": "nowhere"}, "there is no folder 'nowhere'; --set takes one with 1.png"),
-    ({"set": "sets/sketch"}, "sets/sketch holds sets for train.py; --set takes one, a folder in it with 1.png"),
+    ({"set": "sets/sketch"}, "sets/sketch holds many sets, for train.py; --set takes a folder with 1.png"),
     ({"panel_prompt": ("a", "b", "c")}, "3 --panel-prompt for the 2 panels of the 1x2 grid; give one for each"),
     ({"prompt": "a\0b"}, "the prompt is not plain text: character 2"),
     ({"prompt": "a\udcffb"}, "the prompt is not plain text"),
