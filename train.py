@@ -76,12 +76,13 @@ def run(config: TrainConfig) -> None:
     from model.lora import trainable
     from model.weights import find_model, load_flux, read_flux_config
 
+    tell = note if rank == 0 else mute
     files = find_model(config.model)
     shape = read_flux_config(files.flux)
     row = model_row(shape)
     if config.method == UNO and config.init_lora:
         config = as_trained(config, [Path(config.init_lora)])
-    config = settle_training(config, row, pick_device(config.device))
+    config = settle_training(config, row, pick_device(config.device, row, tell))
     parts(config.batch, 0, ranks, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
         board_writer()  # refuses what is not installed
@@ -89,14 +90,12 @@ def run(config: TrainConfig) -> None:
         flux = Flux(shape)
     adapt(flux, config)  # refuses unknown targets, and a wrong --init-lora
     examples = feeds.find(config)
-    if config.method == UNO:
-        trained = sum(p.numel() for p in trainable(flux))
-        check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, trained, ranks)
+    trained = sum(p.numel() for p in trainable(flux))
+    check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, trained, ranks)
     origin = feeds.origin(examples, files, config.init_lora)
     refuse_other_run(folder / CHECKPOINT, config, origin)
     if ranks > 1:
         join_processes(config.device)
-    tell = note if rank == 0 else mute
     bar = functools.partial(Bar, every=50)
     feed = in_turn(ranks, rank, lambda: feeds.prepare(config, examples, files, shape, tell, bar))
     flux = load_flux(files.flux, config.device, getattr(torch, config.dtype))
@@ -113,11 +112,13 @@ def run(config: TrainConfig) -> None:
         note_doubts(config, feed)
         start_folder(folder, config)
         run.metrics = Metrics(folder / METRICS, state.step, config.tensorboard)
-        run.make_up_for_sheet()
+        if run.sheet and not run.sheet.exists():
+            run.draw_sheet(run.sheet)  # a kill between checkpoint and sheet prevented it
     with stop_between_steps() as asked:
         with run.bar:
             train(config, flux, feed, state, run.after_step, rank, ranks, lambda: bool(asked))
-        run.save()
+        if run.saved != state.step:
+            run.save()
     if ranks > 1:
         torch.distributed.barrier()  # the others wait for what the first one writes
         torch.distributed.destroy_process_group()
@@ -150,6 +151,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.bar = Bar("training", before=self.state.step, every=50)
+        self.saved = -1  # after which step
 
     def after_step(self, loss: float) -> None:
         """Is told the loss of the step that the state has just taken."""
@@ -162,7 +164,7 @@ class Run:
         if due:
             self.save()
         if self.sheet:
-            self.sample(self.sheet)
+            self.draw_sheet(self.sheet)
 
     def validation(self) -> dict[str, float]:
         """The loss on the held-out sets with the averaged weights; nothing if none are held out."""
@@ -187,6 +189,7 @@ class Run:
         with averaged(self.state):
             save_lora(self.flux, self.folder / RESULT, DIALECTS[self.config.method], self.metadata())
         draw_curve(self.metrics.rows(), self.folder / "loss.png")
+        self.saved = self.state.step
 
     def metadata(self) -> dict[str, str]:
         """What a reader of the LoRA file should know; sample.py follows the settings among it."""
@@ -208,23 +211,18 @@ class Run:
         due = config.sample_every and step and (step % config.sample_every == 0 or step == config.steps)
         return self.folder / f"sheet-{step:06d}.png" if due else None
 
-    def make_up_for_sheet(self) -> None:
-        """Writes the sheet that a kill between checkpoint and sheet prevented; if that fails, training goes on."""
-        if self.sheet and not self.sheet.exists():
-            try:
-                self.sample(self.sheet)
-            except (RuntimeError, MemoryError) as error:
-                note(f"{self.sheet} is left out ({str(error).partition(chr(10))[0][:120]}); training goes on")
-
-    def sample(self, path: Path) -> None:
-        """Writes a sheet of samples, made with the averaged weights."""
+    def draw_sheet(self, path: Path) -> None:
+        """Writes a sheet of samples, made with the averaged weights; if memory does not allow it, training goes on."""
         from iclora.monitor import put_png, sheet
         from iclora.training import averaged
         from model.weights import load_autoencoder
 
-        autoencoder = load_autoencoder(self.files.autoencoder, self.config.device)
-        with averaged(self.state):
-            picture = sheet(self.flux, autoencoder, self.feed, self.row, self.config)
+        try:
+            autoencoder = load_autoencoder(self.files.autoencoder, self.config.device)
+            with averaged(self.state):
+                picture = sheet(self.flux, autoencoder, self.feed, self.row, self.config)
+        except (RuntimeError, MemoryError) as error:
+            return note(f"{path} is left out ({str(error).partition(chr(10))[0][:120]}); training goes on")
         put_png(picture, path)
 
 

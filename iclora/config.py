@@ -214,7 +214,7 @@ class TrainConfig:
         valid=(16, 8192), follows=("model",),
     )
     fit: str = knob("crop", "how pictures come to the size of their bucket", choices=("crop", "pad", "stretch"))
-    holdout: float = knob(0.1, "share of the sets kept for the validation loss, at most 32 of a bucket", valid=(0, 0.9))
+    holdout: float = knob(0.1, "share of the sets kept for the validation loss, at most 32 in all", valid=(0, 0.9))
     save_every: int = knob(250, "steps between checkpoints", valid=(1, 10_000_000))
     sample_every: int = knob(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
     checkpointing: bool | None = knob(None, "less memory, a third slower (default: yes; tiny no)", follows=("model",))

@@ -67,7 +67,7 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
     with torch.device("meta"):
         known = shapes(Flux(shape))
     deltas = read_deltas(file, known)
-    stored = reduce(torch.promote_types, (delta.up.dtype for delta in deltas))
+    stored = reduce(torch.promote_types, (half.dtype for delta in deltas for half in (delta.down, delta.up)))
     dtype = getattr(torch, config.dtype) if config.dtype else stored
     write_lora(deltas, known, target, config.to, file.metadata, dtype)
     return f"{describe(file, deltas)}; wrote {target}"

@@ -20,7 +20,7 @@ from PIL import Image
 from model.weights import ModelFiles, find_model, read_flux_config
 from sampling.images import fit, open_picture
 
-from .cli import parse, plain
+from .cli import complain, parse, plain
 from .config import ModelRow, model_row
 from .knobs import check, knob
 from .layout import parse_grid
@@ -86,6 +86,8 @@ def read_text(path: Path) -> str:
     Errors: ValueError in one line if it cannot be read or is no UTF-8
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is no file")  # a pipe would never end
         with open(path, encoding="utf-8-sig") as file:
             return file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:  # after --help
         return 0
     except (ValueError, OSError) as error:
-        lines, usable = [f"error: {error}"], False
+        return complain(str(error), 2)
     for line in lines:
         sys.stdout.write(plain(line) + "\n")
     return 0 if usable else 2
@@ -186,7 +188,9 @@ def _text_lengths(examples: "list[Example]", files: ModelFiles, row: ModelRow, n
     """Counts the tokens of the captions with the model's T5 tokenizer, and notes those that lose their end."""
     from transformers.models.t5.tokenization_t5 import T5Tokenizer  # takes seconds to import
 
-    tokenizer = T5Tokenizer.from_pretrained(str(files.t5_tokenizer), local_files_only=True)
+    from model.text import load_tokenizer
+
+    tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
     limit = row.text or tokenizer.model_max_length
     lengths = [len(tokenizer(example.caption, verbose=False).input_ids) for example in examples]
     for example, length in zip(examples, lengths, strict=True):

@@ -2,21 +2,24 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.checkpoint import open_checkpoint
 from model.flux import FluxConfig
 from model.lora_files import lora_file
 from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
-from .cache import HASHED, Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
+from .cache import Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
 from .config import ALONE, UNO, TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, sight, token_mask
@@ -26,7 +29,7 @@ from .training import Sets
 
 Note = Callable[[str], None]
 HELD = 4 * 2**30  # bytes of entries that stay in memory; the others are read whenever they are needed
-MOST_HELD_OUT = 32  # of a bucket: every validation goes through all of them
+MOST_HELD_OUT = 32  # in all: every validation goes through each of them
 
 
 @dataclass
@@ -122,12 +125,13 @@ def origin(examples: Sequence[Example], files: ModelFiles, init_lora: str | None
     Of files over 1 GB, name and size stand for the content.
     """
     sets = json.dumps([(e.grid, e.caption, e.sha256 + e.reference_sha256) for e in examples])
-    size = files.flux.stat().st_size
+    flux = {stored.path: None for stored in open_checkpoint(files.flux, "transformer").tensors.values()}  # its shards
+    before = [lora_file(init_lora), lora_file(init_lora).with_name("adapter_config.json")] if init_lora else []
     return {
         "data": hashlib.sha256(sets.encode()).hexdigest(),
-        "model": file_mark([files.flux]) if size <= HASHED else f"{files.flux.name} of {size} bytes",
+        "model": file_mark(flux, dated=False),
         "encoders": file_mark([files.autoencoder], dated=False) + text_mark(files, dated=False),
-        "init_lora": file_mark([lora_file(init_lora)], dated=False) if init_lora else "",
+        "init_lora": file_mark([path for path in before if path.is_file()], dated=False) if before else "",
     }
 
 
@@ -184,11 +188,14 @@ def prepare(
 def hold_out(
     every: dict[Layout, list[Example]], part: float
 ) -> tuple[dict[Layout, list[Example]], list[tuple[Layout, list[Example]]]]:
-    """Split every bucket: the last ones of each are kept for validation, but never all of it, nor very many."""
+    """Split every bucket: the last ones of each are kept for validation, but never all of it, nor very many in all."""
+    wanted = {layout: min(len(examples) - 1, round(part * len(examples))) for layout, examples in every.items()}
+    turns = sorted(((turn, layout) for layout in every for turn in range(wanted[layout])), key=itemgetter(0))
+    counts = Counter(layout for _, layout in turns[:MOST_HELD_OUT])
     trained, held_out = {}, []
     for layout, examples in every.items():
-        count = min(MOST_HELD_OUT, len(examples) - 1, round(part * len(examples)))
-        trained[layout] = examples[: len(examples) - count]
-        if count:
-            held_out.append((layout, examples[len(examples) - count :]))
+        cut = len(examples) - counts[layout]
+        trained[layout] = examples[:cut]
+        if counts[layout]:
+            held_out.append((layout, examples[cut:]))
     return trained, held_out

@@ -91,7 +91,7 @@ def resolve(config: SampleConfig, note: Note) -> Plan:
         linears = shapes(Flux(shape))
     for path, _ in loras:
         read_deltas(read_lora(path), linears)  # refuses what load_lora would
-    config = settle(follow_loras(config, loras, note), task, row, pick_device(config.device))
+    config = settle(follow_loras(config, loras, note), task, row, pick_device(config.device, row, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     masked = parse_mask(config.mask, layout.panels)
     if not masked:
@@ -173,13 +173,15 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(path), strength
 
 
-def pick_device(name: str) -> str:
-    """Turns auto into cuda or cpu.
+def pick_device(name: str, row: ModelRow, note: Note) -> str:
+    """Turns auto into cuda or cpu, and notes where that is slow for the model of a row.
 
     Errors: ValueError if the machine does not have it
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
+        if not available["cuda"] and row.name != "tiny":
+            note("torch finds no CUDA GPU, so the CPU is used, on which a model of this size is very slow")
         return "cuda" if available["cuda"] else "cpu"
     if not available[name]:
         raise ValueError(f"--device {name} is not available to torch on this machine; use cpu, or auto")

@@ -106,7 +106,7 @@ def build(summary: str, panels: Sequence[str], markers: Sequence[str], tag: str 
     if len(panels) != len(markers):
         raise ValueError(f"{len(panels)} panel texts for {len(markers)} panels; give one for each, in reading order")
     marked = [part for marker, panel in zip(markers, panels, strict=True) for part in (marker, clean(panel))]
-    return " ".join(part for part in (clean(tag), clean(summary), *marked) if part)
+    return clean(" ".join(part for part in (clean(tag), clean(summary), *marked) if part))
 
 
 def clean(prompt: str) -> str:

@@ -36,7 +36,7 @@ TRAINED = {  # told by a LoRA as iclora.NAME
 TEXT = 512  # tokens, at most
 ACTIVATIONS = 40  # values held at once, a token and unit of width; 24 to 47 were measured on a CPU
 KEPT = 22  # such values that training keeps of every block; 15 to 23 were counted
-RECOMPUTED = 2  # of a block that is computed again: its input, and keys and values of references alone
+ALONE_KEPT = 2, 4  # of every block, for a token of references alone: keys and values; and, if recomputed, gradients too
 COPIES = 5  # of what is trained, in float32: weights, gradients, averages, two moments
 
 
@@ -181,7 +181,7 @@ def check_memory(config: SampleConfig, layout: Layout, flux: Path, shape: FluxCo
 def check_training_memory(
     config: TrainConfig, layouts: Iterable[Layout], flux: Path, shape: FluxConfig, trained: int, ranks: int
 ) -> None:
-    """Refuses more references than a step of training can hold, before anything is encoded.
+    """Refuses more tokens than a step of training can hold, before anything is encoded.
 
     layouts: of all batches; the largest decides
     trained: how many values
@@ -192,21 +192,23 @@ def check_training_memory(
     target, count, layout = max(sizes, key=lambda some: some[0] + some[1])
     text, examples = model_row(shape).text or 0, config.batch // (ranks * config.accumulate)  # tiny's texts are short
     size, blocks = getattr(torch, config.dtype).itemsize, shape.depth + shape.depth_single_blocks
-    kept = RECOMPUTED * blocks + KEPT if config.checkpointing else KEPT * blocks
+    kept = blocks + KEPT if config.checkpointing else KEPT * blocks  # a block that is computed again keeps its input
+    once = ALONE_KEPT[config.checkpointing] * blocks * count if config.reference_attention == ALONE else 0
     fixed = size * stored_values(flux) + 4 * COPIES * trained
-    needed = fixed + size * shape.hidden_size * kept * (text + target + count) * examples
-    about = (
-        f"{count} tokens of references ({len(layout.references)} in a row of --data) beside {target} of the picture, "
-        f"{examples} examples at once,"
-    )
+    needed = fixed + size * shape.hidden_size * (kept * (text + target + count) + once) * examples
+    shown = f"{count} tokens of references ({len(layout.references)} in a row of --data) beside " if count else ""
+    about = f"{shown}{target} {'' if count else 'tokens '}of the picture, {examples} examples at once,"
     less = "raise --accumulate" if config.checkpointing else "use --checkpointing, raise --accumulate"
-    advice = f"{less}, lower --ref-size or have fewer"
+    advice = f"{less}, lower --ref-size or have fewer" if count else f"{less} or lower --panel-size"
     refuse_above(needed, fixed, target + count, config.device, about, advice)
 
 
 def refuse_above(needed: int, fixed: int, tokens: int, device: str, about: str, advice: str) -> None:
-    """Refuses what takes more memory than there is, unless what is fixed does so already; and too many tokens."""
+    """Refuses what takes more memory than there is, where a CPU may map what is fixed; and too many tokens."""
     about, free = f"{about} take about {needed / 1e9:.3g} GB in the transformer", free_memory(device)
+    if device == "cuda" and fixed > free:
+        held = f"the weights alone take about {fixed / 1e9:.3g} GB, but the GPU has {free / 1e9:.3g} GB free"
+        raise ValueError(f"{held}; use a larger one, or --device cpu")
     if fixed <= free < needed:
         raise ValueError(f"{about}, but {device} has {free / 1e9:.3g} GB; {advice}")
     if tokens > MAX_TOKENS:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import read_header, save_safetensors
@@ -47,7 +47,7 @@ def load_state(path: Path, state: State) -> None:
     Errors: ValueError if the file is damaged, or of another shape
     """
     _, _, step = read_about(path)
-    tensors = load(path.read_bytes())  # its size fits its header; not mapped, as the file is replaced while we train
+    tensors = load_file(path)  # mapped, so what is kept of it is copied
     shapes = {f"{i}.{kind}": p.shape for i, p in enumerate(state.parameters) for kind in ("weight", "average")}
     if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
         raise ValueError(f"{path} holds adapters of another shape; {ANEW}")
@@ -58,7 +58,7 @@ def load_state(path: Path, state: State) -> None:
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if match := re.fullmatch(r"(\d+)\.optimizer\.(\w+)", name):
-            moments.setdefault(int(match[1]), {})[match[2]] = value
+            moments.setdefault(int(match[1]), {})[match[2]] = value.clone()
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
     state.step = step
 

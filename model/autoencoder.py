@@ -58,8 +58,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (rearrange(f(y), "B C h w -> B 1 (h w) C") for f in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = (rearrange(f(y), "B C h w -> B 1 (h w) C").contiguous() for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)  # contiguous, else no fused kernel takes them
         return x + self.proj_out(rearrange(out, "B 1 (h w) C -> B C h w", h=x.shape[2]))
 
 

@@ -187,8 +187,10 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         content = _json_object(header)
         metadata = content.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError
         tensors = {name: _entry(path, 8 + length, entry) for name, entry in content.items()}
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is no safetensors file, or its header is damaged; download it again") from None
     end = 8 + length
     for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.size)):
@@ -197,7 +199,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
         end += stored.size
     if end != size:
         raise ValueError(f"{path} is damaged: it has {size} bytes where its header says {end}; download it again")
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    return tensors, metadata
 
 
 def _entry(path: Path, offset: int, entry: dict) -> Stored:

@@ -152,14 +152,14 @@ def load_text_encoders(
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
     from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
-    clip_tokenizer = _tokenizer(CLIPTokenizer, files.clip_tokenizer)
-    t5_tokenizer = _tokenizer(T5Tokenizer, files.t5_tokenizer)
+    clip_tokenizer = load_tokenizer(CLIPTokenizer, files.clip_tokenizer)
+    t5_tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
     clip = _load_clip(files, clip_tokenizer, device, dtype)
     t5 = _load_t5(files, device, torch.bfloat16 if dtype is torch.float16 else dtype)
     return TextEncoders(t5, clip, t5_tokenizer, clip_tokenizer, dtype)
 
 
-def _tokenizer(kind: type, folder: Path):
+def load_tokenizer(kind: type, folder: Path):
     """Read a tokenizer; transformers would make up a vocabulary where files are odd, and take any limit."""
     files = [path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))]
     if odd := [path for path in files if not path.is_file()]:

@@ -29,7 +29,7 @@ PARTS = {
     "clip_tokenizer": "tokenizer/",
     "t5_tokenizer": "tokenizer_2/",
 }
-DOWNLOAD = "hf download black-forest-labs/{} --exclude 'transformer/*' 'vae/*' --local-dir weights/{}"
+DOWNLOAD = "hf download black-forest-labs/{} --exclude 'transformer/*' --exclude 'vae/*' --local-dir weights/{}"
 
 
 @dataclass(frozen=True)

@@ -130,16 +130,6 @@ def save_png(picture: Image.Image, path: str | Path, text: dict[str, str] | None
     write_new(path, buffer.getvalue())
 
 
-def read_png_text(path: str | Path) -> dict[str, str]:
-    """Reads the text chunks of a PNG.
-
-    Errors: ValueError, one line with the name, if the file is not a whole PNG
-    """
-    with _strict_pillow(), _reading(path) as file, Image.open(file, formats=("PNG",)) as picture:
-        _check_size(picture.size)
-        return {keyword: str(value) for keyword, value in picture.text.items()}
-
-
 def write_new(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all, and never over an existing one.
 

@@ -117,6 +117,13 @@ def test_the_dtype_is_that_of_the_file_or_the_one_asked_for(tmp_path, dtype):
     assert {t.dtype for t in load_file(path).values()} == {getattr(torch, dtype)}
 
 
+def test_of_two_dtypes_the_finer_one_is_kept(tmp_path):
+    tensors = load_file(FILES / "kohya.safetensors")
+    save_file({k: t.float() if "lora_down" in k else t for k, t in tensors.items()}, tmp_path / "mixed.safetensors")
+    path = convert(tmp_path / "mixed.safetensors", tmp_path / "a.safetensors", "--to", "diffusers")
+    assert {t.dtype for t in load_file(path).values()} == {torch.float32}
+
+
 def test_the_header_goes_along_without_what_became_untrue(tmp_path):
     source = tmp_path / "in.safetensors"
     header = {"trigger": "x", "ss_network_alpha": "2", "sshs_model_hash": "0"}

@@ -1,6 +1,8 @@
 """Data sets on disk: three ways to write them down, buckets, batches, and the check that names whatever is broken."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 from iclora import data
 from iclora.examples import Batches, Example, bucket_of, buckets, cropped, find_examples, look, read_panels
 from iclora.layout import Layout
+from model.weights import find_model
 
 SETS = Path(__file__).parents[1] / "sets"
 TWO = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -360,10 +363,28 @@ def test_the_check_notes_what_is_doubtful(tmp_path, capsys):
 
 
 def test_the_check_answers_mistakes_in_one_line(tmp_path, capsys):
-    for argv in ((tmp_path / "nowhere",), (tmp_path, "--grid", "x"), (tmp_path, "--modle", "x"), (tmp_path,)):
-        status, lines = check(capsys, *argv)
-        assert status == 2 and "\n" not in lines[-1]
-    assert lines[-1] == "not usable, there are no sets (broken: 0, notes: 0)"
+    for argv in ((tmp_path / "nowhere",), (tmp_path, "--grid", "x"), (tmp_path, "--modle", "x")):
+        assert data.main([str(argument) for argument in argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    status, lines = check(capsys, tmp_path)
+    assert status == 2 and lines[-1] == "not usable, there are no sets (broken: 0, notes: 0)"
+
+
+def test_a_pipe_is_no_caption(tmp_path, capsys):
+    composite(tmp_path, "01", seed=1)
+    (tmp_path / "01.txt").unlink()
+    os.mkfifo(tmp_path / "01.txt")
+    write(tmp_path / "set.json", {"grid": "1x2"})
+    status, lines = check(capsys, tmp_path)
+    assert status == 2 and any("01.txt: it is no file" in line for line in lines)
+
+
+def test_a_damaged_tokenizer_is_told_by_name(tmp_path, capsys):
+    shutil.copytree(find_model("tiny").root, tmp_path / "tiny")
+    (tmp_path / "tiny" / "tokenizer_2" / "tokenizer.json").write_text("{}")
+    assert data.main([str(Path(__file__).parents[1] / "sets" / "sketch"), "--model", str(tmp_path / "tiny")]) == 2
+    assert "tokenizer_2 cannot be read" in capsys.readouterr().err
 
 
 # buckets

@@ -72,6 +72,21 @@ def test_the_same_arguments_draw_the_same_pairs_and_unknown_kinds_are_refused():
         pairs.make_pairs("nobody", 1, 0)
 
 
+@pytest.mark.parametrize("flags", [("--count", "0"), ("--count", "x"), ("--kind", "nobody"), ("--modle", "tiny")])
+def test_mistakes_cost_one_line(tmp_path, capsys, flags):
+    assert pairs.main(["--out", str(tmp_path / "out"), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_while_pictures_are_drawn_again_no_json_tells_of_the_old_ones(tmp_path, monkeypatch):
+    pairs.write_pairs(pairs.make_pairs("one", 1, 0), tmp_path / "one.json")
+    monkeypatch.setattr(pairs, "write_whole", None)
+    with pytest.raises(TypeError):
+        pairs.write_pairs(pairs.make_pairs("one", 1, 1), tmp_path / "one.json")
+    assert not (tmp_path / "one.json").exists()
+
+
 def test_files_are_as_uno_writes_them(tmp_path):
     assert pairs.main(["--out", str(tmp_path), "--kind", "two", "--count", "2"]) == 0
     rows = json.loads((tmp_path / "two.json").read_text())

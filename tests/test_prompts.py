@@ -152,6 +152,11 @@ def test_endless_and_foreign_prompts_are_refused():
 # apart
 
 
+def test_what_is_joined_is_not_too_long_to_be_read_again():
+    with pytest.raises(ValueError, match="has 24039 characters; shorten it to 20000"):
+        build("", ["a" * 6000] * 4, ["[IMAGE1]", "[IMAGE2]", "[IMAGE3]", "[IMAGE4]"])
+
+
 def test_a_caption_is_taken_apart_so_that_every_panel_has_what_all_share_and_its_own():
     caption = "two foxes: [LEFT] a fox, [RIGHT] the fox asleep."
     assert texts_of(caption, 1, 2, "joint") == [caption]

@@ -1,5 +1,6 @@
 """References: parity with the official UNO on the reference numbers, then what --ref does on the tiny model."""
 
+import contextlib
 import json
 import re
 from copy import copy
@@ -16,17 +17,17 @@ from safetensors.torch import load_file
 import iclora.references
 import sample
 from golden import EXACT, FLUX, GOLDEN, LOOP, case, far
-from iclora.config import SCHNELL, SampleConfig
+from iclora.config import DEV, SCHNELL, TINY, SampleConfig
 from iclora.layout import Layout
 from iclora.pipeline import Pipeline, resolve
-from iclora.plan import choose_loras
+from iclora.plan import choose_loras, pick_device
 from iclora.references import encode, fit_reference, follow_loras, place, read_references
 from model.checkpoint import save_safetensors
 from model.lora import attach, load_lora, merge, save_lora
 from model.position import MODES, grid_ids, reference_ids
 from model.weights import examples_folder, find_model, load_autoencoder, load_flux
 from sampling.flow import euler
-from sampling.images import open_picture, read_png_text, to_tensor
+from sampling.images import open_picture, to_tensor
 from sampling.latents import noise, pack
 from toybox.export import REFERENCES, write_references
 
@@ -244,7 +245,7 @@ def test_the_command_runs_records_its_references_and_replays_to_the_same_bytes(t
         (None, "reference", "cat.png"), (None, "reference", "robot.png"),
     ]
     assert record["config"]["guidance"] == 4.0 and record["config"]["grid"] == "1x1"
-    text = read_png_text(tmp_path / "0001.png")["config"]
+    text = Image.open(tmp_path / "0001.png").text["config"]
     assert "cat.png" not in text and '"offset": "d"' in text
     assert sample.main(["--config", str(tmp_path / "0001.json"), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "0001.png").read_bytes() == (tmp_path / "0002.png").read_bytes()
@@ -428,6 +429,20 @@ def test_more_than_memory_allows_is_refused_with_the_tokens_and_an_estimate(monk
     assert sizes[0] < sizes[1], "keys and values are kept of every block"
     monkeypatch.setattr(iclora.references, "free_memory", lambda device: 1)  # too little for the model in any case
     plan_for(*[CAT] * 10, ref_size=512)
+
+
+def test_a_gpu_that_cannot_hold_the_weights_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(iclora.references, "free_memory", lambda device: 5_000_000)
+    for device, message in (("cuda", "weights alone take about 0.01 GB, but the GPU has 0.005 GB free"), ("cpu", None)):
+        with contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message):
+            iclora.references.refuse_above(20_000_000, 10_000_000, 10, device, "10 tokens", "give fewer")
+
+
+def test_a_large_model_on_the_cpu_unasked_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    notes = []
+    assert [pick_device(name, row, notes.append) for name in ("auto", "cpu") for row in (TINY, DEV)] == ["cpu"] * 4
+    assert len(notes) == 1 and "very slow" in notes[0]
 
 
 def test_more_tokens_than_are_possible_are_refused():

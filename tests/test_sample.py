@@ -17,7 +17,7 @@ import iclora.pipeline as pipeline
 import sample
 import sampling.images
 from model.weights import examples_folder
-from sampling.images import fit, open_picture, read_png_text
+from sampling.images import fit, open_picture
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -85,7 +85,7 @@ def test_large_weight_files_are_recorded_by_name_and_size_only(made, monkeypatch
 
 
 def test_the_png_says_how_it_was_made_but_not_where(made, tmp_path):
-    text = read_png_text(made / "0001.png")
+    text = Image.open(made / "0001.png").text
     assert text["prompt"] == json.loads((made / "0001.json").read_text())["config"]["prompt"]
     config = json.loads(text["config"])
     assert (config["seed"], config["model"]) == (5, "tiny")

@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import iclora.cache
 import iclora.feed
 import iclora.monitor
 import iclora.references
@@ -387,13 +388,15 @@ def no_memory(*_):
 
 
 def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
-    monkeypatch.setattr(train.Run, "sample", killing(train.Run.sample, 1))
+    monkeypatch.setattr(train.Run, "draw_sheet", killing(train.Run.draw_sheet, 1))
     with pytest.raises(Killed):
         go(world, out, "--sample-every", "2", steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "sample", no_memory)
-        assert go(world, out, "--sample-every", "2", steps=2) == 0, "one that fails again is left out"
-    assert not list(out.glob("sheet-*")) and go(world, out, "--sample-every", "2", steps=3) == 0
+        patch.setattr(iclora.monitor, "sheet", no_memory)
+        assert go(world, out, "--sample-every", "2", steps=2) == 0, "one that fails is left out, on resume"
+        assert go(world, beside(out, "new"), "--sample-every", "1", steps=2) == 0, "and while training"
+    assert not [*out.glob("sheet-*"), *beside(out, "new").glob("sheet-*")]
+    assert go(world, out, "--sample-every", "2", steps=3) == 0
     assert go(world, beside(out, "whole"), "--sample-every", "2", steps=3) == 0
     made = files(out)
     assert "sheet-000002.png" in made and made == files(beside(out, "whole"))
@@ -414,11 +417,35 @@ def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
     assert all(load_file(out / "checkpoint.safetensors")[f"{i}.weight"].any() for i in range(4)), "ups are not fresh"
 
 
-def test_a_large_model_is_marked_as_ever(world, monkeypatch):
-    monkeypatch.setattr(iclora.feed, "HASHED", 1000)
+def test_a_large_model_is_marked_by_its_size_and_not_by_its_date(world, monkeypatch):
     model = find_model(str(world / "model"))
-    size = model.flux.stat().st_size
-    assert iclora.feed.origin([], model)["model"] == f"flux1-small.safetensors of {size} bytes"
+    before = iclora.feed.origin([], model)["model"]
+    monkeypatch.setattr(iclora.cache, "HASHED", 1000)
+    large = iclora.feed.origin([], model)["model"]
+    os.utime(model.flux)
+    assert large == iclora.feed.origin([], model)["model"] != before
+
+
+def test_every_shard_of_a_model_and_the_settings_beside_a_lora_count(world, tmp_path):
+    model = find_model(str(world / "model"))
+    tensors = load_file(model.flux)
+    names = {name: f"shard-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for shard in set(names.values()):
+        save_file({name: tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard)
+    index = tmp_path / "flux1-small.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "lora").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "lora" / "adapter_model.safetensors")
+
+    def marks():
+        return iclora.feed.origin([], replace(model, flux=index), str(tmp_path / "lora"))
+
+    first = marks()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    second = marks()
+    assert first["init_lora"] != second["init_lora"] and first["model"] == second["model"]
+    save_file({name: 2 * tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard)
+    assert marks()["model"] != second["model"] and marks()["init_lora"] == second["init_lora"]
 
 
 def test_another_lora_under_the_same_name_is_refused_on_resume(world, whole, out, tmp_path, capsys):

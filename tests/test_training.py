@@ -711,6 +711,14 @@ def test_held_out_sets_are_the_last_of_each_bucket_and_never_all_or_very_many(co
     assert kept == ([(PAIR, list(range(count - held, count)))] if held else [])
 
 
+def test_held_out_sets_are_shared_by_the_buckets():
+    sizes = {replace(PAIR, panel_width=16 * n): list(range(40 * n)) for n in (1, 2, 3, 4)}
+    trained, kept = hold_out(sizes, 0.25)  # 10, 20, 30 and 40 of them would be 100
+    assert [len(sets) for _, sets in kept] == [8, 8, 8, 8]
+    assert [len(sets) for sets in trained.values()] == [32, 72, 112, 152]
+    assert [len(sets) for _, sets in hold_out(sizes, 0.04)[1]] == [2, 3, 5, 6]
+
+
 def test_sums_over_one_process_are_left_alone():
     tensor = torch.ones(3)
     training.sum_over_processes([tensor], 1)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from golden import AE, FLUX, GOLDEN
+from model.checkpoint import read_header
 from model.weights import (
     find_model,
     infer_autoencoder_config,
@@ -335,6 +336,14 @@ def test_trailing_bytes_and_endless_nesting_are_refused(tmp_path):
         load_flux(path)
 
 
+@pytest.mark.parametrize("metadata", [["x"], {"iclora.method": ["x"]}, {"iclora.offset_scale": None}])
+def test_metadata_that_are_no_texts_are_refused(tmp_path, metadata):
+    text = json.dumps({"__metadata__": metadata}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ValueError, match="header is damaged"):
+        read_header(tmp_path / "a.safetensors")
+
+
 # ---- finding ----
 
 
@@ -397,7 +406,7 @@ def test_a_missing_model_says_what_goes_where_and_how_to_get_it(model):
             find_model(name)
         message = str(error.value)
         assert "models found: mine" in message and "text_encoder_2/ (or t5xxl_fp16.safetensors)" in message
-        assert "hf download black-forest-labs/FLUX.1-dev --exclude 'transformer/*' 'vae/*' --local-dir weig" in message
+        assert "hf download black-forest-labs/FLUX.1-dev --exclude 'transformer/*' --exclude 'vae/*' --loc" in message
         assert "\n" not in message
     with pytest.raises(ValueError, match="black-forest-labs/FLUX.1-schnell .* weights/flux-schnell"):
         find_model("flux-schnell")

@@ -180,6 +180,14 @@ EXPERIMENTS = {
             if arm != on_a_hundred("walk")  # which twenty teach
         ),
     ),
+    "captions": Experiment(
+        "Captions left out while training: one in twenty, as by default, every other one, and nine in ten",
+        of_every_task(
+            ("one in twenty", WHOLE), ("every other one", ("--dropout", "0.5", *WHOLE)),
+            ("nine in ten", ("--dropout", "0.9", *WHOLE)),
+        ),
+        IN_CONTEXT_WITH_BARS, steps=800,
+    ),
     "filling-in": Experiment(
         "Filling in a panel: the base, and LoRAs that learnt it from 1,200 sets, with given panels noised or clean",
         tuple(

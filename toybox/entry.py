@@ -10,10 +10,21 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
 
     argv: without the module's name; None takes the process's own
     """
-    args = parser.parse_args(argv)
+
+    def fail(message: str) -> None:
+        raise ValueError(f"{message}; see {parser.prog} --help")
+
+    parser.error = fail
     try:
-        work(args)
+        work(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def positive(text: str) -> int:
+    """Read a number from 1 on, as argparse wants it: ValueError for anything else."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not possible, give 1 or more")
+    return number

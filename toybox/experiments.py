@@ -48,6 +48,8 @@ PACE = (
 
 def run_all(args: argparse.Namespace) -> None:
     """Run the experiments that are asked for, one after the other; what they share is trained and judged once."""
+    for name in args.experiments if args.document else ():
+        put_between(args.document, f"toybox.experiments {name}", None)  # refuses it before hours of training
     ruler = load_ruler(args.judges or args.model)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -238,9 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("experiments", nargs="+", choices=tuple(EXPERIMENTS), help="what to train and judge")
     parser.add_argument("--model", default="tiny", help="the base, as for train.py")
     parser.add_argument("--judges", metavar="MODEL", help="whose reader, CLIP and DINOv2 judge (default: --model's)")
-    parser.add_argument("--count", type=int, default=100, help="held-out sets that are judged")
-    of_each = "of a training or stage (default: 400, filling-in 4000, UNO 1200, tiny-uno 3000)"
-    parser.add_argument("--steps", type=int, help=of_each)
+    parser.add_argument("--count", type=entry.positive, default=100, help="held-out sets that are judged")
+    of_each = "of a training or stage (default: 400, captions 800, filling-in 4000, UNO 1200, tiny-uno 3000)"
+    parser.add_argument("--steps", type=entry.positive, help=of_each)
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="folder of the trainings")
     parser.add_argument("--out", type=Path, default=Path("docs/experiments"), help="folder for values and sheets")
     parser.add_argument("--document", type=Path, help="also write the tables between their marks in this file")

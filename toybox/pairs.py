@@ -158,6 +158,7 @@ def write_pairs(pairs: list[Pair], path: Path) -> None:
     """Write pairs as UNO's JSON, and their pictures into a folder of the same name beside it."""
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # it is true of the old pictures only
     rows = []
     for number, pair in enumerate(pairs):
         target = f"{folder.name}/{number:05d}.png"
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m toybox.pairs", description="Draw pairs for UNO.")
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"), help="folder that receives <kind>.json")
     parser.add_argument("--kind", choices=tuple(KINDS), default="one", help="what the pairs are")
-    parser.add_argument("--count", type=int, default=2000, help="pairs")
+    parser.add_argument("--count", type=entry.positive, default=2000, help="pairs")
     parser.add_argument("--seed", type=int, default=0)
     return entry.run(parser, make, argv)
 

@@ -56,6 +56,7 @@ def write_sets(folder: Path, count: int, seed: int = 0) -> Path:
     if count < 1:
         raise ValueError(f"{count} sets cannot be drawn; give --count 1 or more")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sets.jsonl").unlink(missing_ok=True)  # it is true of the old pictures only
     rng, rows = np.random.default_rng(seed), []
     for number in range(count):
         grid, panels, text = make_set(rng)

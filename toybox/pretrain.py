@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage; 0.01 is a trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=2, help="that draw, and on a CPU train together, a core each")
+    parser.add_argument("--processes", type=entry.positive, default=2, help="that draw; on a CPU they also train")
     parser.add_argument("--compile", action="store_true", help="compile the transformer; needs a C++ compiler")
     return entry.run(parser, pretrain, argv)
 

@@ -223,8 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reader", type=Path, help="the trained reader; by default truth/ beside the model's files")
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the contact sheets")
     parser.add_argument("--document", type=Path, help="also write the tables between the marks in this file")
-    parser.add_argument("--sets", type=int, default=200, help="sets of each experiment")
-    parser.add_argument("--columns", type=int, default=6, help="sets on a contact sheet")
+    parser.add_argument("--sets", type=entry.positive, default=200, help="sets of each experiment")
+    parser.add_argument("--columns", type=entry.positive, default=6, help="sets on a contact sheet")
     return entry.run(parser, write, argv)
 
 
@@ -263,10 +263,11 @@ def bullets(lines: list[str]) -> list[str]:
     return [f"- {line}" for line in lines]
 
 
-def put_between(path: Path, name: str, text: str) -> None:
+def put_between(path: Path, name: str, text: str | None) -> None:
     """Replace what stands between the marks of a document.
 
     name: of what made the tables, which the first mark tells
+    text: None only looks for the marks
     Errors: ValueError if it has no marks
     """
     mark = OPENING.format(name)
@@ -274,7 +275,8 @@ def put_between(path: Path, name: str, text: str) -> None:
     _, closing, after = rest.partition(CLOSING)
     if not closing:
         raise ValueError(f"{path} has no place for tables; write {mark} and {CLOSING} there")
-    path.write_text(f"{before}{opening}\n{text}{closing}{after}")
+    if text is not None:
+        path.write_text(f"{before}{opening}\n{text}{closing}{after}")
 
 
 if __name__ == "__main__":

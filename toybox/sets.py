@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.checkpoint import save_safetensors
 
+from . import entry
 from .captions import joint_caption, reticent
 from .world import Panel, draw, random_set
 
@@ -107,8 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m toybox.sets", description="Draw the demo sets.")
     parser.add_argument("--out", type=Path, default=Path("sets"), help="folder that receives them")
-    write_tasks(parser.parse_args(argv).out)
-    return 0
+    return entry.run(parser, lambda args: write_tasks(args.out), argv)
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=2, help="that draw panels")
+    parser.add_argument("--processes", type=entry.positive, default=2, help="that draw panels")
     return entry.run(parser, train_both, argv)
 
 

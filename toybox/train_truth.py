@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="whose autoencoder the panels also pass through")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny/truth/model.safetensors"))
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints and drawn pictures")
-    parser.add_argument("--processes", type=int, default=2, help="that draw panels")
+    parser.add_argument("--processes", type=entry.positive, default=2, help="that draw panels")
     return entry.run(parser, make, argv)
 
 
