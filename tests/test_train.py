@@ -1069,13 +1069,14 @@ def test_more_references_than_memory_allows_are_refused_before_anything_is_encod
     estimates = []
     for flags, advice in {
         (): "use --checkpointing, raise --accumulate", ("--checkpointing",): "raise --accumulate",
+        ("--reference-attention", "alone"): "use --checkpointing, raise --accumulate",
     }.items():
         assert uno(world, out, "--batch", "4000", "--accumulate", "2", *flags) == 2
         line = refused(capsys)
         told = about.format(2000) + f", but cpu has 0.004 GB; {advice}, lower --ref-size or have fewer$"
         assert re.search(told, line)
         estimates.append(float(re.search(r"about (\S+) GB", line)[1]))
-    assert estimates[0] > estimates[1] and not out.exists()
+    assert estimates[2] > estimates[0] > estimates[1] and not out.exists()
 
 
 def test_sample_py_takes_the_file_with_and_without_a_strength(world, clean, tmp_path, capsys):
