@@ -62,6 +62,8 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
     """
     if os.path.lexists(target):
         raise ValueError(f"{target} exists and is not overwritten; remove it or choose another name")
+    if not os.path.isdir(os.path.dirname(target) or "."):
+        raise ValueError(f"there is no folder for {target}; make it first")
     file = read_lora(source, config.skip_text_encoder)
     shape = read_flux_config(find_model(config.model).flux) if config.model else infer_config(file)
     with torch.device("meta"):

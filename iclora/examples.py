@@ -18,7 +18,7 @@ from .layout import Layout
 from .prompts import build, clean, lint, markers_for
 from .references import fitted
 
-WRITE_GRID = f'give --grid, or write {SETTINGS} beside or above, such as {{"grid": "2x1"}}'
+WRITE_GRID = f'give --grid, or write {SETTINGS} into the folder of --data, such as {{"grid": "2x1"}}'
 
 
 @dataclass(frozen=True)

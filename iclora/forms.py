@@ -93,8 +93,14 @@ def read_drafts(root: Path, grid: tuple[int, int] | None, found: Findings) -> li
         for row in _read_rows(path, settings, found)
     ]
     taken = {file for row in drafts for file in row.files}  # their captions stand in the rows
+    told = {file.with_suffix("") for file in taken}
     for place, files, settings in places:
-        left = [file for file in files if Path(os.path.realpath(file)) not in taken]
+        left = []
+        for file, real in ((file, Path(os.path.realpath(file))) for file in files):
+            if file.suffix.lower() == ".txt" and real.with_suffix("") in told:
+                found.notes.append(f"{file} is passed over, as a row has the caption of its picture")
+            elif real not in taken:
+                left.append(file)
         drafts += _read_folder(place, left, settings, found)
     return drafts
 
@@ -162,6 +168,8 @@ def _read_folder(place: Path, files: list[Path], settings: Settings, found: Find
     panels = settings.grid[0] * settings.grid[1] if settings.grid else 0
     numbered = panels > 1 and sorted(stems) == sorted(str(number + 1) for number in range(panels))
     if numbered or {"caption", "summary"} & texts.keys() - set(stems):
+        if texts.keys() == set(stems):
+            found.notes.append(f"{place} is read as one set of {panels} panels; name composites 01, 02, ... instead")
         return _read_set(place, pictures, texts, settings, found)
     drafts = []
     for picture in pictures:

@@ -351,13 +351,18 @@ def test_the_check_notes_what_is_doubtful(tmp_path, capsys):
     composite(tmp_path, "a")
     composite(tmp_path, "b", caption="two foxes: [IMAGE1] a fox")
     composite(tmp_path, "c", (160, 64), TWO + " and a red fox" * 40, seed=1)
+    for number in ("1", "2"):
+        composite(tmp_path / "either", number, seed=2)
+    composite(tmp_path / "rows", "d", seed=3)
+    write(tmp_path / "rows" / "rows.jsonl", {"image": "d.png", "prompt": TWO})
     status, lines = check(capsys, tmp_path, "--panel-size", "64")
     notes = "\n".join(line for line in lines if line.startswith("note: "))
     assert status == 0
     for wanted in (
         "README.md is no picture or caption", "b.png: 1 markers, but the 1x2 grid has 2 panels",
         "b.png shows the same as", "with another caption; it counts double", "c.png: T5 reads 64 of the caption's",
-        "2 sets have panels of fewer pixels than 64x64",
+        "4 sets have panels of fewer pixels than 64x64", "either is read as one set of 2 panels; name composites 01",
+        "d.txt is passed over, as a row has the caption of its picture",
     ):  # fmt: skip
         assert wanted in notes
 
