@@ -114,12 +114,10 @@ class LatentCache:
         return self.cache.need(self.key(example, layout, masked), f"entry of {example.name}")["z"]
 
     def encode(
-        self,
-        buckets: Mapping[Layout, Sequence[Example]],
-        load: Callable[[], AutoEncoder],
+        self, buckets: Mapping[Layout, Sequence[Example]], load: Callable[[], AutoEncoder],
         masks: Callable[[Layout], Iterable[tuple[int, ...]]] = lambda layout: ((),),
         progress: Progress = lambda done, total: None,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Writes what is missing, see Cache.fill.
 
         load: loads the autoencoder onto its device
@@ -211,10 +209,7 @@ class TextCache:
         return found["txt"], found["vec"]
 
     def encode(
-        self,
-        captions: Iterable[str],
-        load: Callable[[], TextEncoders],
-        progress: Progress = lambda done, total: None,
+        self, captions: Iterable[str], load: Callable[[], TextEncoders], progress: Progress = lambda done, total: None
     ) -> int:
         """Writes what is missing, see Cache.fill.
 

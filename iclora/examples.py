@@ -145,11 +145,9 @@ def refuse(line: str) -> None:
 
 
 def buckets(
-    examples: Sequence[Example],
-    resolution: int,
-    long_sides: tuple[int, int] = (512, 320),
+    examples: Sequence[Example], resolution: int, long_sides: tuple[int, int] = (512, 320),
     broken: Callable[[str], None] = refuse,
-) -> dict[Layout, list[Example]]:
+) -> dict[Layout, list[Example]]:  # fmt: skip
     """Sorts examples by grid, panel size, and number and sizes of references; a batch is formed within one bucket.
 
     resolution, long_sides: as for bucket_of

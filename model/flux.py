@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import EPS, EVERY, QKNorm, Seen, SelfAttention, attention
+from .attention import EVERY, Seen, SelfAttention, attention, joined
+from .norms import QKNorm, modulated_norm
 from .position import SINUSOID, rotary_angles, timestep_embedding
 
 
@@ -62,10 +63,6 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)  # each (B, 1, D)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
-
-
 def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
 
@@ -84,33 +81,25 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden, config.mlp_hidden)
 
     def forward(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        vec: Tensor,
-        pe: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None,
         besides: Seen | None = None,
-    ) -> tuple[Tensor, Tensor, Seen]:
+    ) -> tuple[Tensor, Tensor, Seen]:  # fmt: skip
         """Let both streams exchange and think.
 
         img: (B, I, D), txt: (B, T, D)
         vec: (B, D) conditioning
-        pe: cosines and sines from rotary_angles, text first
+        pe: from rotary_angles, text first
         mask, besides: as for attention
         Returns (B, I, D) and (B, T, D), and what others may see of these tokens
         """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        # each stream makes its queries, keys and values
-        img_q, img_k, img_v = self.img_attn.qkv_heads(modulated_norm(img, img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.qkv_heads(modulated_norm(txt, txt_shift1, txt_scale1))
-
-        # one attention over both, text first
-        q = torch.cat((txt_q, img_q), dim=2)  # (B, H, L, K)
-        k = torch.cat((txt_k, img_k), dim=2)
-        v = torch.cat((txt_v, img_v), dim=2)
+        # each stream makes its queries, keys and values; one attention goes over both, text first
+        q, k, v = joined(  # (B, H, L, K)
+            self.txt_attn.qkv_heads(modulated_norm(txt, txt_shift1, txt_scale1)),
+            self.img_attn.qkv_heads(modulated_norm(img, img_shift1, img_scale1)),
+        )
         out, seen = attention(q, k, v, pe, mask, besides=besides)
         txt_out, img_out = out.split((txt.shape[1], img.shape[1]), dim=1)
 
@@ -138,29 +127,30 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // self.heads)
 
     def forward(
-        self,
-        x: Tensor,
-        vec: Tensor,
-        pe: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
-        rows: slice = EVERY,
-        besides: Seen | None = None,
-    ) -> tuple[Tensor, Seen]:
+        self, x: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None, rows: slice = EVERY,
+        besides: Seen | None = None, keep: bool = False,
+    ) -> tuple[Tensor, Seen | None]:  # fmt: skip
         """Attend and think side by side.
 
         x: (B, L, D) text, then image
         vec: (B, D) conditioning
-        pe: cosines and sines from rotary_angles
+        pe: from rotary_angles
         mask, besides: as for attention
         rows: the tokens that are wanted; of the others only keys and values count
-        Returns (B, N, D), one row per token wanted, and what others may see of all tokens
+        keep: whether others will see these tokens
+        Returns (B, N, D), one row per token wanted, and what others may see of all tokens, or None
         """
         shift, scale, gate = self.modulation(vec)
-        qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
-        attended, seen = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows, besides)
-        thought = F.gelu(up[:, rows], approximate="tanh")
-        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat((attended, thought), dim=-1))), seen
+
+        def attend_and_think() -> tuple[Tensor, Tensor, Seen | None]:  # what linear1 makes is free again behind it
+            qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
+            q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
+            attended, seen = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows, besides)
+            seen = seen if keep else None
+            return attended, F.gelu(up[:, rows], approximate="tanh"), seen
+
+        *both, seen = attend_and_think()
+        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat(both, dim=-1))), seen
 
 
 class LastLayer(nn.Module):
@@ -180,7 +170,7 @@ class Fixed:
 
     txt: Tensor  # (B, T, D)
     references: Tensor  # (B, R, D), those that go through every step
-    pe: tuple[Tensor, Tensor]  # of text, target and such references
+    pe: Tensor  # (B, 1, L, K/2, 2) of text, target and such references
     mask: Tensor | None  # (L, L), or (T + I, L) if references are alone
     alone: list[Seen | None]  # what every block sees of references that do not
 
@@ -230,18 +220,10 @@ class Flux(nn.Module):
         return vec + self.vector_in(y.to(dtype))
 
     def forward(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor,
-        guidance: Tensor | None = None,
-        mask: Tensor | None = None,
-        references: Tensor | None = None,
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
+        guidance: Tensor | None = None, mask: Tensor | None = None, references: Tensor | None = None,
         alone: bool = False,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Predict the velocity of every token in img.
 
         img: (B, N, 64) packed latent tokens; references, if any, stand after the target here, or below
@@ -260,14 +242,9 @@ class Flux(nn.Module):
         return self.predict(img, self.prepare(img_ids, txt, txt_ids, references, mask, alone), vec)
 
     def prepare(
-        self,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        references: Tensor | None = None,
-        mask: Tensor | None = None,
-        alone: bool = False,
-    ) -> Fixed:
+        self, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, references: Tensor | None = None,
+        mask: Tensor | None = None, alone: bool = False,
+    ) -> Fixed:  # fmt: skip
         """Compute what does not depend on time, to be used in every step.
 
         img_ids: (B, I, 3) float32 positions of the target, then of the references
@@ -284,12 +261,12 @@ class Flux(nn.Module):
         txt, references = self.txt_in(txt.to(dtype)), self.img_in(references.to(dtype))
         if not alone or not references.shape[1]:
             return Fixed(txt, references, pe, mask, [None] * blocks)
-        own = pe[0].shape[2] - references.shape[1]  # T + I
-        seen = self.pass_alone(references, tuple(turn[:, :, own:] for turn in pe))
+        own = pe.shape[2] - references.shape[1]  # T + I
+        seen = self.pass_alone(references, pe[:, :, own:])
         mask = None if mask is None else mask[:own]
-        return Fixed(txt, references[:, :0], tuple(turn[:, :, :own] for turn in pe), mask, seen)
+        return Fixed(txt, references[:, :0], pe[:, :, :own], mask, seen)
 
-    def pass_alone(self, references: Tensor, pe: tuple[Tensor, Tensor]) -> list[Seen]:
+    def pass_alone(self, references: Tensor, pe: Tensor) -> list[Seen]:
         """Pass references through all blocks as a picture by itself: no text, time 0, guidance 1, pooled text 0.
 
         So what others see of them depends on no time, prompt or seed. They see each other, all of them.
@@ -305,7 +282,7 @@ class Flux(nn.Module):
             every.append(seen)
         for number, block in enumerate(self.single_blocks, start=1):
             rows = EVERY if number < len(self.single_blocks) else slice(0)  # of the last one no result is read
-            img, (k, v) = block(img, vec, pe, rows=rows)
+            img, (k, v) = block(img, vec, pe, rows=rows, keep=True)
             every.append((k, v.clone()))  # v is a slice, which would keep all of its block's projection
         return every
 

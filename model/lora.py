@@ -34,16 +34,10 @@ TARGETS = {
         ("single_blocks.*.linear2", "all"),
     ),
     "mlp": (
-        ("double_blocks.*_mlp.[02]", "all"),
-        ("single_blocks.*.linear1", "mlp"),
-        ("single_blocks.*.linear2", "all"),
+        ("double_blocks.*_mlp.[02]", "all"), ("single_blocks.*.linear1", "mlp"), ("single_blocks.*.linear2", "all"),
     ),
     "mod": (("double_blocks.*_mod.lin", "all"), ("single_blocks.*.modulation.lin", "all")),
-    "uno": (
-        ("double_blocks.*_attn.*", "all"),
-        ("single_blocks.*.linear1", "qkv"),
-        ("single_blocks.*.linear2", "all"),
-    ),
+    "uno": (("double_blocks.*_attn.*", "all"), ("single_blocks.*.linear1", "qkv"), ("single_blocks.*.linear2", "all")),
 }
 TARGETS["all-linear"] = TARGETS["attn"] + TARGETS["mlp"] + TARGETS["mod"]  # as the published IC-LoRAs
 
@@ -116,7 +110,8 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        down = torch.cat([part.scaled_down(x.dtype) for part in self.parts]).to(x.dtype)  # one product for all parts
+        downs = [part.scaled_down(x.dtype) for part in self.parts]
+        down = (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype)  # one product for all parts
         ups = [part.up.to(x.dtype) for part in self.parts]
         spans = [slice(part.start, part.stop) for part in self.parts]
         y = Adapted.apply(x, self.base.weight, self.base.bias, down, spans, *ups)
@@ -218,11 +213,7 @@ def _add(flux: nn.Module, delta: Delta, strength: float, train: bool) -> Part:
 
 
 def load_lora(
-    flux: nn.Module,
-    path: str | Path,
-    strength: float = 1.0,
-    skip_text_encoder: bool = False,
-    train: bool = False,
+    flux: nn.Module, path: str | Path, strength: float = 1.0, skip_text_encoder: bool = False, train: bool = False
 ) -> LoraReport:
     """Attach a LoRA of any dialect beside what is attached already; all of the file or, if it is refused, nothing.
 
@@ -242,12 +233,9 @@ def load_lora(
 
 
 def save_lora(
-    flux: nn.Module,
-    path: str | Path,
-    dialect: str = "diffusers",
-    metadata: dict[str, str] | None = None,
+    flux: nn.Module, path: str | Path, dialect: str = "diffusers", metadata: dict[str, str] | None = None,
     dtype: torch.dtype = torch.bfloat16,
-) -> None:
+) -> None:  # fmt: skip
     """Save everything that is attached, at its strength, as one LoRA file.
 
     dialect, metadata, Errors: see model.lora_write.write_lora

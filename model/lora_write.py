@@ -17,13 +17,9 @@ STALE = ("format", "lora_adapter_metadata", "ss_network_dim", "ss_network_alpha"
 
 
 def write_lora(
-    deltas: list[Delta],
-    shapes: dict[str, tuple[int, int]],
-    path: str | Path,
-    dialect: str,
-    metadata: dict[str, str] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
+    deltas: list[Delta], shapes: dict[str, tuple[int, int]], path: str | Path, dialect: str,
+    metadata: dict[str, str] | None = None, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
     """Write a LoRA file.
 
     deltas: several for the same rows are joined into one of the summed rank

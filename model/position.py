@@ -54,7 +54,7 @@ def reference_ids(
     return placed
 
 
-def rotary_angles(ids: Tensor, axes_dim: Sequence[int], theta: float = 10_000) -> tuple[Tensor, Tensor]:
+def rotary_angles(ids: Tensor, axes_dim: Sequence[int], theta: float = 10_000) -> Tensor:
     """Turn positions into the cosines and sines that rotate queries and keys.
 
     Angles are computed in float64 whatever the dtype of ids: in float32 they are off by 6e-5 at position
@@ -62,7 +62,7 @@ def rotary_angles(ids: Tensor, axes_dim: Sequence[int], theta: float = 10_000) -
 
     ids: (B, L, A) positions
     axes_dim: head channels that each axis turns; they sum to K
-    Returns cos, sin: (B, 1, L, K/2) float32, with room for the heads
+    Returns pe: (B, 1, L, K/2, 2) float32 cosines and sines, with room for the heads
     """
     position = ids.to("cpu" if ids.device.type == "mps" else ids.device, torch.float64)  # mps has no float64
     angles = []
@@ -70,22 +70,22 @@ def rotary_angles(ids: Tensor, axes_dim: Sequence[int], theta: float = 10_000) -
         frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim)
         angles.append(position[..., axis, None] * frequency)  # (B, L, dim/2)
     angle = torch.cat(angles, dim=-1).unsqueeze(1)  # (B, 1, L, K/2)
-    return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float().to(ids.device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate each adjacent pair of channels (2j, 2j+1) by its angle, in float32.
 
     x: (B, H, L, K) queries or keys after QK-norm
-    cos, sin: (B, 1, L, K/2) from rotary_angles
+    pe: (B, 1, L, K/2, 2) from rotary_angles
     Returns (B, H, L, K) in the dtype of x
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # which fuses real numbers, but not complex ones
-        even, odd = pairs.unbind(-1)
+        (even, odd), (cos, sin) = pairs.unbind(-1), pe.unbind(-1)
         turned = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
     else:  # the same in a third of the time
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
     return turned.flatten(-2).to(x.dtype)
 
 

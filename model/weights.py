@@ -235,11 +235,9 @@ def read_flux_config(path: str | Path) -> FluxConfig:
 
 
 def load_flux(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
     exact_conditioning: bool = False,
-) -> Flux:
+) -> Flux:  # fmt: skip
     """Load a FLUX.1 transformer of any depth and width, frozen and in eval mode.
 
     path: a file with the official names (or these behind model.diffusion_model.), an index JSON of such shards,

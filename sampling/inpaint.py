@@ -59,7 +59,5 @@ def drafted_start(times: list[float], strength: float) -> list[float]:
         raise ValueError(f"strength {strength} is outside 0 to 1; 1 ignores the drafts, 0.5 keeps half of them")
     left = math.floor(steps * strength + 1e-9)  # 10 x 0.3 is a little less than 3 in binary
     if left < 1:
-        raise ValueError(
-            f"strength {strength} leaves 0 of {steps} steps; use at least {1 / steps:.3g}, or more steps"
-        )
+        raise ValueError(f"strength {strength} leaves 0 of {steps} steps; use at least {1 / steps:.3g}, or more steps")
     return times[steps - left :]

@@ -129,7 +129,7 @@ def test_what_is_not_kept_is_freed_block_by_block():
     x, ids, txt, txt_ids, *rest = arguments
     for block in (*flux.double_blocks, *flux.single_blocks):
         block.register_forward_pre_hook(lambda block, args: held.append(sum(v() is not None for v in values)))
-        block.register_forward_hook(lambda block, args, out: values.append(weakref.ref(out[-1][1])))
+        block.register_forward_hook(lambda block, args, out: out[-1] and values.append(weakref.ref(out[-1][1])))
     flux(x, ids, txt, txt_ids, *rest, None, references)
     assert held == [0] * 5, "a step holds no values of an earlier block, nor the projection that they are a slice of"
     values.clear()
