@@ -58,12 +58,12 @@ class ConvertConfig:
 def convert(source: str, target: str, config: ConvertConfig) -> str:
     """Converts one file and describes the input in one line.
 
-    Errors: ValueError if the input is no LoRA for FLUX.1, the dialect cannot hold it, or the output exists
+    Errors: ValueError if the input is no LoRA for FLUX.1, the dialect cannot hold it, or the output cannot be there
     """
     if os.path.lexists(target):
         raise ValueError(f"{target} exists and is not overwritten; remove it or choose another name")
     if not os.path.isdir(os.path.dirname(target) or "."):
-        raise ValueError(f"there is no folder for {target}; make it first")
+        raise ValueError(f"there is no folder {os.path.dirname(target)}; make it first")
     file = read_lora(source, config.skip_text_encoder)
     shape = read_flux_config(find_model(config.model).flux) if config.model else infer_config(file)
     with torch.device("meta"):

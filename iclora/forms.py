@@ -93,15 +93,12 @@ def read_drafts(root: Path, grid: tuple[int, int] | None, found: Findings) -> li
         for row in _read_rows(path, settings, found)
     ]
     taken = {file for row in drafts for file in row.files}  # their captions stand in the rows
-    told = {file.with_suffix("") for file in taken}
     for place, files, settings in places:
-        left = []
-        for file, real in ((file, Path(os.path.realpath(file))) for file in files):
-            if file.suffix.lower() == ".txt" and real.with_suffix("") in told:
-                found.notes.append(f"{file} is passed over, as a row has the caption of its picture")
-            elif real not in taken:
-                left.append(file)
-        drafts += _read_folder(place, left, settings, found)
+        left = [file for file in files if Path(os.path.realpath(file)) not in taken]
+        told = {f.stem for f in files if f not in left} - {f.stem for f in left if f.suffix.lower() in PICTURES}
+        void = [file for file in left if file.suffix.lower() == ".txt" and file.stem in told]
+        found.notes += [f"{file} is passed over, as a row has the caption of its picture" for file in void]
+        drafts += _read_folder(place, [file for file in left if file not in void], settings, found)
     return drafts
 
 
@@ -168,7 +165,7 @@ def _read_folder(place: Path, files: list[Path], settings: Settings, found: Find
     panels = settings.grid[0] * settings.grid[1] if settings.grid else 0
     numbered = panels > 1 and sorted(stems) == sorted(str(number + 1) for number in range(panels))
     if numbered or {"caption", "summary"} & texts.keys() - set(stems):
-        if texts.keys() == set(stems):
+        if texts.keys() == set(stems) and place / SETTINGS in files:  # elsewhere it is meant so
             found.notes.append(f"{place} is read as one set of {panels} panels; name composites 01, 02, ... instead")
         return _read_set(place, pictures, texts, settings, found)
     drafts = []

@@ -141,16 +141,13 @@ class SingleStreamBlock(nn.Module):
         Returns (B, N, D), one row per token wanted, and what others may see of all tokens, or None
         """
         shift, scale, gate = self.modulation(vec)
-
-        def attend_and_think() -> tuple[Tensor, Tensor, Seen | None]:  # what linear1 makes is free again behind it
-            qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
-            q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
-            attended, seen = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows, besides)
-            seen = seen if keep else None
-            return attended, F.gelu(up[:, rows], approximate="tanh"), seen
-
-        *both, seen = attend_and_think()
-        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat(both, dim=-1))), seen
+        qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
+        attended, seen = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows, besides)
+        seen = seen if keep else None
+        thought = F.gelu(up[:, rows], approximate="tanh")
+        del qkv, up, q, k, v  # parts of what linear1 made, half of all that a block holds
+        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat((attended, thought), dim=-1))), seen
 
 
 class LastLayer(nn.Module):

@@ -37,20 +37,22 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class ModulatedNorm(torch.autograd.Function):
-    """What autograd would do by itself, but the normed tokens are computed again instead of being kept."""
+    """Gradients as autograd would make them, but normed tokens are computed again, not kept. None of second order."""
 
     @staticmethod
     def forward(ctx, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        normed, mean, deviation = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
-        ctx.save_for_backward(x, mean, deviation, scale)
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+        ctx.save_for_backward(x, mean, rstd, scale)
         return torch.addcmul(shift, 1 + scale, normed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, mean, deviation, scale = ctx.saved_tensors
-        normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, mean, rstd, scale = ctx.saved_tensors
         to_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad * (1 + scale), x, x.shape[-1:], mean, deviation, None, None, [True, False, False]
+            grad * (1 + scale), x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
         )
-        return to_x, grad.sum_to_size(scale.shape), (grad * normed).sum_to_size(scale.shape)
+        to_shift = grad.sum_to_size(scale.shape) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[2]:  # modulations without adapters
+            return to_x, to_shift, None
+        return to_x, to_shift, (grad * F.layer_norm(x, x.shape[-1:], eps=EPS)).sum_to_size(scale.shape)

@@ -206,16 +206,19 @@ def test_the_peak_counts_what_is_held_at_one_time():
     assert 0.4e6 <= rounds.peak(in_turn, CPU) < 0.45e6
 
 
-def test_a_forward_and_a_training_step_hold_few_values_of_every_token():
+def test_a_forward_and_a_training_step_hold_few_values_of_every_token(request):
     shape = replace(SMALL, side=16, text=64, train_batch=1)
     flux, tokens = peers.new_flux(shape, CPU, torch.float32), 4 * WIDTH * (16 * 16 + 64)  # bytes of one value of each
     given = peers.new_inputs(shape.read_config(), shape, CPU, torch.float32)
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)  # attention has room of its own for each
     with torch.no_grad():
-        assert rounds.peak(lambda: flux(**given), CPU) / tokens < 15.5  # 14.9; 21 with linear1's until the block ends
+        assert rounds.peak(lambda: flux(**given), CPU) / tokens < 15.5  # 14.7; 21 with linear1's until the block ends
     adapters = peers.attach(flux, 2)
     training = peers.Training(flux, adapters, peers.new_sets(shape.read_config(), shape, CPU, torch.float32))
     training.step()
-    assert rounds.peak(training.step, CPU) / tokens / 5 < 23  # a block; 22.1, and 24.2 if normed tokens are kept
+    assert rounds.peak(training.step, CPU) / tokens / 5 < 23  # a block; 21.7, and 24 if normed tokens are kept
 
 
 def test_operators_are_counted_and_sorted_by_kind():

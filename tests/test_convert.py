@@ -159,7 +159,7 @@ KOHYA = FILES / "kohya.safetensors"
     ((FILES / "refuse_missing_half.safetensors", "OUT", "--to", "kohya"), "without its lora_B"),
     ((FILES / "refuse_wrong_width.safetensors", "OUT", "--to", "kohya"), "of shape (4, 56)"),
     ((KOHYA, "OUT", "--to", "kohya", "--model", "nothing"), "there is no model 'nothing'"),
-    ((KOHYA, "OUT/deeper", "--to", "kohya"), "there is no folder for"),
+    ((KOHYA, "OUT/deeper", "--to", "kohya"), "there is no folder "),
 ])
 def test_a_mistake_costs_one_line_and_leaves_nothing(tmp_path, capsys, argv, message):
     line = refused(capsys, *(str(word).replace("OUT", str(tmp_path / "out")) for word in argv))

@@ -353,6 +353,7 @@ def test_the_check_notes_what_is_doubtful(tmp_path, capsys):
     composite(tmp_path, "c", (160, 64), TWO + " and a red fox" * 40, seed=1)
     for number in ("1", "2"):
         composite(tmp_path / "either", number, seed=2)
+    write(tmp_path / "either" / "set.json", {"grid": "1x2"})
     composite(tmp_path / "rows", "d", seed=3)
     write(tmp_path / "rows" / "rows.jsonl", {"image": "d.png", "prompt": TWO})
     status, lines = check(capsys, tmp_path, "--panel-size", "64")

@@ -32,6 +32,13 @@ def test_gradients_equal_differences_of_values():
     assert torch.autograd.gradcheck(modulated_norm, given)
 
 
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, True), (False, False, True)])
+def test_only_the_gradients_that_are_wanted_are_made(wanted):
+    given = [torch.randn(1, n, 16, requires_grad=w) for n, w in zip((50, 1, 1), wanted, strict=True)]
+    modulated_norm(*given).square().sum().backward()
+    assert [tensor.grad is not None for tensor in given] == list(wanted)
+
+
 def test_normed_tokens_are_not_kept():
     x, shift, scale = (torch.randn(1, n, 16, requires_grad=True) for n in (50, 1, 1))
     kept = []

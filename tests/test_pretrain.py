@@ -345,6 +345,13 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_drawn(argv, mes
     assert message in capsys.readouterr().err
 
 
+def test_a_file_that_the_system_refuses_is_one_line_with_its_name(tmp_path, capsys):
+    (tmp_path / "work").write_text("no folder")
+    argv = ["--work", str(tmp_path / "work" / "deeper"), "--out", str(tmp_path / "out")]
+    assert pretrain.main(argv) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'work' / 'deeper'}: Not a directory\n"
+
+
 def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_path):
     def of(**given):
         flags = {"init": None, "text": None, "init_autoencoder": None}

@@ -18,8 +18,8 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     try:
         work(parser.parse_args(argv))
     except (ValueError, OSError) as error:
-        told = getattr(error, "filename", None) and f"{error.filename}: {error.strerror}"
-        print(f"error: {told or error}", file=sys.stderr)
+        told = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
 
