@@ -64,6 +64,8 @@ def run(config: TrainConfig) -> None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(config.out)
     check_folder(folder)
+    if folder.resolve().is_relative_to(Path(config.data).resolve()):
+        raise ValueError(f"--out {folder} lies in --data, where the next run would read it; choose one outside")
     import torch
 
     from iclora import feed as feeds
@@ -89,7 +91,7 @@ def run(config: TrainConfig) -> None:
     with torch.device("meta"):
         flux = Flux(shape)
     adapt(flux, config)  # refuses unknown targets, and a wrong --init-lora
-    examples = feeds.find(config)
+    examples = feeds.find(config, tell)
     trained = sum(p.numel() for p in trainable(flux))
     check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, trained, ranks)
     origin = feeds.origin(examples, files, config.init_lora)

@@ -39,7 +39,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Errors: ValueError if it is missing, damaged or something else
     """
     path = Path(path)
-    advice = "--config takes a JSON that was saved beside a picture, such as out/0001.json"
+    advice = "--config takes a JSON that a run saved, such as out/0001.json or runs/lora/config.json"
     try:
         if not path.is_file():
             raise ValueError("there is no such file")

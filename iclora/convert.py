@@ -78,7 +78,7 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
 def infer_config(file: LoraFile) -> FluxConfig:
     """Reads the widths of the model off the shapes of a LoRA's tensors; what it does not touch is as in FLUX.1-dev.
 
-    Errors: ValueError, asking for --model, if it touches a fused projection whose width nothing tells
+    Errors: ValueError for shapes that no FLUX.1 can have
     """
     size: dict[str, int] = {}
     depth = {"double_blocks": 0, "single_blocks": 0}
@@ -98,8 +98,6 @@ def infer_config(file: LoraFile) -> FluxConfig:
         elif other != "3D + M":
             size.setdefault(other, rest)
     hidden = size["hidden"]
-    if depth["single_blocks"] and "M" not in size:
-        raise ValueError(f"{file.path} does not tell how wide the model's MLPs are; name the model with --model")
     mlp = size.get("M", 4 * hidden)
     if mlp < 1 or hidden < 1:
         raise ValueError(f"{file.path} has shapes that no FLUX.1 can have (width {hidden}, MLP {mlp})")

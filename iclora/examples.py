@@ -51,11 +51,14 @@ class Example:
         return [(width / cols, height / rows)] * (rows * cols)
 
 
-def find_examples(folder: str | Path, grid: tuple[int, int] | None = None) -> list[Example]:
+def find_examples(
+    folder: str | Path, grid: tuple[int, int] | None = None, note: Callable[[str], None] = lambda line: None
+) -> list[Example]:
     """Reads a data set, and refuses it if any of it cannot be used: nothing is dropped silently.
 
     folder: of all sets, or one .jsonl file of them, or one .json file of pairs
     grid: (rows, cols) for everything, whatever the files say
+    note: is told, in one line, of what is doubtful
     Errors: ValueError for anything broken, or if there are no sets
     """
     examples, found = look(folder, grid)
@@ -65,6 +68,8 @@ def find_examples(folder: str | Path, grid: tuple[int, int] | None = None) -> li
         raise ValueError(f"{found.broken[0]}{more}; {check}")
     if not examples:
         raise ValueError(f"{folder} holds no sets, only other files; it takes pictures with captions. {check}")
+    if found.notes:
+        note(f"{found.notes[0]} (note 1 of {len(found.notes)}); {check}")
     return examples
 
 

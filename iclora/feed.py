@@ -111,12 +111,12 @@ class Feed:
         return self.sight[layout]
 
 
-def find(config: TrainConfig) -> list[Example]:
-    """Read what --data names. Errors: ValueError for anything broken in it, or of another method"""
+def find(config: TrainConfig, note: Note) -> list[Example]:
+    """Read what --data names, and note doubts. Errors: ValueError for anything broken in it, or of another method"""
     if (Path(config.data).suffix.lower() == ".json") != (config.method == UNO):
         takes = "a .json of pairs" if config.method == UNO else "sets; pairs are for --method uno"
         raise ValueError(f"--data {config.data[-80:]!a} is not for --method {config.method}, which takes {takes}")
-    return find_examples(config.data, parse_grid(config.grid) if config.grid else None)
+    return find_examples(config.data, parse_grid(config.grid) if config.grid else None, note)
 
 
 def origin(examples: Sequence[Example], files: ModelFiles, init_lora: str | None = None) -> dict[str, str]:
@@ -163,6 +163,7 @@ def prepare(
     texts = TextCache(cache, text_mark(files), row.text, dtype)
     load = partial(load_autoencoder, files.autoencoder, config.device)
     masks = every_mask if config.condition == "clean" else lambda layout: ((),)
+    [masks(layout) for layout in every]  # refuses grids before anything is encoded
     captions = ["", *(text for e in examples for text in texts_of(e.caption, *e.grid, config.text))]
     with bar("encoding texts") as progress:
         read = texts.encode(captions, lambda: load_text_encoders(files, config.device, dtype), progress)
@@ -177,12 +178,12 @@ def prepare(
     with bar("encoding references") as progress:
         made += references.encode(examples, load, progress)
     note(f"{len(examples)} sets in {len(every)} buckets; {made} pictures and {read} texts encoded, others cached")
+    if config.holdout and not held_out:
+        note("too few sets to hold any out, so there will be no validation loss")
     if small := sum(len(members) < config.batch for members in trained.values()):
         note(f"{small} buckets have fewer sets than the {config.batch} of a batch, which then holds some of them twice")
-    layouts = list(trained)
-    batches = Batches([len(trained[layout]) for layout in layouts], config.batch, config.seed)
-    chosen = [trained[layout] for layout in layouts]
-    return Feed(batches, layouts, chosen, held_out, latents, references, texts, config)
+    batches = Batches([len(members) for members in trained.values()], config.batch, config.seed)
+    return Feed(batches, list(trained), list(trained.values()), held_out, latents, references, texts, config)
 
 
 def hold_out(
@@ -190,12 +191,11 @@ def hold_out(
 ) -> tuple[dict[Layout, list[Example]], list[tuple[Layout, list[Example]]]]:
     """Split every bucket: the last ones of each are kept for validation, but never all of it, nor very many in all."""
     wanted = {layout: min(len(examples) - 1, round(part * len(examples))) for layout, examples in every.items()}
+    for layout in sorted(every, key=lambda layout: -len(every[layout])):  # of what rounding left over, the largest give
+        if sum(wanted.values()) < round(part * sum(map(len, every.values()))):
+            wanted[layout] = min(len(every[layout]) - 1, wanted[layout] + 1)
     turns = sorted(((turn, layout) for layout in every for turn in range(wanted[layout])), key=itemgetter(0))
     counts = Counter(layout for _, layout in turns[:MOST_HELD_OUT])
-    trained, held_out = {}, []
-    for layout, examples in every.items():
-        cut = len(examples) - counts[layout]
-        trained[layout] = examples[:cut]
-        if counts[layout]:
-            held_out.append((layout, examples[cut:]))
-    return trained, held_out
+    cut = {layout: len(examples) - counts[layout] for layout, examples in every.items()}
+    trained = {layout: examples[: cut[layout]] for layout, examples in every.items()}
+    return trained, [(layout, examples[cut[layout] :]) for layout, examples in every.items() if counts[layout]]

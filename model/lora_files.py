@@ -96,12 +96,13 @@ class LoraReport:
 
 
 def lora_file(path: str | Path) -> Path:
-    """Find the file of a LoRA in a folder as PEFT saves it; a file is itself. Errors: ValueError if there is none"""
+    """Find the file of a LoRA in a folder, PEFT's or a run's; a file is itself. Errors: ValueError if there is none"""
     path = Path(path)
     if not path.is_dir():
         return path
-    found = path / "adapter_model.safetensors"
-    if not found.is_file() and not (found := file_in(path, "*.safetensors")):
+    names = ("adapter_model.safetensors", "lora.safetensors")  # PEFT's, and that of our runs, beside a checkpoint
+    known = next((path / name for name in names if (path / name).is_file()), None)
+    if not (found := known or file_in(path, "*.safetensors")):
         raise ValueError(f"{path} holds no LoRA, no .safetensors file; name the file")
     return found
 

@@ -146,7 +146,7 @@ def test_a_flag_makes_void_what_the_file_only_derived(tmp_path, values, flags, f
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "damaged or no JSON; --config takes a JSON that was saved beside a picture"),
+    ("{", "damaged or no JSON; --config takes a JSON that a run saved"),
     ("[" * 100_000, "damaged or no JSON"),
     ("\udcff", "damaged or no JSON"),
     ("[]", "holds no configuration"),

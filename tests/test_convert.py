@@ -88,13 +88,15 @@ def test_the_model_can_be_named_to_check_against(tmp_path, capsys):
     assert re.search("of this model needs|this model has no", line)
 
 
-def test_widths_that_nothing_tells_are_asked_for(tmp_path, capsys):
+def test_an_mlp_that_nothing_tells_is_four_times_the_width(tmp_path, capsys):
     """Queries of a single block alone: the fused Linear's width depends on the MLP's."""
     names = ("lora_A", "lora_B")
     tensors = {f"transformer.single_transformer_blocks.0.attn.to_q.{name}.weight": torch.randn(size)
                for name, size in zip(names, ((2, 64), (64, 2)), strict=True)}
     save_file(tensors, tmp_path / "q.safetensors")
-    assert "--model" in refused(capsys, tmp_path / "q.safetensors", tmp_path / "a", "--to", "kohya")
+    assert main([str(tmp_path / "q.safetensors"), str(tmp_path / "a"), "--to", "kohya"]) == 0
+    found = load_file(tmp_path / "a")
+    assert found["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (3 * 64 + 4 * 64, 2)
 
 
 def test_embedders_tell_their_own_widths(tmp_path):

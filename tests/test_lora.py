@@ -13,7 +13,7 @@ import model.lora as lora
 from golden import EXACT, FLUX, GOLDEN, LOOP, case, far
 from model.flux import Flux, FluxConfig
 from model.lora import TARGETS, LoraLinear, attach, detach, load_lora, merge, save_lora, trainable
-from model.lora_files import Delta
+from model.lora_files import Delta, lora_file
 from model.lora_names import DIFFUSERS, locate, names_in
 from model.lora_write import write_lora
 from model.position import grid_ids, reference_ids
@@ -819,3 +819,9 @@ def test_messages_are_one_line(flux, tmp_path):
         with pytest.raises(ValueError) as error:
             load_lora(flux, path)
         assert re.fullmatch(r"[ -~]+", str(error.value))
+
+
+def test_a_runs_folder_means_its_lora_and_not_the_checkpoint_beside_it(tmp_path):
+    for name in ("checkpoint.safetensors", "lora.safetensors"):
+        (tmp_path / name).touch()
+    assert lora_file(tmp_path) == tmp_path / "lora.safetensors"

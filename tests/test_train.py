@@ -258,6 +258,19 @@ def test_a_folder_that_cannot_be_written_is_refused(world, out, capsys, monkeypa
     assert f"{out} cannot be written to; choose another" in refused(capsys) and not files(out)
 
 
+def test_a_run_within_its_own_data_is_refused(world, capsys):
+    assert go(world, world / "sets" / "runs") == 2
+    assert "lies in --data, where the next run would read it; choose one outside" in refused(capsys)
+    assert not (world / "sets" / "runs").exists()
+
+
+def test_what_is_doubtful_about_the_sets_is_told(world, out, tmp_path, capsys):
+    shutil.copytree(world / "sets", tmp_path / "sets")
+    (tmp_path / "sets" / "README.md").write_text("words")
+    assert go(world, out, "--data", str(tmp_path / "sets"), steps=1) == 0
+    assert "README.md is no picture or caption; passed over (note 1 of " in capsys.readouterr().err
+
+
 def test_encoders_of_another_model_are_refused(world, out, tmp_path, capsys):
     shutil.copytree(world / "model", tmp_path / "m", symlinks=True)
     other = FluxConfig(64, 64, 7, 9, 32, 48, 1, 1, 1, (4, 14, 14), True)
@@ -773,7 +786,7 @@ def test_pixels_of_masked_panels_never_reach_the_kept_latents(world, tmp_path):
             Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0" / "2.png")
         argv = command(world, tmp_path / "run", "--condition", "clean", "--data", str(tmp_path / name))
         config = settle_training(parse(TrainConfig, argv, ""), model_row(shape), "cpu")
-        feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None, Bar)
+        feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
         ((layout, examples),) = [(feed.layouts[0], feed.trained[0][:1])]
         known.append([feed.sets(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
     left, right, none = zip(*known, strict=True)
@@ -866,7 +879,7 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     files_of_model = find_model(str(world / "model"))
     shape = read_flux_config(files_of_model.flux)
     config = settle_training(parse(TrainConfig, command(world, out, *flags), ""), model_row(shape), "cpu")
-    feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None, Bar)
+    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
     sets = feed.sets(feed.layouts[0], feed.trained[0][:1], [(1,)], [False])
     panel = str(world / "sets" / "0" / "1.png")
     told = {"prompt": feed.trained[0][0].caption, "mask": "2", "panels": (panel,)}
@@ -936,7 +949,7 @@ def test_batches_of_one_and_two_references_take_turns_and_no_pair_is_left_out(wo
     config = parse(TrainConfig, argv, "")
     files_of_model = find_model(str(world / "model"))
     shape = read_flux_config(files_of_model.flux)
-    feed = prepare(config, iclora.feed.find(config), files_of_model, shape, lambda line: None, Bar)
+    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
     seen = [feed.batch(number) for number in range(feed.batches.before(2))]
     assert {len(layout.references) for layout, _ in seen} == {1, 2}
     assert all(len(e.references) == len(layout.references) for layout, some in seen for e in some)
@@ -977,9 +990,8 @@ def test_the_sampler_follows_how_uno_was_trained_and_an_untrained_file_changes_n
 def test_the_sampler_feeds_the_references_and_places_that_training_fed(world, referred):
     config = parse(TrainConfig, ["--config", str(referred / "config.json"), "--out", str(referred)], "")
     files_of_model = find_model(str(world / "model"))
-    feed = prepare(
-        config, iclora.feed.find(config), files_of_model, read_flux_config(files_of_model.flux), lambda line: None, Bar
-    )
+    shape = read_flux_config(files_of_model.flux)
+    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
     layout, example = next((layout, e) for layout, some in feed.held_out for e in some if len(e.references) == 2)
     sets = feed.sets(layout, [example], [()], [False])
     networks, _ = shown(world, referred / "lora.safetensors", posterior="mean")

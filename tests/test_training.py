@@ -719,6 +719,15 @@ def test_held_out_sets_are_shared_by_the_buckets():
     assert [len(sets) for _, sets in hold_out(sizes, 0.04)[1]] == [2, 3, 5, 6]
 
 
+def test_what_rounding_leaves_over_is_held_out_from_the_largest_buckets():
+    cases = ((4, 4, 4), [1, 0, 0]), ((1, 1, 2, 2, 2, 2, 5, 5, 10), [0, 0, 0, 0, 0, 0, 1, 0, 2]), ((4,), [0])
+    for counts, held in cases:
+        sizes = {replace(PAIR, panel_width=16 * (n + 1)): list(range(count)) for n, count in enumerate(counts)}
+        trained, kept = hold_out(sizes, 0.1)
+        assert [count - len(sets) for count, sets in zip(counts, trained.values(), strict=True)] == held
+        assert sum(len(sets) for _, sets in kept) == sum(held)
+
+
 def test_sums_over_one_process_are_left_alone():
     tensor = torch.ones(3)
     training.sum_over_processes([tensor], 1)
