@@ -1,10 +1,10 @@
 """Makes a set of pictures that belong together; panels that you keep come back unchanged, the others follow them.
 
-  python sample.py --grid 2x2 --mask 3                        a bundled example, panel 3 made from the other three
-  python sample.py --grid 1x2 --mask all --prompt "..."       from text alone
-  python sample.py --mask 2,4 --panels a.png b.png --panel-prompt "..." "..." "..." "..."
-  python sample.py --ref cat.png --ref robot.png --prompt "a cat beside a robot"        with subjects of references
-  python sample.py --config out/0001.json                     the same picture again
+python sample.py --grid 2x2 --mask 3                        a bundled example, panel 3 made from the other three
+python sample.py --grid 1x2 --mask all --prompt "..."       from text alone
+python sample.py --mask 2,4 --panels a.png b.png --panel-prompt "..." "..." "..." "..."
+python sample.py --ref cat.png --ref robot.png --prompt "a cat beside a robot"        with subjects of references
+python sample.py --config out/0001.json                     the same picture again
 """
 
 import hashlib

@@ -135,7 +135,10 @@ class _Parser(argparse.ArgumentParser):
 def _given(kind: type, argv: Sequence[str] | None, about: str, program: str | None) -> dict[str, Any]:
     """Reads the flags that stand on the command line, and no defaults."""
     parser = _Parser(
-        program, description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        program,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     types = _types(kind)
@@ -174,8 +177,12 @@ def _recorded(kind: type, path: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _types(kind: type) -> dict[str, type]:
     """Names the plain type of every field: int, float, str, bool or tuple (of texts), None left aside."""
-    hints = {name: next((h for h in get_args(hint) if h is not type(None) and h is not ...), hint)
-             if type(None) in get_args(hint) else hint for name, hint in get_type_hints(kind).items()}
+    hints = {
+        name: next((h for h in get_args(hint) if h is not type(None) and h is not ...), hint)
+        if type(None) in get_args(hint)
+        else hint
+        for name, hint in get_type_hints(kind).items()
+    }
     return {name: tuple if get_args(hint) else hint for name, hint in hints.items()}
 
 

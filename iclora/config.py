@@ -30,72 +30,102 @@ class SampleConfig:
     """
 
     grid: str | None = knob(
-        None, f"rows and columns of the set, 3x1 being three rows (default: the preset's; 1x1 with --ref; else {GRID})",
-        metavar="ROWSxCOLS", follows=("preset",),
+        None,
+        f"rows and columns of the set, 3x1 being three rows (default: the preset's; 1x1 with --ref; else {GRID})",
+        metavar="ROWSxCOLS",
+        follows=("preset",),
     )
     mask: str = knob("all", "panels to generate, in reading order: 3 or 2,4 or 2-4; the others are kept")
     panels: tuple[str, ...] = knob(
-        (), "the kept panels in reading order, or those of the whole grid (default: a bundled example)",
-        metavar="PICTURE", path=True, follows=("set",),
+        (),
+        "the kept panels in reading order, or those of the whole grid (default: a bundled example)",
+        metavar="PICTURE",
+        path=True,
+        follows=("set",),
     )
     set: str | None = knob(
-        None, "a folder instead of --panels, with 1.png, 2.png, ... and, if there is one, caption.txt",
-        metavar="DIR", path=True, follows=("panels",),
+        None,
+        "a folder instead of --panels, with 1.png, 2.png, ... and, if there is one, caption.txt",
+        metavar="DIR",
+        path=True,
+        follows=("panels",),
     )
     ref: tuple[str, ...] = knob(
-        (), "reference pictures, any number; what they show is to appear in the picture (UNO)",
-        metavar="PICTURE", path=True,
+        (),
+        "reference pictures, any number; what they show is to appear in the picture (UNO)",
+        metavar="PICTURE",
+        path=True,
     )
     prompt: str | None = knob(
-        None, "the joint caption of all panels; beside --panel-prompt the sentence before them",
-        metavar="TEXT", follows=("set", "panel_prompt"),
+        None,
+        "the joint caption of all panels; beside --panel-prompt the sentence before them",
+        metavar="TEXT",
+        follows=("set", "panel_prompt"),
     )
     panel_prompt: tuple[str, ...] = knob((), "what each panel shows, one text for each, kept ones too", metavar="TEXT")
     preset: str | None = knob(
         None, f"a published task, for its grid, size and markers: {', '.join(TASKS)}", choices=tuple(TASKS)
     )
     model: str = knob(
-        "tiny", "a folder under weights/, or the path of a model folder or of a transformer file",
-        metavar="NAME|PATH", path=True,
+        "tiny",
+        "a folder under weights/, or the path of a model folder or of a transformer file",
+        metavar="NAME|PATH",
+        path=True,
     )
     steps: int | None = knob(None, "Euler steps (default: 20; schnell 4)", valid=(1, 1000), follows=("model",))
     guidance: float | None = knob(
-        None, "strength of the text, as distilled into the model (default: 3.5, with --ref 4; schnell has none)",
-        valid=(0, 100), follows=("model", "ref"),
+        None,
+        "strength of the text, as distilled into the model (default: 3.5, with --ref 4; schnell has none)",
+        valid=(0, 100),
+        follows=("model", "ref"),
     )
     seed: int = knob(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
     num: int = knob(1, "how many pictures to make", valid=(1, 10_000))
     lora: tuple[str, ...] = knob(
-        (), "LoRA files to apply, each with a strength behind a colon if it is not 1: storyboard.safetensors:0.8 "
+        (),
+        "LoRA files to apply, each with a strength behind a colon if it is not 1: storyboard.safetensors:0.8 "
         "(default: none; with --ref the loras/uno.safetensors of a model that has one, also beside those that train.py "
         "made for panels)",
-        metavar="FILE[:STRENGTH]", path=True,
+        metavar="FILE[:STRENGTH]",
+        path=True,
     )
     panel_size: str | None = knob(
-        None, "pixels, 512 or 512x768 (default: the preset's, else 512; for tiny 64)",
-        metavar="WIDTHxHEIGHT", follows=("preset", "model"),
+        None,
+        "pixels, 512 or 512x768 (default: the preset's, else 512; for tiny 64)",
+        metavar="WIDTHxHEIGHT",
+        follows=("preset", "model"),
     )
     ref_size: int | None = knob(
-        None, "longer side of a reference in pixels (default: the LoRA's, or 512, of several 320, for tiny 64)",
-        valid=(16, 2048), follows=("model", "lora", "ref"),
+        None,
+        "longer side of a reference in pixels (default: the LoRA's, or 512, of several 320, for tiny 64)",
+        valid=(16, 2048),
+        follows=("model", "lora", "ref"),
     )
     offset: str | None = knob(
-        None, "references' places: d diagonally off, h below, w beside, o on the picture (default: the LoRA's, or d)",
-        choices=("d", "h", "w", "o"), follows=("lora",),
+        None,
+        "references' places: d diagonally off, h below, w beside, o on the picture (default: the LoRA's, or d)",
+        choices=("d", "h", "w", "o"),
+        follows=("lora",),
     )
     offset_scale: float | None = knob(
         None, "multiplies how far past it they stand (default: the LoRA's, or 1)", valid=(0, 100), follows=("lora",)
     )
     posterior: str | None = knob(
-        None, "references' latents: a sample under the seed, as UNO's, or the mean (default: the LoRA's, or sample)",
-        choices=("sample", "mean"), follows=("lora",),
+        None,
+        "references' latents: a sample under the seed, as UNO's, or the mean (default: the LoRA's, or sample)",
+        choices=("sample", "mean"),
+        follows=("lora",),
     )
     reference_attention: str | None = knob(
-        None, "references see all tokens, as UNO's, or each other alone, which makes steps faster and needs a LoRA "
-        "that was trained so (default: the LoRA's, or joint)", choices=REFERENCE_ATTENTION, follows=("lora",),
+        None,
+        "references see all tokens, as UNO's, or each other alone, which makes steps faster and needs a LoRA "
+        "that was trained so (default: the LoRA's, or joint)",
+        choices=REFERENCE_ATTENTION,
+        follows=("lora",),
     )
     schedule: str = knob(
-        "tokens", "times for the picture's number of tokens, or for 64 times too few, as UNO's release has them",
+        "tokens",
+        "times for the picture's number of tokens, or for 64 times too few, as UNO's release has them",
         choices=("tokens", "uno-release"),
     )
     strength: float = knob(
@@ -104,14 +134,19 @@ class SampleConfig:
     fit: str = knob("crop", "how pictures come to the panel size", choices=("crop", "pad", "stretch"))
     device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(
-        None, "of the weights (default: bfloat16; for tiny on a CPU float32)",
-        choices=("float32", "bfloat16", "float16"), follows=("model",),
+        None,
+        "of the weights (default: bfloat16; for tiny on a CPU float32)",
+        choices=("float32", "bfloat16", "float16"),
+        follows=("model",),
     )
     tile: bool = knob(False, "decode in overlapping tiles: less memory, slightly other pixels")
     out: str = knob("out", "folder for the files; nothing in it is overwritten", metavar="DIR", path=True, saved=False)
     config: str | None = knob(
-        None, "replay the JSON saved beside a picture; flags given as well win",
-        metavar="FILE.json", path=True, saved=False,
+        None,
+        "replay the JSON saved beside a picture; flags given as well win",
+        metavar="FILE.json",
+        path=True,
+        saved=False,
     )
 
     def __post_init__(self) -> None:
@@ -134,55 +169,77 @@ class TrainConfig:
         IN_CONTEXT, "uno learns to follow reference pictures, the other relations between panels", choices=METHODS
     )
     stage: int | None = knob(
-        None, "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)", valid=(1, 2),
+        None,
+        "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)",
+        valid=(1, 2),
         follows=("method",),
     )
     grid: str | None = knob(
-        None, "rows and columns of every set, 3x1 being three rows (default: what each set.json says)",
-        metavar="ROWSxCOLS", follows=("method",),
+        None,
+        "rows and columns of every set, 3x1 being three rows (default: what each set.json says)",
+        metavar="ROWSxCOLS",
+        follows=("method",),
     )
     model: str = knob(
-        "tiny", "the base: a folder under weights/, or the path of a model folder or of a transformer file",
-        metavar="NAME|PATH", path=True,
+        "tiny",
+        "the base: a folder under weights/, or the path of a model folder or of a transformer file",
+        metavar="NAME|PATH",
+        path=True,
     )
     rank: int | None = knob(
         None, "of the LoRA, and its alpha (default: 16; uno 512, on tiny 64)", valid=(1, 4096), follows=("method",)
     )
     targets: str | None = knob(
-        None, "what is adapted: all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: "
-        "all-linear; uno uno, which is qkv and proj)", follows=("method",),
+        None,
+        "what is adapted: all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: "
+        "all-linear; uno uno, which is qkv and proj)",
+        follows=("method",),
     )
     init_lora: str | None = knob(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
     condition: str = knob(
-        "none", "clean: randomly chosen panels stay clean, the loss is on the others, and sampling does the same",
-        choices=("none", "clean"), follows=("method",),
+        "none",
+        "clean: randomly chosen panels stay clean, the loss is on the others, and sampling does the same",
+        choices=("none", "clean"),
+        follows=("method",),
     )
     concat: str = knob(
-        "pixels", "panels become one picture before the autoencoder sees them, or one row of tokens behind it",
-        choices=("pixels", "tokens"), follows=("method",),
+        "pixels",
+        "panels become one picture before the autoencoder sees them, or one row of tokens behind it",
+        choices=("pixels", "tokens"),
+        follows=("method",),
     )
     text: str = knob(
-        "joint", "one caption for all panels, or each panel reads its own part and what stands before the first",
-        choices=("joint", "panel"), follows=("method",),
+        "joint",
+        "one caption for all panels, or each panel reads its own part and what stands before the first",
+        choices=("joint", "panel"),
+        follows=("method",),
     )
     ref_size: int | None = knob(
-        None, "longer side of a reference in pixels (default: of a single one 512, of several 320; tiny 64)",
-        valid=(16, 2048), follows=("model", "method"),
+        None,
+        "longer side of a reference in pixels (default: of a single one 512, of several 320; tiny 64)",
+        valid=(16, 2048),
+        follows=("model", "method"),
     )
     offset: str | None = knob(
-        None, "references' places, as sample.py's (default: the starting LoRA's, or d)", choices=("d", "h", "w", "o"),
+        None,
+        "references' places, as sample.py's (default: the starting LoRA's, or d)",
+        choices=("d", "h", "w", "o"),
         follows=("method", "init_lora"),
     )
     offset_scale: float | None = knob(
         None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100), follows=("method", "init_lora")
     )
     posterior: str | None = knob(
-        None, "references' latents: a new sample in every step, or the mean (default: the starting LoRA's, or sample)",
-        choices=("sample", "mean"), follows=("method", "init_lora"),
+        None,
+        "references' latents: a new sample in every step, or the mean (default: the starting LoRA's, or sample)",
+        choices=("sample", "mean"),
+        follows=("method", "init_lora"),
     )
     reference_attention: str | None = knob(
-        None, "references see all tokens and their time, as UNO's, or each other alone, at time 0: once for all steps "
-        "of sampling (default: the starting LoRA's, or joint)", choices=REFERENCE_ATTENTION,
+        None,
+        "references see all tokens and their time, as UNO's, or each other alone, at time 0: once for all steps "
+        "of sampling (default: the starting LoRA's, or joint)",
+        choices=REFERENCE_ATTENTION,
         follows=("method", "init_lora"),
     )
     steps: int | None = knob(
@@ -206,12 +263,16 @@ class TrainConfig:
         None, "share of captions that are left out (default: 0.05; uno 0.1)", valid=(0, 1), follows=("method",)
     )
     times: str | None = knob(
-        None, "how times are drawn; shifted moves them towards noise as sampling does (default: logit-normal; uno "
-        "shifted)", choices=("logit-normal", "shifted", "uniform"), follows=("method",),
+        None,
+        "how times are drawn; shifted moves them towards noise as sampling does (default: logit-normal; uno shifted)",
+        choices=("logit-normal", "shifted", "uniform"),
+        follows=("method",),
     )
     panel_size: int | None = knob(
-        None, "side in pixels of a square panel; others keep their shape and get its area (default: 512; tiny 64)",
-        valid=(16, 8192), follows=("model",),
+        None,
+        "side in pixels of a square panel; others keep their shape and get its area (default: 512; tiny 64)",
+        valid=(16, 8192),
+        follows=("model",),
     )
     fit: str = knob("crop", "how pictures come to the size of their bucket", choices=("crop", "pad", "stretch"))
     holdout: float = knob(0.1, "share of the sets kept for the validation loss, at most 32 in all", valid=(0, 0.9))
@@ -221,14 +282,19 @@ class TrainConfig:
     seed: int = knob(0, "of everything that is drawn", valid=(0, LAST_SEED))
     device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(
-        None, "of the base's weights; the LoRA's are float32 (default: bfloat16; for tiny on a CPU float32)",
-        choices=("float32", "bfloat16"), follows=("model",),
+        None,
+        "of the base's weights; the LoRA's are float32 (default: bfloat16; for tiny on a CPU float32)",
+        choices=("float32", "bfloat16"),
+        follows=("model",),
     )
     tensorboard: bool = knob(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = knob("runs/lora", "folder of the run; a run found there goes on", metavar="DIR", path=True, saved=False)
     config: str | None = knob(
-        None, "take the settings of another run's config.json; flags given as well win",
-        metavar="FILE.json", path=True, saved=False,
+        None,
+        "take the settings of another run's config.json; flags given as well win",
+        metavar="FILE.json",
+        path=True,
+        saved=False,
     )
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """Converts a LoRA for FLUX.1 between dialects; the input's dialect is recognised.
 
-  python -m iclora.convert IN OUT --to kohya        loads in kohya, ComfyUI and diffusers; Linears of blocks only
-  python -m iclora.convert IN OUT --to diffusers    loads in diffusers and ComfyUI; every Linear
-  python -m iclora.convert IN OUT --to xlabs        for XLabs and UNO; attention and projections only
+python -m iclora.convert IN OUT --to kohya        loads in kohya, ComfyUI and diffusers; Linears of blocks only
+python -m iclora.convert IN OUT --to diffusers    loads in diffusers and ComfyUI; every Linear
+python -m iclora.convert IN OUT --to xlabs        for XLabs and UNO; attention and projections only
 """
 
 import os
@@ -24,11 +24,17 @@ from .knobs import check, knob
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
 WIDTHS = {
-    "img_in": ("out", "channels"), "txt_in": ("out", "context"),
-    "time_in.in_layer": ("out", ""), "guidance_in.in_layer": ("out", ""), "vector_in.in_layer": ("out", "vec"),
-    "double_blocks.{}.img_mlp.0": ("in", "M"), "double_blocks.{}.txt_mlp.0": ("in", "M"),
-    "double_blocks.{}.img_mlp.2": ("out", "M"), "double_blocks.{}.txt_mlp.2": ("out", "M"),
-    "single_blocks.{}.linear1": ("in", "3D + M"), "single_blocks.{}.linear2": ("out", "D + M"),
+    "img_in": ("out", "channels"),
+    "txt_in": ("out", "context"),
+    "time_in.in_layer": ("out", ""),
+    "guidance_in.in_layer": ("out", ""),
+    "vector_in.in_layer": ("out", "vec"),
+    "double_blocks.{}.img_mlp.0": ("in", "M"),
+    "double_blocks.{}.txt_mlp.0": ("in", "M"),
+    "double_blocks.{}.img_mlp.2": ("out", "M"),
+    "double_blocks.{}.txt_mlp.2": ("out", "M"),
+    "single_blocks.{}.linear1": ("in", "3D + M"),
+    "single_blocks.{}.linear2": ("out", "D + M"),
 }
 
 
@@ -45,7 +51,8 @@ class ConvertConfig:
         None, "check against this model; without one, its widths are read off the LoRA", metavar="NAME|PATH"
     )
     dtype: str | None = knob(
-        None, "of the tensors (default: as they are; float32 if you need every bit where a scale is folded in)",
+        None,
+        "of the tensors (default: as they are; float32 if you need every bit where a scale is folded in)",
         choices=("float32", "bfloat16", "float16"),
     )
 
@@ -102,9 +109,17 @@ def infer_config(file: LoraFile) -> FluxConfig:
     if mlp < 1 or hidden < 1:
         raise ValueError(f"{file.path} has shapes that no FLUX.1 can have (width {hidden}, MLP {mlp})")
     return FluxConfig(
-        in_channels=64, out_channels=64, vec_in_dim=size.get("vec", 768), context_in_dim=size.get("context", 4096),
-        hidden_size=hidden, mlp_hidden=mlp, num_heads=1, depth=depth["double_blocks"],
-        depth_single_blocks=depth["single_blocks"], axes_dim=(hidden,), guidance_embed=True,
+        in_channels=64,
+        out_channels=64,
+        vec_in_dim=size.get("vec", 768),
+        context_in_dim=size.get("context", 4096),
+        hidden_size=hidden,
+        mlp_hidden=mlp,
+        num_heads=1,
+        depth=depth["double_blocks"],
+        depth_single_blocks=depth["single_blocks"],
+        axes_dim=(hidden,),
+        guidance_embed=True,
     )
 
 

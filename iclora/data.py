@@ -1,8 +1,8 @@
 """Panel sets on disk, and the check of a data set:
 
-  python -m iclora.data sets/                                 what a training would use, what is doubtful, what broken
-  python -m iclora.data photos/ --grid 2x2 --panel-size 512   the same for other data; the folder comes first
-  python -m iclora.data pairs.json --model flux-dev           the same for UNO's pairs
+python -m iclora.data sets/                                 what a training would use, what is doubtful, what broken
+python -m iclora.data photos/ --grid 2x2 --panel-size 512   the same for other data; the folder comes first
+python -m iclora.data pairs.json --model flux-dev           the same for UNO's pairs
 """
 
 import hashlib

@@ -3,6 +3,7 @@
 Panels are numbered from 1 in reading order. Grids are rows x columns, sizes width x height in pixels.
 Letters: I image tokens of 16x16 pixels, row by row; h, w the composite's height and width in pixels.
 """
+
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 A joint caption is one paragraph: an optional fixed beginning, a sentence about the whole set, then each panel's text
 behind its marker. Sources: arXiv:2410.23775 ([IMAGE1]...) and the model zoo of ali-vilab/In-Context-LoRA (the rest).
 """
+
 import re
 import unicodedata
 from collections import Counter
@@ -137,12 +138,19 @@ def lint(prompt: str, rows: int, cols: int) -> list[str]:
     found = [(match, *_canonical(match)) for match in _MARKER.finditer(prompt)]
     if not found:
         names = [f"[IMAGE{number}]" for number in (1, rows * cols)]
-        return [] if rows * cols == 1 else [
-            f"no markers for the {rows * cols} panels of the {rows}x{cols} grid; "
-            f"introduce each panel by its own, {names[0]} to {names[1]}"
-        ]
-    findings = [f"{' '.join(match[0].split())} is not how the marker is written; write {name}"
-                for match, name, _ in found if match[0] != name]
+        return (
+            []
+            if rows * cols == 1
+            else [
+                f"no markers for the {rows * cols} panels of the {rows}x{cols} grid; "
+                f"introduce each panel by its own, {names[0]} to {names[1]}"
+            ]
+        )
+    findings = [
+        f"{' '.join(match[0].split())} is not how the marker is written; write {name}"
+        for match, name, _ in found
+        if match[0] != name
+    ]
     kinds = sorted({kind for _, _, kind in found})
     if len(kinds) > 1:
         return [*findings, f"{' and '.join(kinds)} markers are mixed; use one kind"]
@@ -152,7 +160,7 @@ def lint(prompt: str, rows: int, cols: int) -> list[str]:
     findings += _compare(names, markers_for(kinds[0], rows, cols), f"{rows}x{cols}")
     ends = [match.start() for match, _, _ in found[1:]] + [len(prompt)]
     for (match, name, _), end in zip(found, ends, strict=True):
-        if not any(character.isalnum() for character in prompt[match.end():end]):
+        if not any(character.isalnum() for character in prompt[match.end() : end]):
             findings.append(f"{name} has no text after it; say what its panel shows")
     return findings
 
@@ -195,8 +203,11 @@ def _compare(names: Sequence[str], expected: Sequence[str], grid: str) -> list[s
         findings.append(f"{len(counts)} markers, but the {grid} grid has {len(expected)} panels")
     findings += [f"{name} is missing" for name in expected if name not in counts]
     findings += [f"{name} stands {count} times; once is enough" for name, count in counts.items() if count > 1]
-    findings += [f"{name} does not fit the {grid} grid, whose markers are {' '.join(expected)}"
-                 for name in counts if name not in expected]
+    findings += [
+        f"{name} does not fit the {grid} grid, whose markers are {' '.join(expected)}"
+        for name in counts
+        if name not in expected
+    ]
     order = [name for name in counts if name in expected]
     if order != sorted(order, key=expected.index):
         findings.append(f"the order {' '.join(order)} is not reading order; panels go row by row from the left")

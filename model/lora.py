@@ -34,7 +34,9 @@ TARGETS = {
         ("single_blocks.*.linear2", "all"),
     ),
     "mlp": (
-        ("double_blocks.*_mlp.[02]", "all"), ("single_blocks.*.linear1", "mlp"), ("single_blocks.*.linear2", "all"),
+        ("double_blocks.*_mlp.[02]", "all"),
+        ("single_blocks.*.linear1", "mlp"),
+        ("single_blocks.*.linear2", "all"),
     ),
     "mod": (("double_blocks.*_mod.lin", "all"), ("single_blocks.*.modulation.lin", "all")),
     "uno": (("double_blocks.*_attn.*", "all"), ("single_blocks.*.linear1", "qkv"), ("single_blocks.*.linear2", "all")),

@@ -2,6 +2,7 @@
 
 Letters: h, w in pixels. A picture is a PIL image in mode RGB; an image is a tensor in -1..1.
 """
+
 import io
 import logging
 import os

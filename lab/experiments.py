@@ -1,0 +1,253 @@
+"""The papers' experiments on the picture world: python -m lab.experiments tasks condition
+
+An experiment is a table of arms (lab.arms). Each arm trains its LoRA with train.py, or is the base alone, and then
+makes pictures of held-out subjects: the same ones from the same noise in every arm, which judges look at. Trainings
+and what was judged are kept in --work, so that a run goes on where it was stopped, and what arms share is done once.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import train
+from iclora.cache import file_mark
+from iclora.restart import write_whole
+from lab.benchmarks.rounds import take_turns
+from model.checkpoint import save_safetensors
+from model.flux import Flux
+from model.lora import attach, load_lora, merge
+from model.weights import find_model, read_flux_config
+
+from . import entry
+from .arms import EXPERIMENTS, FITTING, Experiment, Training
+from .eyes import load_eyes
+from .generate import Networks, load_networks
+from .judge import Found, Judge, Ruler
+from .pairs import make_pairs, write_pairs
+from .panels import write_sets
+from .report import put_between
+from .tables import sheet, tables, what_intervals_cover
+from .tasks import COUNT, write_tasks
+from .truth import load_reader
+
+BUNDLE = 3 * 2**20  # bytes that a bundled LoRA may take
+ROUNDS = 10  # of timing
+PACE = (
+    "Seconds a set: one picture by itself, from prompt and references to pixels, with all networks loaded; median and "
+    "quartiles of {} rounds in which the arms take turns, {} threads. Speeds are compared within each round."
+)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Run the experiments that are asked for, one after the other; what they share is trained and judged once."""
+    for name in args.experiments if args.document else ():
+        put_between(args.document, f"lab.experiments {name}", None)  # refuses it before hours of training
+    ruler = load_ruler(args.judges or args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    @functools.cache
+    def trained(training: Training | str | None, steps: int, seed: int) -> tuple[Path | None, float | None]:
+        if not isinstance(training, Training):
+            return training and find_model(args.model).root / training, None
+        start, before = trained(training.start, steps, seed) if training.start else (None, 0.0)
+        lora, took = train_one(training, start, steps, seed, args)
+        return lora, None if took is None or before is None else took + before
+
+    for name in args.experiments:
+        experiment = EXPERIMENTS[name]
+        steps, seeds, judge = args.steps or experiment.steps, range(experiment.seeds), experiment.judge
+        truth = {arm.task: judge_truth(judge, arm.task, ruler, args) for arm in experiment.arms}
+        found, seconds, files = [], [], []
+        for arm in experiment.arms:
+            loras = [trained(arm.training, steps, seed) for seed in seeds]
+            found.append([judge_one(judge, arm.task, lora, ruler, args) for lora, _ in loras])
+            files.append([lora for lora, _ in loras])
+            known = [took for _, took in loras if took is not None]
+            seconds.append(sum(known) / len(known) if len(known) == len(loras) else None)
+        paces = take_paces(experiment, [loras[0] for loras in files], args) if experiment.timed else []
+        write(name, steps, args, truth, found, seconds, files, paces)
+
+
+# training
+
+
+def train_one(
+    training: Training, start: Path | None, steps: int, seed: int, args: argparse.Namespace
+) -> tuple[Path, float | None]:
+    """Train a LoRA as far as it is not yet.
+
+    start: the LoRA that it goes on from
+    Returns its file, and the seconds that it took, None if it was not trained at one go
+    Errors: ValueError if train.py fails, which has said why
+    """
+    steps *= training.length
+    given = [fitting_rank(args.model) if flag is FITTING else flag for flag in training.flags]
+    flags = ["--data", str(draw_data(training, args.work)), "--model", args.model, "--steps", str(steps)]
+    flags += ["--method", "uno", "--stage", str(training.stage)] if training.stage else []
+    flags += [*(["--init-lora", str(start)] if start else []), *given, *(["--seed", str(seed)] if seed else [])]
+    before = [start.parent.name] if start else [args.model]
+    stage = [f"stage-{training.stage}"] if training.stage else []
+    words = [*before, *stage, data_name(training), str(steps), *given, *([f"seed-{seed}"] if seed else [])]
+    folder = args.work / "-".join(word.strip("-").replace("/", "-") for word in words)
+    begun, clock = (folder / train.CHECKPOINT).exists(), time.monotonic()
+    if train.main([*flags, "--out", str(folder)]):
+        raise ValueError(f"the training in {folder} did not end well")
+    if not begun:
+        write_whole(folder / "seconds.json", json.dumps(time.monotonic() - clock))
+    clocked = folder / "seconds.json"
+    return folder / train.RESULT, json.loads(clocked.read_text()) if clocked.exists() else None
+
+
+def data_name(training: Training) -> str:
+    return "+".join(f"{kind}-{count}" for kind, count in training.data) or "sets"
+
+
+def draw_data(training: Training, work: Path) -> Path:
+    """Where the sets or pairs of a training lie; they are drawn into --work unless they are committed ones."""
+    if training.stage:
+        path = work / "pairs" / f"{data_name(training)}.json"
+        if not path.exists():
+            write_pairs([pair for kind, count in training.data for pair in make_pairs(kind, count, seed=0)], path)
+        return path
+    ((task, count),) = training.data or (("", COUNT),)
+    if task == "panels":
+        path = work / data_name(training) / "sets.jsonl"
+        return path if path.exists() else write_sets(path.parent, count)
+    if count == COUNT:
+        return Path("sets", task)
+    write_tasks(work / f"sets-{count}", count)
+    return work / f"sets-{count}" / task
+
+
+def fitting_rank(model: str) -> str:
+    """The largest rank, in steps of 8 up to 128, with which a UNO LoRA of a model may be bundled."""
+    with torch.device("meta"):
+        flux = Flux(read_flux_config(find_model(model).flux))
+    of_one = sum(p.numel() for p in attach(flux, "uno", 1, generator=torch.Generator("cpu")))
+    return str(min(128, max(8, BUNDLE // (2 * of_one) // 8 * 8)))
+
+
+# judging
+
+
+def load_ruler(model: str) -> Ruler:
+    """The reader of a model, and CLIP and DINOv2 where it has them."""
+    files = find_model(model)
+    eyes = load_eyes(model) if (files.root / "clip").is_dir() and (files.root / "dinov2").is_dir() else None
+    return Ruler(load_reader(files.flux.parent / "truth" / "model.safetensors"), eyes)
+
+
+def judge_one(judge: Judge, task: str, lora: Path | None, ruler: Ruler, args: argparse.Namespace) -> Found:
+    """What a judge finds of the base with a LoRA, or without."""
+    measure = functools.partial(judge.measure, task)
+    return remembered(judge, task, lora, args, lambda: measure(*with_lora(args.model, lora), ruler, args.count))
+
+
+def judge_truth(judge: Judge, task: str, ruler: Ruler, args: argparse.Namespace) -> Found:
+    """What a judge finds of true pictures."""
+    measure = functools.partial(judge.measure_truth, task)
+    return remembered(judge, task, "truth", args, lambda: measure(load_networks(args.model), ruler, args.count))
+
+
+def remembered(
+    judge: Judge, task: str, what: Path | str | None, args: argparse.Namespace, find: Callable[[], Found]
+) -> Found:
+    """Find something, or read what was found before with the same files; remove judged/ when judges have changed."""
+    folders = sorted({find_model(model).root for model in (args.model, args.judges or args.model)})
+    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name != "loras"]
+    mark = file_mark([*weights, *([what] if isinstance(what, Path) else [])])[:16]
+    kind = "truth" if what == "truth" else "made"
+    path = args.work / "judged" / f"{judge.name}-{task}-{args.count}-{kind}-{mark}.safetensors"
+    if not path.exists():
+        figures, rows = find()
+        tensors = {f"figure:{name}": torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_safetensors(tensors | {f"row:{i:03d}": row.clone() for i, row in enumerate(rows)}, path)
+    tensors = load_file(path)
+    figures = {k.removeprefix("figure:"): t.tolist() for k, t in tensors.items() if k.startswith("figure:")}
+    return figures, [tensors[k] for k in sorted(tensors) if k.startswith("row:")]
+
+
+def with_lora(model: str, lora: Path | None) -> tuple[Networks, dict[str, str]]:
+    """The networks of a model with a LoRA merged, and its metadata, which say how it wants to be sampled."""
+    networks = load_networks(model)
+    if lora is None:
+        return networks, {}
+    about = load_lora(networks.flux, lora).metadata
+    merge(networks.flux)
+    return networks, about
+
+
+def take_paces(experiment: Experiment, loras: list[Path | None], args: argparse.Namespace) -> list[list[float]]:
+    """The seconds that a set takes in every arm, round by round; the arms of a task take turns in each.
+
+    loras: of every arm
+    """
+    paces: list[list[float]] = [[] for _ in loras]
+    for task in dict.fromkeys(arm.task for arm in experiment.arms):
+        own = [i for i, arm in enumerate(experiment.arms) if arm.task == task]
+        calls = {experiment.arms[i].name: experiment.judge.one(task, *with_lora(args.model, loras[i])) for i in own}
+        measured = take_turns(calls, ROUNDS, torch.device("cpu"))
+        for i in own:
+            paces[i] = measured[experiment.arms[i].name]
+    return paces
+
+
+# what is written
+
+
+def write(
+    name: str, steps: int, args: argparse.Namespace, truth: dict[str, Found], found: list[list[Found]],
+    seconds: Sequence[float | None], files: Sequence[Sequence[Path | None]], paces: Sequence[Sequence[float]],
+) -> None:  # fmt: skip
+    """Print the tables of an experiment; write them, the values of every set, and a sheet of each task.
+
+    files: the LoRAs of every arm, by seed; their marks stand beside the values
+    """
+    experiment = EXPERIMENTS[name]
+    about = f"{args.count} held-out sets; {steps} steps a stage; on the base {Path(args.model).name}."
+    lines = [f"### {experiment.title}", "", f"{about} {what_intervals_cover(experiment)}", ""]
+    lines += [note for words in experiment.judge.notes for note in (words, "")]
+    lines += [PACE.format(ROUNDS, torch.get_num_threads()), ""] if paces else []
+    of_arms = [[figures for figures, _ in each] for each in found]
+    lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds, paces)
+    rows = [{"task": task, "name": "true sets", "figures": [figures]} for task, (figures, _) in truth.items()]
+    for i, (arm, figures, took) in enumerate(zip(experiment.arms, of_arms, seconds, strict=True)):
+        marks = [lora and file_mark([lora]) for lora in files[i]]
+        pace = {"seconds a set": paces[i]} if paces else {}
+        rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, **pace, "figures": figures})
+    values = {"model": Path(args.model).name, "count": args.count, "steps": steps, "rows": rows}
+    write_whole(args.out / f"{name}.json", json.dumps(values) + "\n")
+    for task, (_, parts) in truth.items():
+        made = [row for arm, each in zip(experiment.arms, found, strict=True) if arm.task == task for row in each[0][1]]
+        sheet([*parts, *made]).save(args.out / f"{name}-{task}.png", optimize=True)
+        lines += ["", f"{task}: {experiment.judge.sheet}", "", f"![{name}, {task}]({args.out.name}/{name}-{task}.png)"]
+    print("\n".join(lines) + "\n", flush=True)
+    if args.document:
+        put_between(args.document, f"lab.experiments {name}", "\n".join(lines) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.experiments", description=__doc__)
+    parser.add_argument("experiments", nargs="+", choices=tuple(EXPERIMENTS), help="what to train and judge")
+    parser.add_argument("--model", default="tiny", help="the base, as for train.py")
+    parser.add_argument("--judges", metavar="MODEL", help="whose reader, CLIP and DINOv2 judge (default: --model's)")
+    parser.add_argument("--count", type=entry.positive, default=100, help="held-out sets that are judged")
+    of_each = "of a training or stage (default: 400, filling-in 4000, UNO 1200, tiny-uno 3000)"
+    parser.add_argument("--steps", type=entry.positive, help=of_each)
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="folder of the trainings")
+    parser.add_argument("--out", type=Path, default=Path("lab/results"), help="folder for values and sheets")
+    parser.add_argument("--document", type=Path, help="also write the tables between their marks in this file")
+    return entry.run(parser, run_all, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""What a LoRA's sets are judged by: does a set of held-out subjects show its task's relation, and do traits survive?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iclora.layout import Layout, stitch
+from sampling.images import to_tensor
+
+from .eyes import Eyes
+from .generate import Networks, generate
+from .report import tensors_after
+from .scores import hidden_agreement, interval, line, ratio, tiles, verdict
+from .sets import PANEL
+from .tasks import GRIDS, TaskSet, is_sketch, is_sparkled, is_walk, task_sets
+from .truth import Reader, Reading, read
+from .world import Subject
+
+SEED = 9_000_000  # of the sets that are judged
+COLUMNS = 6  # sets on a sheet
+SUCCESS = ("from text", "first panel given", "given, caption silent")
+KINDS = ("named", "unnamed")  # traits that captions may name, and those that they never do
+ALIKE = "unnamed, none given"  # how far panels from text agree with each other
+BASE_BAR, LORA_BAR, TRAITS_BAR = 0.2, 0.85, 0.8  # at most, at least, and at least of the ceiling
+Figures = dict[str, list[float]]  # name -> a value of each set
+Found = tuple[Figures, list[Tensor]]  # and rows of composites for a sheet
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """What everything is measured with; eyes are None where a model has none."""
+
+    reader: Reader
+    eyes: Eyes | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How the arms of a method are judged.
+
+    measure: (case, networks, metadata of the LoRA, ruler, count) -> figures and rows of what was made
+    measure_truth: (case, networks, ruler, count) -> the same of true pictures, as the autoencoder gives them back
+    columns: figures that tables show
+    head: of a second table, and details: its lines for an arm: (case, name, figures, those of true pictures)
+    notes: what the figures are; sheet: what it shows
+    one: (case, networks, metadata of the LoRA) -> a call that makes a single set, to be timed
+    """
+
+    name: str
+    measure: Callable[..., Found]
+    measure_truth: Callable[..., Found]
+    columns: tuple[str, ...]
+    head: tuple[str, ...]
+    details: Callable[[str, str, Figures, Figures], list[str]]
+    notes: tuple[str, ...] = ()
+    sheet: str = ""
+    one: Callable[..., Callable[[], Tensor]] | None = None
+
+
+def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
+    """Make sets with the networks of an arm and judge them.
+
+    about: metadata of its LoRA, whose ways are followed; the base has none
+    """
+    reader, ways = ruler.reader, ways_of(about)
+    sets = task_sets(task, count, SEED, held_out=True)
+    true, seeds = to_tensors(sets), list(range(count))
+    given = {"kept": only_first(true), "masked": tuple(range(2, len(sets[0].pictures) + 1))}
+
+    def make(captions: list[str], seeds: list[int] = seeds, **kept: Tensor | tuple[int, ...]) -> Tensor:
+        return generate(networks, captions, GRIDS[task], seeds, **ways, **kept)
+
+    told, silent = [one.caption for one in sets], [one.silent for one in sets]
+    made = [make(told), make(told, **given), make(silent, **given)]
+    figures = {name: judge(task, reader, image) for name, image in zip(SUCCESS, made, strict=True)}
+    if task == "walk":  # dusk and pencil hide what the reader reads
+        figures |= identity(reader, made[2], sets, "own panel")
+        given["kept"] = only_first(true.roll(1, dims=0))
+        figures |= identity(reader, make(silent, **given), sets, "another's panel")
+        again = make(told, [count + seed for seed in seeds])
+        figures |= alike(reader, made[0], made[0], sets, "own panel")
+        figures |= alike(reader, made[0], again, sets, "another's panel")
+    return figures, [made[0][:COLUMNS], made[1][:COLUMNS]]
+
+
+def ways_of(about: dict[str, str]) -> dict[str, str | bool]:
+    """The ways of lab.generate that a LoRA says it was trained in; the base says nothing."""
+    ways = {"concat": about.get("iclora.concat", "pixels"), "text": about.get("iclora.text", "joint")}
+    return {"clean": about.get("iclora.condition") == "clean", **ways}
+
+
+def measure_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Found:
+    """The same figures of the true sets, as the autoencoder gives them back: more cannot be reached."""
+    sets = task_sets(task, count, SEED, held_out=True)
+    after = tensors_after(networks, to_tensors(sets))
+    figures = dict.fromkeys(SUCCESS, judge(task, ruler.reader, after))
+    if task == "walk":
+        figures |= identity(ruler.reader, after, sets, "own panel")
+        figures |= alike(ruler.reader, after, after, sets, "own panel")
+    return figures, [after[:COLUMNS]]
+
+
+def to_tensors(sets: list[TaskSet]) -> Tensor:
+    """The sets as composites: (N, 3, h, w) in -1..1."""
+    layout = Layout(*sets[0].grid, PANEL, PANEL)
+    return torch.cat([to_tensor(stitch(one.pictures, layout)) for one in sets])
+
+
+def only_first(image: Tensor) -> Tensor:
+    """Composites (N, 3, h, w) in which all but the first panel is 0."""
+    kept = torch.zeros_like(image)
+    kept[:, :, :PANEL, :PANEL] = image[:, :, :PANEL, :PANEL]
+    return kept
+
+
+def judge(task: str, reader: Reader, image: Tensor) -> list[float]:
+    """Whether each composite (N, 3, h, w) shows the relation of the task: 1 or 0."""
+    rows, cols = GRIDS[task]
+    panels = tiles(image).unflatten(0, (-1, rows * cols))  # (N, panels, 3, 64, 64)
+    if task == "walk":
+        return [float(is_walk(read(reader, group))) for group in panels]
+    relation = is_sparkled if task == "sparkle" else is_sketch
+    return [float(relation(group[1], group[0])) for group in panels]
+
+
+def identity(reader: Reader, image: Tensor, sets: list[TaskSet], given: str) -> Figures:
+    """Which share of the subject's traits the later panels show, by kind of trait; a mean of each set."""
+    readings, size = read(reader, tiles(image)), len(sets[0].panels)
+    figures: Figures = {f"{kind}, {given}": [] for kind in KINDS}
+    for first, one in zip(range(0, len(readings), size), sets, strict=True):
+        shares = [traits(found, one.panels[0].placed[0].subject) for found in readings[first + 1 : first + size]]
+        for values, share in zip(figures.values(), np.mean(shares, axis=0), strict=True):
+            values.append(float(share))
+    return figures
+
+
+def alike(reader: Reader, image: Tensor, other: Tensor, sets: list[TaskSet], whose: str) -> Figures:
+    """Which share of its unnamed traits the subject in panel 1 of another picture has in the later panels of this one.
+
+    Captions cannot tell them, so panels of one set agree only as far as the model makes them for each other.
+    """
+    size = len(sets[0].panels)
+    pages = [read(reader, tiles(picture)) for picture in (image, other)]
+    values = []
+    for first, one in zip(range(0, len(pages[0]), size), sets, strict=True):
+        shape = one.panels[0].placed[0].subject.shape
+        shown = next((seen for seen in pages[1][first].seen if seen.shape == shape), None)
+        later = pages[0][first + 1 : first + size] if shown else []
+        values.append(float(np.mean([list(hidden_agreement(found, shown).values()) for found in later] or [0])))
+    return {f"{ALIKE}, {whose}": values}
+
+
+def traits(reading: Reading, subject: Subject) -> tuple[float, float]:
+    """Which share of the subject's named and unnamed traits one of its shape has in a panel; if there is none, 0."""
+    same = [one for one in reading.seen if one.shape == subject.shape]
+    names = ("shape", "colour", "pattern", "accessory")
+    named = [any(getattr(one, name) == getattr(subject, name) for one in same) for name in names]
+    return float(np.mean(named)), float(np.mean(list(hidden_agreement(reading, subject).values())))
+
+
+AGREEMENT = (
+    "| arm | figure | own panel | another's | difference | ceiling | own / ceiling | bar | |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+DETAILS = (
+    "Task success against its bars, if it has some; and the share of the subject's traits in the panels behind the "
+    "first: those of the panel that was given, with captions silent about it, or, where none was given, those that the "
+    "first panel got by chance, in the same set and in another one of the same caption:",
+    "",
+    *AGREEMENT,
+)
+
+
+def details(task: str, name: str, figures: Figures, most: Figures, barred: bool = False) -> list[str]:
+    """Lines of an arm: traits that reappear, by kind, against the same run with another's panel.
+
+    barred: whether the bars hold here; then task success is told too
+    """
+    lines, base = [], name == "base"
+    for way in SUCCESS[:2] if barred else ():
+        told = verdict(float(np.mean(figures[way])), BASE_BAR if base else LORA_BAR, most=base)
+        cells = [interval(figures[way]), None, None, interval(most[way]), None]
+        lines.append(line(f"{task}: {name}", f"task success, {way}", cells, *told))
+    for kind in (*KINDS, ALIKE):
+        if f"{kind}, own panel" in figures:
+            own, other = figures[f"{kind}, own panel"], figures[f"{kind}, another's panel"]
+            ceiling = most[f"{kind}, own panel"]
+            share = ratio(own, ceiling)
+            told = verdict(share[0], TRAITS_BAR) if barred and not base and kind in KINDS else ("", "")
+            cells = [*map(interval, (own, other, np.subtract(own, other), ceiling)), share]
+            lines.append(line(f"{task}: {name}", kind, cells, *told))
+    return lines
+
+
+IN_CONTEXT = Judge(
+    "in-context", measure, measure_truth, SUCCESS, DETAILS, details,
+    sheet="true sets, then for every arm sets from text and with their first panel given",
+)  # fmt: skip
+IN_CONTEXT_WITH_BARS = replace(IN_CONTEXT, details=partial(details, barred=True))

@@ -1,0 +1,93 @@
+"""What filling in a panel is judged by: panel 3 of 2x2 sets of held-out subjects, from the three others.
+
+A case is how much the caption tells of the subject: all that captions can, its shape, or nothing. The same captions and
+noise are also run with other sets' panels, of subjects that the caption fits as well: with a twin's, which differs in
+unnamed traits alone; with one's of the same shape and nothing else in common; and with anybody's.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from . import eyes
+from .generate import Networks, generate
+from .judge import AGREEMENT, KINDS, Figures, Found, Judge, Ruler, details, traits, ways_of
+from .judge_uno import other
+from .panels import caption
+from .report import tensors_after, without
+from .scores import read_sets, to_tensors
+from .truth import Reader
+from .world import Panel, random_set
+
+SEED = 9_200_000  # of the sets that are judged
+MASKED = 3
+COLUMNS = 6  # sets on a sheet
+Sets = list[tuple[Panel, ...]]
+
+
+def measure(telling: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
+    """Make the panel with the networks of an arm, from its own set's others and from another's, and judge it.
+
+    telling: of lab.panels
+    about: metadata of the LoRA; the base has none
+    """
+    sets = held_out(count)
+    captions = [caption(panels, 2, 2, telling, None) for panels in sets]
+    shown = {"own panel": sets, "another's panel": others(sets, telling)}
+    figures, made = {}, []
+    for whose, kept in shown.items():
+        ways = ways_of(about) | {"kept": without(to_tensors(kept), MASKED), "masked": (MASKED,)}
+        image = generate(networks, captions, (2, 2), list(range(count)), **ways)
+        figures |= judge(ruler.reader, image, sets, whose)
+        made.append(image[:COLUMNS])
+    return figures, made[:1]
+
+
+def measure_truth(telling: str, networks: Networks, ruler: Ruler, count: int) -> Found:
+    """The same figures of the true panels, as the autoencoder gives them back: more cannot be reached."""
+    sets = held_out(count)
+    after = tensors_after(networks, to_tensors(sets))
+    return judge(ruler.reader, after, sets, "own panel"), [after[:COLUMNS]]
+
+
+def held_out(count: int) -> Sets:
+    rng = np.random.default_rng(SEED)
+    return [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
+
+
+def others(sets: Sets, telling: str) -> Sets:
+    """The same scenes and places with subjects that a caption which tells this much fits as well."""
+    rng, subjects = np.random.default_rng(SEED), [panels[0].placed[0].subject for panels in sets]
+    if telling == "nothing":
+        changed = subjects[1:] + subjects[:1]
+    else:
+        changed = [(eyes.twin if telling == "all" else other)(subject, rng) for subject in subjects]
+    return [
+        tuple(eyes.with_subject(panel, subject) for panel in panels)
+        for panels, subject in zip(sets, changed, strict=True)
+    ]
+
+
+def judge(reader: Reader, image: Tensor, sets: Sets, whose: str) -> Figures:
+    """Whether the masked panel shows its own scene, and which share of the traits of the subject of its own set."""
+    figures: Figures = {f"{name}, {whose}": [] for name in ("scene", *KINDS)}
+    for readings, panels in zip(read_sets(reader, image), sets, strict=True):
+        found, panel = readings[MASKED - 1], panels[MASKED - 1]
+        values = float(found.scene == panel.scene), *traits(found, panel.placed[0].subject)
+        for each, value in zip(figures.values(), values, strict=True):
+            each.append(value)
+    return figures
+
+
+KEPT = Judge(
+    "kept", measure, measure_truth, tuple(f"{name}, own panel" for name in ("scene", *KINDS)),
+    (
+        "The share of the traits of the subject in the panel that was made, from panels that show it and from "
+        "panels that show another one which the caption fits as well:", "", *AGREEMENT,
+    ),
+    details,
+    notes=(
+        "A caption tells all that captions can of the subject, or its shape only, or nothing; it always tells the "
+        "scene. named: shape, colour, pattern and accessory; unnamed: face, hue, angle and spacing.",
+    ),
+    sheet="true sets, then for every arm panel 3 (bottom left) from the three others",
+)  # fmt: skip

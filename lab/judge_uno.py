@@ -1,0 +1,246 @@
+"""What a LoRA for references (UNO) is judged by: whose traits appear, who is taken for whom, and in which scene.
+
+Every figure is measured on pairs of held-out subjects, from the same noise with their own references, with none, and
+with wrong ones: the same shapes in the same places, all other traits changed. What prompts do not tell and references
+do not give can only be right by chance, and the latter two runs say how often that is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from iclora.config import REFERENCE_GUIDANCE
+from iclora.references import TRAINED
+from sampling.images import to_tensor
+
+from .eyes import OPTIONS, Eyes, clip_image_features, clip_text_features, dino_features, twin, with_subject
+from .generate import Networks, generate
+from .judge import Figures, Found, Judge, Ruler
+from .pairs import Pair, make_pairs
+from .report import tensors_after
+from .scores import hidden_agreement, interval, line, ratio, verdict
+from .sets import PANEL
+from .tasks import is_sketch
+from .truth import Reading, Seen, read
+from .world import Placed, Subject, draw
+
+SEED = 9_100_000  # of the pairs that are judged
+COLUMNS = 8  # pairs on a sheet
+TOLD = {"recolour": "colour", "hat": "accessory", "try-on": "accessory"}  # by kind, the trait that prompts ask for
+NAMED = ("colour", "pattern", "accessory")
+LOOK = ("colour", "pattern", "hue", "face")
+MARKS = (*NAMED, "face")  # traits that every subject has, and that tell one from another
+CONTROLS = ("no references", "wrong references")
+CONTROLLED = (
+    "asked for", "traits", "look", "all right", "swapped", "scene", "pasted", "DINO", "CLIP-I", "CLIP-T",
+)  # fmt: skip
+BARS = {("one", "look"): 0.8, ("one", "scene"): 0.9, ("two", "all right"): 0.65, ("two", "swapped"): 0.1}
+
+
+def measure(kind: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
+    """Make pictures with the networks of an arm, as its LoRA was trained, and judge them.
+
+    kind: of lab.pairs
+    about: metadata of the LoRA; the base has none
+    """
+    pairs, rng = make_pairs(kind, count, SEED, held_out=True), np.random.default_rng(SEED)
+    make = partial(make_pictures, networks, about, pairs)
+    made = make([pair.references for pair in pairs])
+    figures = judge(kind, ruler, made, pairs)
+    wrong = [wrong_references(pair, rng, TOLD.get(kind, "")) for pair in pairs]
+    for control, references in zip(CONTROLS, ((), wrong), strict=True):
+        chance = judge(kind, ruler, make(references), pairs)
+        figures |= {f"{name}, {control}": values for name, values in chance.items()}
+    return figures, [made[:COLUMNS]]
+
+
+def make_pictures(
+    networks: Networks, about: dict[str, str], pairs: Sequence[Pair], references: Sequence[Sequence[Image.Image]]
+) -> Tensor:
+    """Make a picture for the prompt of every pair, in the ways that a LoRA was trained in."""
+    ways = {name: kind(about[f"iclora.{name}"]) for name, kind in TRAINED.items() if f"iclora.{name}" in about}
+    prompts, seeds = [pair.prompt for pair in pairs], list(range(len(pairs)))
+    return generate(networks, prompts, (1, 1), seeds, guidance=REFERENCE_GUIDANCE, references=references, **ways)
+
+
+def one_picture(kind: str, networks: Networks, about: dict[str, str]) -> Callable[[], Tensor]:
+    """What makes the first of the pictures that are judged, to be timed."""
+    pairs = make_pairs(kind, 1, SEED, held_out=True)
+    return lambda: make_pictures(networks, about, pairs, [pair.references for pair in pairs])
+
+
+def measure_truth(kind: str, networks: Networks, ruler: Ruler, count: int) -> Found:
+    """The same figures of the true pictures, as the autoencoder gives them back: more cannot be reached."""
+    pairs = make_pairs(kind, count, SEED, held_out=True)
+    after = tensors_after(networks, to_tensors([pair.target for pair in pairs]))
+    shown = [to_tensors(pictures) for pictures in zip(*(pair.references for pair in pairs[:COLUMNS]), strict=True)]
+    return judge(kind, ruler, after, pairs), [*shown, after[:COLUMNS]]
+
+
+def to_tensors(pictures: Sequence[Image.Image]) -> Tensor:
+    return torch.cat([to_tensor(picture) for picture in pictures])
+
+
+def wrong_references(pair: Pair, rng: np.random.Generator, told: str = "") -> tuple[Image.Image, ...]:
+    """The references with other subjects of the same shapes in their places.
+
+    told: the trait that the prompt asks for; who is to get it lacks it here as well, and who shows it has another
+    """
+    keep = [told] * len(pair.panel.placed) + [""] * (len(pair.shown) - len(pair.panel.placed))
+    subjects = [other(panel.placed[0].subject, rng, kept) for panel, kept in zip(pair.shown, keep, strict=True)]
+    return tuple(draw(with_subject(panel, one), PANEL) for panel, one in zip(pair.shown, subjects, strict=True))
+
+
+def other(subject: Subject, rng: np.random.Generator, keep: str = "") -> Subject:
+    """A subject that has the shape of this one, the trait to keep, and nothing else in common with it."""
+    changed = [trait for trait in NAMED if trait != keep]
+    left = {trait: [value for value in OPTIONS[trait] if value != getattr(subject, trait)] for trait in changed}
+    return replace(twin(subject, rng), **{trait: str(rng.choice(values)) for trait, values in left.items()})
+
+
+# scores
+
+
+def judge(kind: str, ruler: Ruler, image: Tensor, pairs: list[Pair]) -> Figures:
+    """All figures of pictures (N, 3, 64, 64); each has a value for every pair that it can be told of."""
+    if kind == "sketch":  # the reader has never seen a drawing
+        figures = {"asked for": [float(is_sketch(one)) for one in image]}
+    else:
+        figures = {}
+        for reading, pair in zip(read(ruler.reader, image), pairs, strict=True):
+            for name, value in score(reading, pair, TOLD.get(kind)).items():
+                figures.setdefault(name, []).append(value)
+    return figures | (likeness(ruler.eyes, image, pairs) if ruler.eyes else {})
+
+
+def score(reading: Reading, pair: Pair, told: str | None = None) -> dict[str, float]:
+    """What one picture gets; traits that no subject of the pair has are left out.
+
+    told: the trait that the prompt asks for, and the reference does not show
+    """
+    subjects = [one.subject for one in pair.panel.placed]
+    found = [next((seen for seen in reading.seen if seen.shape == s.shape), None) for s in subjects]
+    agree = [agreement(reading, seen, s) for seen, s in zip(found, subjects, strict=True)]
+    got = {"asked for": float(np.mean([one.pop(told) for one in agree]))} if told else {}
+    got["traits"] = float(np.mean([np.mean(list(one.values())) for one in agree]))
+    got["look"] = float(np.mean([one[trait] for one in agree for trait in LOOK if trait in one]))
+    for trait in (*NAMED, "face", "hue", "angle", "spacing"):
+        if values := [one[trait] for one in agree if trait in one]:
+            got[trait] = float(np.mean(values))
+    got["missing"] = float(np.mean([seen is None for seen in found]))
+    got["scene"] = float(reading.scene == pair.panel.scene)
+    got["copied"] = float(reading.scene in {panel.scene for panel in pair.shown})
+    drawn = zip(found, pair.panel.placed, (panel.placed[0] for panel in pair.shown), strict=False)
+    if pasted := [place_of(seen) == place_of(shown) for seen, one, shown in drawn if place_of(one) != place_of(shown)]:
+        got["pasted"] = float(np.mean(pasted))
+    if len(subjects) > 1:
+        right = [all(one[trait] for trait in NAMED) for one in agree]
+        got |= {"right": float(np.mean(right)), "all right": float(all(right))}
+    cast = [*subjects, *(panel.placed[0].subject for panel in pair.shown[len(subjects) :])]
+    if len(cast) > 1:
+        rest = [[s for s in cast if s is not own] for own in subjects]
+        everyone = list(zip(found, subjects, rest, strict=True))
+        taken = [is_another(*one) for one in everyone]
+        got |= {"swapped": float(any(taken)), "mistaken": float(np.mean(taken))}
+        got["confused"] = float(np.mean([borrowed(*one) for one in everyone]))
+    return got
+
+
+def agreement(reading: Reading, seen: Seen | None, subject: Subject) -> dict[str, bool]:
+    """Which traits of a subject the one of its shape has; none if nobody has it."""
+    named = {trait: seen is not None and getattr(seen, trait) == getattr(subject, trait) for trait in NAMED}
+    return named | hidden_agreement(reading, subject)
+
+
+def place_of(one: Seen | Placed | None) -> tuple[str, str] | None:
+    """Where somebody stands, and how large; nobody stands nowhere."""
+    return (one.position, one.size) if one else None
+
+
+def is_another(seen: Seen | None, own: Subject, others: list[Subject]) -> bool:
+    """Whether somebody has most of the marks in which another subject differs from the one that it should be."""
+    for one in others:
+        differ = [mark for mark in MARKS if getattr(own, mark) != getattr(one, mark)]
+        if seen and 2 * sum(getattr(seen, mark) == getattr(one, mark) for mark in differ) > len(differ):
+            return True
+    return False
+
+
+def borrowed(seen: Seen | None, own: Subject, others: list[Subject]) -> float:
+    """Which share of somebody's marks is another subject's and not its own."""
+    if seen is None:
+        return 0.0
+    wrong = [mark for mark in MARKS if getattr(seen, mark) != getattr(own, mark)]
+    return sum(any(getattr(seen, mark) == getattr(one, mark) for one in others) for mark in wrong) / len(MARKS)
+
+
+def likeness(eyes: Eyes, image: Tensor, pairs: list[Pair]) -> Figures:
+    """The paper's scores: cosines to the references, a mean over those of a picture, and to the prompt."""
+    told = clip_text_features(eyes.clip, eyes.tokenizer, [pair.prompt for pair in pairs])
+    seen = clip_image_features(eyes.clip, image)
+    references = to_tensors([picture for pair in pairs for picture in pair.references])
+
+    def mean(made: Tensor, shown: Tensor) -> list[float]:
+        return torch.einsum("nd,nrd->nr", made, shown.unflatten(0, (len(pairs), -1))).mean(dim=1).tolist()
+
+    return {
+        "DINO": mean(dino_features(eyes.dino, image), dino_features(eyes.dino, references)),
+        "CLIP-I": mean(seen, clip_image_features(eyes.clip, references)),
+        "CLIP-T": (seen * told).sum(dim=1).tolist(),
+    }
+
+
+# tables
+
+HEAD = (
+    "What the references add, and the share that it is of the ceiling:",
+    "",
+    "| arm | figure | own references | none | wrong ones | ceiling | share of the ceiling | bar | |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def controls(
+    kind: str, name: str, figures: Figures, most: Figures, bars: Mapping[tuple[str, str], float] = MappingProxyType({})
+) -> list[str]:
+    """Lines of an arm with its controls, the share of what can be reached, and whether it is enough.
+
+    bars: by kind and figure, a share of what can be reached, but of all pairs for those that are swapped
+    """
+    lines = []
+    for figure in CONTROLLED:
+        if figure not in figures or figure not in most:  # what was judged earlier may lack some
+            continue
+        own = figures[figure]
+        cells = [interval(values) for values in (own, *(figures[f"{figure}, {c}"] for c in CONTROLS), most[figure])]
+        wanted, fewer = bars.get((kind, figure)), figure in ("swapped", "pasted")
+        reached = interval(own) if fewer else ratio(own, most[figure])
+        share = "" if fewer else "{:.1%} ({:.1%} to {:.1%})".format(*reached)
+        told = ("", "") if wanted is None else verdict(reached[0], wanted, fewer)
+        lines.append(line(f"{kind}: {name}", figure, cells, share, *told))
+    return lines
+
+
+UNO = Judge(
+    "uno", measure, measure_truth, ("traits", "scene", "copied"), HEAD, controls,
+    notes=(
+        "traits: colour, pattern, accessory, face, hue and, of patterns, angle and spacing that the subject of the "
+        "right shape shares with its reference; prompts tell none of them, but for what is asked for; look: the first "
+        "two, face and hue. right: its colour, pattern and accessory are all its reference's; all right: every "
+        "subject is. mistaken: the share of "
+        "subjects with most of the marks (colour, pattern, accessory, face) in which another's reference differs from "
+        "their own; swapped: there is one. confused: the share of marks that are another's. scene: the prompt's; "
+        "copied: that of a reference; pasted: of the subjects that the true picture has in another place or size than "
+        "their reference, those that stand as in the reference. The paper's cells are DINO / CLIP-I / CLIP-T on "
+        "DreamBench, times 100.",
+    ),
+    sheet="references, true pictures after the autoencoder, then every arm (its first seed) from the same noise",
+    one=one_picture,
+)  # fmt: skip
+UNO_WITH_BARS = replace(UNO, details=partial(controls, bars=BARS))

@@ -1,0 +1,283 @@
+"""Measure a tiny model against the truth: python -m lab.report --model tiny --out docs/pictures
+
+On held-out combinations of traits: the autoencoder, the reader that everything is read with, sets from text alone
+(2x2, and of two subjects 1x1 and 1x2 too), one panel from the three others, what guidance does, and borders between
+panels. Intervals are 95 %, bootstrapped over sets: they cover sampling, not training. Then it draws the contact sheets.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from model.weights import find_model
+from sampling.images import to_picture
+
+from . import entry, eyes
+from .captions import joint_caption
+from .generate import Networks, generate, load_networks
+from .measure import psnr, survival, tiling
+from .scores import HEAD, TEXT_SCORES, hidden_agreement, interval, per_set, read_sets, row, to_tensors
+from .sets import GRIDS, PANEL
+from .train_truth import draw_some, round_trip
+from .truth import Reader, Reading, groups, load_reader
+from .world import POSITIONS, Panel, random_set
+
+OPENING, CLOSING = "<!-- tables of {} -->", "<!-- end of tables -->"
+SEED = 7_000_000  # far from the seeds of pretraining
+BARS = {
+    "colour and shape": 0.90, "scene": 0.95, "position": 0.85, "same subject in all four": 0.85,
+    "colours unmixed": 0.75, "masked panel: its own scene": 0.90, "masked panel: kept subject": 0.85,
+}  # fmt: skip
+CASES = ((1, (2, 2)), (2, (1, 1)), (2, (1, 2)), (2, (2, 2)))  # subjects in a panel, and the grid
+
+
+# the experiments
+
+
+def autoencoder_rows(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """PSNR, and the reader's accuracy on fresh panels and on their round trips, by number of subjects."""
+    lines = ["| subjects | PSNR | " + " | ".join(("scene", *READ)) + " |", "|---|---|" + "---|" * (1 + len(READ))]
+    mean, mixed = 0.0, np.zeros(4)
+    for (rows, cols), (often, chances) in GRIDS.items():
+        mixed[: len(chances)] += often * rows * cols * np.array(chances)
+    for subjects, share in zip((1, 2, 3, 4), mixed / mixed.sum(), strict=True):
+        pictures, told = draw_some((SEED + subjects, count, subjects, None))
+        pictures, told = torch.from_numpy(pictures), torch.from_numpy(told)
+        decoded = round_trip(networks.autoencoder, pictures)
+        quality = psnr(decoded.float() / 127.5 - 1, pictures.float() / 127.5 - 1)
+        mean += share * 10 ** (-quality / 10)
+        fresh, after = (accuracy(reader, image, told) for image in (pictures, decoded))
+        cells = [f"{fresh[name]:.1%} / {after[name]:.1%}" for name in ("scene", *READ)]
+        lines.append(f"| {subjects} | {quality:.2f} dB | " + " | ".join(cells) + " |")
+    return [*lines, "", f"PSNR over panels as pretraining mixes them: {-10 * np.log10(mean):.2f} dB (bar 28)"]
+
+
+READ = ("shape", "colour", "pattern", "accessory", "face", "hue", "angle", "spacing")
+
+
+@torch.no_grad()
+def accuracy(reader: Reader, pictures: Tensor, told: Tensor) -> dict[str, float]:
+    """How often each trait is read right where there is one; hue, angle and spacing within a neighbouring bin."""
+    parts = groups(torch.cat([reader(part.float() / 127.5 - 1) for part in pictures.split(128)]))
+    right = {"scene": (parts[0].argmax(1) == told[:, 0]).float().mean().item()}
+    names = ("shape", "colour", "pattern", "accessory", "size", "face", "hue", "angle", "spacing")
+    for k, name in enumerate(names):
+        hits = []
+        for place in range(len(POSITIONS)):
+            i = 1 + place * len(names) + k
+            there = told[:, 1 + place * len(names)] > 0
+            there &= told[:, i] >= 0
+            apart = (parts[i].argmax(1) - told[:, i]).abs()
+            if name == "angle":
+                apart = torch.minimum(apart, parts[i].shape[1] - apart)
+            hits.append((apart <= (1 if name in ("hue", "angle", "spacing") else 0))[there])
+        right[name] = torch.cat(hits).float().mean().item()
+    return right
+
+
+def from_text(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """Sets from captions alone: 2x2 of one subject, and of two in panels of several grids."""
+    lines = list(HEAD)
+    for number, (subjects, (rows, cols)) in enumerate(CASES):
+        rng = np.random.default_rng(SEED + 11 + number)
+        sets = [random_set(rng, rows, cols, subjects, held_out=True) for _ in range(count)]
+        captions = [joint_caption(panels, rows, cols) for panels in sets]
+        made = read_sets(reader, generate(networks, captions, (rows, cols), list(range(count))))
+        true = read_sets(reader, tensors_after(networks, to_tensors(sets, rows, cols)))
+        for name, score in TEXT_SCORES[subjects].items():
+            if subjects == 2 and name == "position" and rows * cols > 2:
+                continue  # a caption of two subjects in four panels has no room for places
+            told = name if subjects == 1 else f"two subjects, {rows}x{cols}: {name}"
+            ceiling = float(np.mean(per_set(true, sets, score)))
+            lines.append(row(told, per_set(made, sets, score), BARS.get(name), ceiling))
+        if subjects == 1:
+            whole = TEXT_SCORES[1]["colour and shape"]
+            every = [
+                float(min(whole(r, p) for r, p in zip(f, s, strict=True))) for f, s in zip(made, sets, strict=True)
+            ]
+            lines.append(row("same subject in all four", every, BARS["same subject in all four"]))
+    return lines
+
+
+def tensors_after(networks: Networks, image: Tensor) -> Tensor:
+    """Composites as the autoencoder gives them back."""
+    return round_trip(networks.autoencoder, ((image + 1) * 127.5).round().byte()).float() / 127.5 - 1
+
+
+def without(image: Tensor, panel: int) -> Tensor:
+    """Composites (N, 3, 128, 128) with one panel of the four filled with 0."""
+    image = image.clone()
+    y, x = divmod(panel - 1, 2)
+    image[:, :, y * PANEL : (y + 1) * PANEL, x * PANEL : (x + 1) * PANEL] = 0
+    return image
+
+
+def twin(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[Panel, ...]:
+    """The same set with subjects that the caption cannot tell from the first ones, and other hidden traits."""
+    others = {one.subject: eyes.twin(one.subject, rng) for one in panels[0].placed}
+    return tuple(replace(p, placed=tuple(replace(o, subject=others[o.subject]) for o in p.placed)) for p in panels)
+
+
+def from_kept(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """Panel 3 from the other three, and from three others that the caption fits as well."""
+    rng = np.random.default_rng(SEED + 20)
+    sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
+    captions = [joint_caption(panels, 2, 2) for panels in sets]
+    own, other = to_tensors(sets), to_tensors([twin(panels, rng) for panels in sets])
+    thirds, agree = {}, {}
+    for name, kept in (("own", own), ("other", other)):
+        made = generate(networks, captions, (2, 2), list(range(count)), kept=without(kept, 3), masked=(3,))
+        thirds[name] = [found[2] for found in read_sets(reader, made)]
+    thirds["true"] = [found[2] for found in read_sets(reader, tensors_after(networks, own))]
+    subjects = [panels[2].placed[0].subject for panels in sets]
+    for name, found in thirds.items():
+        agree[name] = [hidden_agreement(r, s) for r, s in zip(found, subjects, strict=True)]
+
+    def rate(name: str, score: Callable[[Reading, Panel], float]) -> list[float]:
+        return [float(score(r, panels[2])) for r, panels in zip(thirds[name], sets, strict=True)]
+
+    lines = list(HEAD)
+    for label, score in (("masked panel: its own scene", TEXT_SCORES[1]["scene"]),
+                         ("masked panel: kept subject", TEXT_SCORES[1]["colour and shape"])):  # fmt: skip
+        lines.append(row(label, rate("own", score), BARS[label], float(np.mean(rate("true", score)))))
+    lines += ["", "| hidden trait | own kept panels | another set's | difference | 95 % interval | ceiling |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for trait in ("face", "hue", "angle", "spacing", "all"):
+        hits = {name: np.array([share(a, trait) for a in found]) for name, found in agree.items()}
+        there = ~np.isnan(hits["own"])
+        mine, theirs, true = (hits[name][there] for name in ("own", "other", "true"))
+        mean, low, high = interval(mine - theirs)
+        lines.append(f"| {trait} | {mine.mean():.1%} | {theirs.mean():.1%} | {mean:+.1%} | {low:+.1%} to {high:+.1%} | "
+                     f"{true.mean():.1%} |")  # fmt: skip
+    return lines
+
+
+def share(agreement: dict[str, bool], trait: str) -> float:
+    """One trait's agreement as a number, or the mean of all; NaN if the subject has no such trait."""
+    if trait == "all":
+        return float(np.mean(list(agreement.values())))
+    return float(agreement.get(trait, np.nan))
+
+
+def by_guidance(networks: Networks, reader: Reader, count: int) -> list[str]:
+    """Accuracy of sets from text at several guidance values, the same captions and noise."""
+    rng = np.random.default_rng(SEED + 30)
+    sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
+    captions = [joint_caption(panels, 2, 2) for panels in sets]
+    names = list(TEXT_SCORES[1])
+    lines = ["| guidance | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for guidance in (1.0, 2.0, 3.5, 5.0):
+        made = read_sets(reader, generate(networks, captions, (2, 2), list(range(count)), guidance=guidance))
+        cells = ["{:.1%} ({:.1%} to {:.1%})".format(*interval(per_set(made, sets, TEXT_SCORES[1][n]))) for n in names]
+        lines.append(f"| {guidance:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def borders(networks: Networks, count: int) -> list[str]:
+    """Steps between neighbouring columns just inside panel borders, beside those elsewhere, of 255."""
+    rng = np.random.default_rng(SEED + 40)
+    sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
+    made = generate(networks, [joint_caption(panels, 2, 2) for panels in sets], (2, 2), list(range(count)))
+    lines = []
+    for name, image in (("made", made), ("drawn", to_tensors(sets))):
+        step = 127.5 * image.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # (127,)
+        inside = torch.cat((step[61:63], step[64:66])).mean()
+        elsewhere = torch.cat((step[8:56], step[72:120])).mean()
+        lines.append(f"{name}: {inside:.2f} beside the border, {elsewhere:.2f} elsewhere, {step[63]:.2f} across it")
+    return lines
+
+
+# contact sheets
+
+
+def sheet(networks: Networks, columns: int, masked: bool, zoom: int = 2) -> Image.Image:
+    """Generated sets in a row, each above the set that its caption was written for; a generated panel is outlined."""
+    rng = np.random.default_rng(SEED + 100)
+    sets = [random_set(rng, 2, 2, 2 if column % 3 == 2 else 1, held_out=True) for column in range(columns)]
+    true, captions = to_tensors(sets), [joint_caption(panels, 2, 2) for panels in sets]
+    kept = dict(kept=without(true, 3), masked=(3,)) if masked else {}
+    made = generate(networks, captions, (2, 2), list(range(columns)), **kept)
+    side, gap = 2 * PANEL * zoom, 8
+    page = Image.new("RGB", (columns * (side + gap) - gap, 2 * side + gap), "white")
+    pen = ImageDraw.Draw(page)
+    for column in range(columns):
+        for line, image in enumerate((made, true)):
+            picture = to_picture(image[column : column + 1]).resize((side, side), Image.Resampling.NEAREST)
+            page.paste(picture, (column * (side + gap), line * (side + gap)))
+        if masked:
+            x, y = column * (side + gap), side // 2
+            pen.rectangle((x, y, x + side // 2 - 1, y + side // 2 - 1), outline="white", width=2)
+    return page
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.report", description=__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--reader", type=Path, help="the trained reader; by default truth/ beside the model's files")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the contact sheets")
+    parser.add_argument("--document", type=Path, help="also write the tables between the marks in this file")
+    parser.add_argument("--sets", type=entry.positive, default=200, help="sets of each experiment")
+    parser.add_argument("--columns", type=entry.positive, default=6, help="sets on a contact sheet")
+    return entry.run(parser, write, argv)
+
+
+def write(args: argparse.Namespace) -> None:
+    """Run every experiment, print its table as it comes, write all of them down, and draw the contact sheets."""
+    networks = load_networks(args.model)
+    reader = load_reader(args.reader or find_model(args.model).flux.parent / "truth" / "model.safetensors")
+    few = max(2, args.sets // 4)
+    experiments = {
+        "Autoencoder, and reader: fresh panels / after the autoencoder": lambda: autoencoder_rows(
+            networks, reader, args.sets
+        ),
+        "Hidden traits after the autoencoder, compared by pixels": lambda: bullets(survival(networks.autoencoder, few)),
+        "Tiled decoding": lambda: bullets(tiling(networks.autoencoder, max(2, few // 4))),
+        "Sets from text alone": lambda: from_text(networks, reader, args.sets),
+        "Panel 3 from the other three": lambda: from_kept(networks, reader, args.sets),
+        "Guidance": lambda: by_guidance(networks, reader, 2 * few),
+        "Borders between panels, in steps of 255": lambda: bullets(borders(networks, few)),
+    }
+    if (find_model(args.model).root / "clip").is_dir():
+        experiments["The eyes: CLIP and DINOv2"] = lambda: eyes.tables(
+            eyes.load_eyes(args.model), networks.autoencoder, args.sets
+        )
+    tables = []
+    for title, run in experiments.items():
+        tables.append(f"### {title}\n\n" + "\n".join(run()) + "\n")
+        print(tables[-1], flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, masked in (("text-to-set", False), ("panel-3-from-the-others", True)):
+        sheet(networks, args.columns, masked).save(args.out / f"{name}.png", optimize=True)
+    if args.document:
+        put_between(args.document, "lab.report", "\n".join(tables))
+
+
+def bullets(lines: list[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
+
+
+def put_between(path: Path, name: str, text: str | None) -> None:
+    """Replace what stands between the marks of a document.
+
+    name: of what made the tables, which the first mark tells
+    text: None only looks for the marks
+    Errors: ValueError if it has no marks
+    """
+    mark = OPENING.format(name)
+    before, opening, rest = path.read_text().partition(mark)
+    _, closing, after = rest.partition(CLOSING)
+    if not closing:
+        raise ValueError(f"{path} has no place for tables; write {mark} and {CLOSING} there")
+    if text is not None:
+        path.write_text(f"{before}{opening}\n{text}{closing}{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""UNO's experiments: batches with references, what a picture is judged by, and the rows of arms; no training."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from iclora.cache import file_mark
+from iclora.cli import parse
+from iclora.config import TINY_TRAINING, TRAINING, SampleConfig, TrainConfig
+from iclora.pipeline import Pipeline, resolve
+from iclora.references import encode
+from lab import experiments, judge, judge_uno, pairs
+from lab.arms import DEFAULTS, EXPERIMENTS, FITTING
+from lab.generate import generate, load_networks
+from lab.judge_uno import BARS, CONTROLS, UNO, UNO_WITH_BARS, controls, score, wrong_references
+from lab.tables import tables
+from lab.tasks import GRIDS, task_sets
+from lab.truth import Reading, Seen
+from lab.world import draw
+from model.checkpoint import read_header
+from model.flux import Flux
+from model.lora import attach, save_lora
+from model.weights import find_model, read_flux_config
+from sampling.images import to_picture
+
+ROOT = Path(__file__).parents[2]
+OURS = {name: one for name, one in EXPERIMENTS.items() if one.judge.name == UNO.name}
+
+
+def seen(subject, **other):
+    traits = {name: getattr(subject, name) for name in ("shape", "colour", "pattern", "accessory", "face", "hue")}
+    traits |= {"position": "left", "size": "big", "angle": subject.angle, "spacing": subject.spacing}
+    return Seen(**{**traits, **other})
+
+
+def of(kind, seed=0):
+    (pair,) = pairs.make_pairs(kind, 1, seed)
+    return pair, [one.subject for one in pair.panel.placed]
+
+
+# generating
+
+
+@pytest.mark.parametrize("attention", ["joint", "alone"])
+def test_batches_with_references_are_what_the_pipeline_makes_of_each(attention, tmp_path, monkeypatch):
+    tokens = []
+    monkeypatch.setattr("lab.generate.encode", lambda *given: tokens.append(encode(*given)) or tokens[-1])
+    networks, drawn = load_networks("tiny"), pairs.make_pairs("two", 2, 0)
+    ways = {"steps": 2, "guidance": 4.0, "offset": "w", "offset_scale": 2.0, "reference_attention": attention}
+    ways |= {"ref_size": 48} if attention == "alone" else {}
+    shown = [pair.references for pair in drawn]
+    made = generate(networks, [pair.prompt for pair in drawn], (1, 1), [5, 6], references=shown, **ways)
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for path, picture in zip(paths, drawn[1].references, strict=True):
+        picture.save(path)
+    off = f"{find_model('tiny').root / 'loras' / 'uno.safetensors'}:0"
+    config = SampleConfig(prompt=drawn[1].prompt, ref=tuple(paths), lora=(off,), device="cpu", **ways)
+    pipeline = Pipeline(resolve(config, lambda line: None), lambda line: None)
+    assert torch.equal(tokens[1], pipeline.encode_references(6)), "the posterior's sample too"
+    composite = pipeline.sample(6, lambda *_: None).composite
+    assert np.abs(np.asarray(composite, int) - np.asarray(to_picture(made[1:]), int)).max() <= 1
+    other = generate(networks, [drawn[1].prompt], (1, 1), [6], references=[shown[1][::-1]], **ways)
+    assert (other[0] - made[1]).abs().mean() > 1e-4, "so the order of references, and they themselves, count"
+
+
+def test_sets_with_unlike_references_are_refused():
+    (first, *_), (second, *_) = (pairs.make_pairs(kind, 1, 0) for kind in ("one", "two"))
+    with pytest.raises(ValueError, match="give every caption as many"):
+        generate(None, ["a", "b"], (1, 1), [0, 1], references=[first.references, second.references])
+    with pytest.raises(ValueError, match="2 captions with references of 1"):
+        generate(None, ["a", "b"], (1, 1), [0, 1], references=[first.references])
+
+
+# judging
+
+
+def test_a_picture_of_the_references_has_all_and_an_empty_one_nothing():
+    pair, subjects = of("two")
+    best = score(Reading(pair.panel.scene, tuple(map(seen, subjects))), pair)
+    assert all(best[name] == 1 for name in ("traits", "right", "all right", "scene", "colour", "face"))
+    assert not any(best[name] for name in ("copied", "swapped", "confused", "missing"))
+    worst = score(Reading(pair.shown[1].scene, ()), pair)
+    assert worst["copied"] == worst["missing"] == 1
+    assert not any(worst[name] for name in ("traits", "right", "scene", "swapped", "confused"))
+
+
+def test_one_subject_in_anothers_looks_is_swapped_and_a_single_mark_of_it_only_confused():
+    pair, (first, second) = of("two")
+    looks = {mark: getattr(second, mark) for mark in judge_uno.MARKS}
+    other = [mark for mark in looks if getattr(first, mark) != looks[mark]]
+    assert len(other) >= 3, "or choose another seed"
+    for count in range(len(other) + 1):
+        some = {mark: looks[mark] for mark in other[:count]}
+        got = score(Reading("beach", (seen(first, **some), seen(second))), pair)
+        assert got["swapped"] == (count > len(other) / 2) and got["confused"] == count / len(looks) / 2
+    whole = score(Reading("beach", (seen(first, **looks), seen(second))), pair)
+    assert whole["mistaken"] == whole["right"] == 0.5
+    part = score(Reading("beach", (seen(first, colour=second.colour), seen(second))), pair)
+    assert part["all right"] == 0 and part["right"] == 0.5
+    nobodys = next(c for c in ("red", "blue", "green") if c not in (first.colour, second.colour))
+    assert score(Reading("beach", (seen(first, colour=nobodys), seen(second))), pair)["confused"] == 0
+
+
+def test_what_the_prompt_asks_for_is_no_trait_of_the_reference():
+    pair, (after,) = of("recolour")
+    before = pair.shown[0].placed[0].subject
+    kept = score(Reading(pair.panel.scene, (seen(before),)), pair, "colour")
+    assert kept["asked for"] == 0 and kept["traits"] == 1 and "colour" not in kept
+    assert score(Reading(pair.panel.scene, (seen(after),)), pair, "colour")["asked for"] == 1
+
+
+def test_pasted_is_who_stands_as_in_the_reference_and_should_not():
+    pair, (subject,) = of("one")
+    shown, wanted = pair.shown[0].placed[0], pair.panel.placed[0]
+    assert (shown.position, shown.size) != (wanted.position, wanted.size), "or choose another seed"
+    for at, pasted in ((shown, 1), (wanted, 0)):
+        reading = Reading(pair.panel.scene, (seen(subject, position=at.position, size=at.size),))
+        assert score(reading, pair)["pasted"] == pasted
+    assert score(Reading(pair.panel.scene, ()), pair)["pasted"] == 0
+    same = replace(pair, shown=(replace(pair.shown[0], placed=(wanted,)),))
+    assert "pasted" not in score(reading, same)
+
+
+def test_look_is_the_mean_of_colour_pattern_face_and_hue():
+    pair, (subject,) = of("one")
+    wrong = replace(subject, accessory="hat" if subject.accessory != "hat" else "scarf")
+    assert score(Reading(pair.panel.scene, (seen(wrong),)), pair)["look"] == 1
+    other = seen(subject, colour="red" if subject.colour != "red" else "blue", face=(subject.face + 1) % 5)
+    assert score(Reading(pair.panel.scene, (other,)), pair)["look"] == 0.5
+
+
+def test_who_tries_something_on_is_told_from_who_wears_it():
+    pair, (subject,) = of("try-on")
+    wearer = pair.shown[1].placed[0].subject
+    assert pair.shown[0].placed[0].subject == replace(subject, accessory="none")
+    assert wearer.accessory == subject.accessory != "none" and len(pair.references) == 2
+    assert wearer.shape != subject.shape and wearer.colour != subject.colour
+    best = score(Reading(pair.panel.scene, (seen(subject),)), pair, "accessory")
+    assert best["asked for"] == best["traits"] == 1 and best["swapped"] == best["confused"] == 0
+    looks = {mark: getattr(wearer, mark) for mark in judge_uno.MARKS}
+    assert score(Reading(pair.panel.scene, (seen(subject, **looks),)), pair, "accessory")["swapped"] == 1
+
+
+def test_wrong_references_share_shape_and_place_and_nothing_else(monkeypatch):
+    shown = []
+    monkeypatch.setattr(judge_uno, "draw", lambda panel, size: shown.append(panel) or draw(panel, size))
+    for seed in range(5):
+        pair, _ = of("two", seed)
+        shown.clear()
+        assert len(wrong_references(pair, np.random.default_rng(0))) == 2
+        for wrong, right in zip(shown, pair.shown, strict=True):
+            (a,), (b,) = wrong.placed, right.placed
+            assert replace(wrong, placed=()) == replace(right, placed=()) and replace(a, subject=b.subject) == b
+            assert a.subject.shape == b.subject.shape and abs(a.subject.hue - b.subject.hue) > 0.5
+            assert all(getattr(a.subject, mark) != getattr(b.subject, mark) for mark in judge_uno.MARKS)
+
+
+def test_a_trait_that_the_prompt_asks_for_is_no_wrong_references_gift(monkeypatch):
+    shown = []
+    monkeypatch.setattr(judge_uno, "draw", lambda panel, size: shown.append(panel.placed[0].subject))
+    for seed in range(5):
+        pair, (subject,) = of("try-on", seed)
+        shown.clear()
+        wrong_references(pair, np.random.default_rng(seed), "accessory")
+        first, second = shown
+        assert first.accessory == "none" and first.colour != subject.colour
+        assert second.accessory != subject.accessory
+
+
+def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_ones(monkeypatch):
+    calls = []
+
+    def generate(networks, prompts, grid, seeds, references, **ways):
+        calls.append((prompts, seeds, references, ways))
+        return torch.full((len(prompts), 3, 64, 64), float(len(calls)))
+
+    def read(reader, image):  # the first run shows the true panels, the others nobody
+        return [Reading(p.panel.scene, tuple(map(seen, [o.subject for o in p.panel.placed])) if image[0, 0, 0, 0] == 1
+                        else ()) for p in drawn]  # fmt: skip
+
+    drawn = pairs.make_pairs("two", 3, judge_uno.SEED, held_out=True)
+    monkeypatch.setattr(judge_uno, "generate", generate)
+    monkeypatch.setattr(judge_uno, "read", read)
+    told = {"offset": "h", "offset_scale": 3.0, "posterior": "mean", "reference_attention": "alone", "ref_size": 48}
+    about = {f"iclora.{name}": str(value) for name, value in told.items()}
+    figures, rows = judge_uno.measure("two", None, about, judge_uno.Ruler(None), 3)
+    (own, none, wrong) = (references for _, _, references, _ in calls)
+    assert none == () and [[p.tobytes() for p in some] for some in own] == [
+        [p.tobytes() for p in pair.references] for pair in drawn
+    ]
+    assert wrong[0][0].tobytes() != own[0][0].tobytes() and len(wrong) == 3
+    assert len({str(prompts) + str(seeds) for prompts, seeds, _, _ in calls}) == 1
+    assert all(ways == {"guidance": 4.0, **told} for _, _, _, ways in calls)
+    assert figures["all right"] == [1, 1, 1] and len(rows) == 1
+    assert all(figures[f"traits, {control}"] == [0, 0, 0] for control in CONTROLS)
+    judge_uno.one_picture("two", None, about)()
+    assert [call[:1] for call in calls[0][:2]] == list(calls[-1][:2]) and calls[-1][3] == calls[0][3]
+
+
+def test_bars_are_shares_of_the_ceiling_but_for_swapping():
+    figures = {name: [0.6, 0.6] for name in ("all right", "swapped")}
+    figures |= {f"{name}, {control}": [0, 0] for name in tuple(figures) for control in CONTROLS}
+    most = {"all right": [0.9, 0.9], "swapped": [0, 0]}
+    assert not any("reached" in line or "missed" in line for line in controls("two", "arm", figures, most))
+    right, swapped = UNO_WITH_BARS.details("two", "arm", figures, most)
+    assert EXPERIMENTS["tiny-uno"].judge is UNO_WITH_BARS
+    assert "| 66.7% (66.7% to 66.7%) | at least 65% | reached |" in right
+    assert "| at most 10% | **missed** |" in swapped
+    assert {figure for _, figure in BARS} == {"look", "scene", "all right", "swapped"}
+
+
+def test_figures_that_an_earlier_judging_lacks_are_left_out():
+    now = {"traits": [0.5, 0.5], "pasted": [0.1, 0.1]}
+    now |= {f"{name}, {control}": [0, 0] for name in tuple(now) for control in CONTROLS}
+    before = {name: values for name, values in now.items() if "pasted" not in name}
+    lines = tables(EXPERIMENTS["alone"], {"one": before, "two": before}, [[before], [now], [now], [before]], [None] * 4)
+    assert sum("alone, difference" in line for line in lines) == 2
+    assert not any("| pasted |" in line for line in lines[2:])
+
+
+def test_scores_of_the_paper_stand_beside_those_of_the_controls():
+    names = ("traits", "DINO", "CLIP-I", "CLIP-T")
+    figures = {name: [0.6, 0.6] for name in names} | {f"{name}, {c}": [0.1, 0.1] for name in names for c in CONTROLS}
+    lines = controls("one", "arm", figures, {name: [0.8, 0.8] for name in names})
+    assert [line.split(" | ")[1] for line in lines] == list(names)
+    assert all("| 60.0 (60.0 to 60.0) | 10.0 (10.0 to 10.0) | 10.0" in line for line in lines)
+
+
+# arms
+
+
+def chain(training):
+    return [] if training is None else [*chain(training.start), training]
+
+
+def test_every_training_is_a_command_that_parses_and_pairs_that_exist():
+    for one in OURS.values():
+        for training in (step for arm in one.arms for step in chain(arm.training)):
+            flags = ["8" if flag is FITTING else flag for flag in training.flags]
+            parse(TrainConfig, ["--method", "uno", "--stage", str(training.stage), *flags], "")
+            assert {kind for kind, _ in training.data} <= set(pairs.KINDS)
+            assert sum(count for _, count in training.data) >= 0.95 * 2000
+            assert training.start is None or training.start.stage == 1 and training.stage == 2
+
+
+def test_arms_of_a_case_differ_and_what_they_share_is_one_training():
+    for name, one in OURS.items():
+        assert len({(arm.task, arm.name) for arm in one.arms}) == len(one.arms)
+        if name != "tiny-uno":
+            assert len({(arm.task, arm.training) for arm in one.arms}) == len(one.arms)
+    first = {arm.training for arm in EXPERIMENTS["stages"].arms}
+    assert all(
+        first & {arm.training for arm in EXPERIMENTS[name].arms}
+        for name in ("offsets", "cropped", "cold", "scale", "rank", "number", "edits")
+    )
+
+
+def test_flags_that_are_left_out_are_the_trainers_defaults():
+    told = {**TRAINING["uno"], **TINY_TRAINING["uno"]}
+    assert {flag: float(value) if value.isdigit() else value for flag, value in DEFAULTS.items()} == {
+        "--offset": told["offset"], "--offset-scale": told["offset_scale"], "--rank": told["rank"],
+        "--reference-attention": told["reference_attention"],
+    }  # fmt: skip
+
+
+def test_the_papers_tables_are_complete_with_two_seeds_and_equal_steps():
+    assert all(EXPERIMENTS[name].seeds >= 2 for name in ("offsets", "cropped", "cold"))
+    warm, cold, *_ = (arm.training for arm in EXPERIMENTS["cold"].arms)
+    assert cold.start is None and cold.length == sum(step.length for step in chain(warm))
+    offsets = {(arm.task, *arm.training.flags) for arm in EXPERIMENTS["offsets"].arms}
+    assert {flags[2:] or ("d",) for flags in offsets} == {("d",), ("h",), ("w",), ("o",)} and len(offsets) == 8
+    alone = EXPERIMENTS["alone"]
+    told = [(arm.task, step.flags) for arm in alone.arms for step in chain(arm.training)]
+    flags = ("--reference-attention", "alone")
+    assert alone.timed and told == [("one", ()), ("one", flags), *[("two", ())] * 2, *[("two", flags)] * 2]
+
+
+def test_the_bundled_rank_fits_into_its_file(tmp_path):
+    rank = int(experiments.fitting_rank("tiny"))
+    flux = Flux(read_flux_config(find_model("tiny").flux))
+    attach(flux, "uno", rank, generator=torch.Generator("cpu"))
+    save_lora(flux, tmp_path / "l.safetensors", "xlabs")
+    size = (tmp_path / "l.safetensors").stat().st_size
+    assert size < 1.01 * experiments.BUNDLE and (rank == 128 or size > 0.8 * experiments.BUNDLE)
+    assert read_header(tmp_path / "l.safetensors")[0]
+
+
+# what is bundled
+
+
+@pytest.mark.parametrize(("name", "experiment"), [("uno", "tiny-uno"), ("walk", "bundled")])
+def test_the_figures_of_bundled_loras_are_theirs(name, experiment):
+    rows = json.loads((ROOT / "lab" / "results" / f"{experiment}.json").read_text())["rows"]
+    marks = {mark for row in rows for mark in row.get("loras", ()) if mark}
+    assert marks == {file_mark([find_model("tiny").root / "loras" / f"{name}.safetensors"])}
+
+
+def test_the_bundled_uno_takes_colours_from_references():
+    networks, about = experiments.with_lora("tiny", find_model("tiny").root / "loras" / "uno.safetensors")
+    reader, drawn = experiments.load_ruler("tiny"), pairs.make_pairs("one", 8, judge_uno.SEED, held_out=True)
+    wrong = [wrong_references(pair, np.random.default_rng(0)) for pair in drawn]
+    right = []
+    for references in ([pair.references for pair in drawn], wrong):
+        made = judge_uno.make_pictures(networks, about, drawn, references)
+        figures = judge_uno.judge("one", replace(reader, eyes=None), made, drawn)
+        right.append((np.mean(figures["colour"]), np.mean(figures["scene"])))
+    assert right[0][0] >= 0.75 and right[1][0] <= 0.25, "with own references, and with those of others"
+    assert right[0][1] == right[1][1] == 1
+
+
+def test_the_bundled_walk_walks_and_the_base_does_not():
+    reader, sets = experiments.load_ruler("tiny").reader, task_sets("walk", 6, judge.SEED, held_out=True)
+    walked = []
+    for lora in (find_model("tiny").root / "loras" / "walk.safetensors", None):
+        networks, about = experiments.with_lora("tiny", lora)
+        ways, captions = judge.ways_of(about), [one.caption for one in sets]
+        made = generate(networks, captions, GRIDS["walk"], list(range(6)), **ways)
+        walked.append(np.mean(judge.judge("walk", reader, made)))
+    assert walked[0] >= 0.8 and walked[1] <= 0.2

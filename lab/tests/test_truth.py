@@ -1,0 +1,142 @@
+"""The ruler of the experiments, checked with a reader that knows the truth."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lab import generate, report, scores, train_truth, truth
+from lab.captions import joint_caption
+from lab.world import POSITIONS, SCENES, box, random_set
+
+
+def sets(count=6, subjects=1):
+    rng = np.random.default_rng(4)
+    return [random_set(rng, 2, 2, subjects, held_out=True) for _ in range(count)]
+
+
+class Oracle(nn.Module):
+    """Gives the logits of the panels it was told of, in order."""
+
+    def __init__(self, panels, sure=12.0):
+        super().__init__()
+        told = torch.tensor([truth.labels(panel) for panel in panels])
+        sizes = [len(SCENES), *[size for _ in POSITIONS for size in truth.TRAITS.values()]]
+        parts = [sure * nn.functional.one_hot(told[:, i].clamp(min=0), size).float() for i, size in enumerate(sizes)]
+        self.logits, self.next = torch.cat(parts, dim=1), 0
+
+    def forward(self, image):
+        first, self.next = self.next, (self.next + len(image)) % len(self.logits)
+        return self.logits[first : first + len(image)]
+
+
+@pytest.mark.parametrize("subjects", [1, 2, 4])
+def test_what_labels_say_is_read_back(subjects):
+    panels = [panel for group in sets(5, subjects) for panel in group]
+    for reading, panel in zip(truth.read(Oracle(panels), torch.zeros(len(panels), 3, 64, 64)), panels, strict=True):
+        assert reading.scene == panel.scene and len(reading.seen) == subjects
+        for placed in panel.placed:
+            (seen,) = [one for one in reading.seen if one.position == placed.position]
+            subject = placed.subject
+            assert (seen.shape, seen.colour, seen.pattern, seen.accessory, seen.size) == (
+                subject.shape, subject.colour, subject.pattern, subject.accessory, placed.size,
+            )  # fmt: skip
+            agreement = truth.same_hidden(seen, subject)
+            assert all(agreement.values()) and len(agreement) == (2 if subject.pattern == "plain" else 4)
+
+
+def test_a_network_that_was_never_trained_reads_nothing_right_by_design():
+    torch.manual_seed(0)
+    reader = truth.Reader().eval()
+    panels = [panel for group in sets() for panel in group]
+    with torch.no_grad():
+        found = truth.read(reader, scores.tiles(scores.to_tensors(sets())))
+    assert reader(torch.zeros(2, 3, 64, 64)).shape == (2, truth.OUTPUTS)
+    right = [scores.position_right(r, p) for r, p in zip(found, panels, strict=True)]
+    assert np.mean(right) < 0.5
+
+
+def test_a_reader_learns_and_survives_its_file(tmp_path):
+    pictures, told = (torch.from_numpy(array) for array in train_truth.draw_some((1, 8, 1, None)))
+    torch.manual_seed(0)
+    reader = truth.Reader((8, 8, 16), 32)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
+    first = None
+    for _ in range(30):
+        loss = train_truth.losses(reader, pictures.float() / 127.5 - 1, told)["loss"]
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.6 * first
+
+
+def test_twins_have_the_same_caption_and_no_hidden_trait_in_common():
+    rng = np.random.default_rng(0)
+    for panels in sets(20):
+        other = report.twin(panels, rng)
+        assert joint_caption(other, 2, 2) == joint_caption(panels, 2, 2)
+        a, b = panels[0].placed[0].subject, other[0].placed[0].subject
+        seen = truth.Seen("left", a.shape, a.colour, a.pattern, a.accessory, "big", a.face, a.hue, a.angle, a.spacing)
+        assert not any(truth.same_hidden(seen, b).values()), (a, b)
+
+
+def test_the_truth_scores_full_marks_and_another_set_does_not():
+    ours, others = sets(6), sets(7)[1:]
+    panels = [panel for group in ours for panel in group]
+    found = scores.read_sets(Oracle(panels), torch.zeros(6, 3, 128, 128))
+    for name, score in scores.TEXT_SCORES[1].items():
+        assert scores.per_set(found, ours, score) == [1.0] * 6, name
+        assert np.mean(scores.per_set(found, others, score)) < 0.9, name
+
+
+def test_accuracy_counts_what_a_reader_gets_right():
+    panels = [panel for group in sets(4) for panel in group]
+    told = torch.tensor([truth.labels(panel) for panel in panels])
+    pictures = torch.zeros(len(panels), 3, 64, 64, dtype=torch.uint8)
+    assert set(report.accuracy(Oracle(panels), pictures, told).values()) == {1.0}
+    assert report.accuracy(Oracle(panels[::-1]), pictures, told)["scene"] < 0.5
+
+
+def test_intervals_hold_the_mean_and_shrink_with_the_number_of_sets():
+    rng = np.random.default_rng(0)
+    few, many = rng.random(20) < 0.7, rng.random(2000) < 0.7
+    for values in (few, many):
+        mean, low, high = scores.interval(values)
+        assert low <= mean <= high and mean == values.mean()
+    widths = [np.subtract(*scores.interval(values)[:0:-1]) for values in (few, many)]
+    assert widths[1] < widths[0] / 4 and scores.interval([1, 1, 1]) == (1, 1, 1)
+
+
+def test_a_row_says_whether_its_bar_is_reached():
+    assert "| reached |" in scores.row("a", [1, 1, 0, 1], bar=0.7)
+    assert "| **missed** |" in scores.row("a", [1, 1, 0, 1], bar=0.8)
+
+
+def test_tiles_are_the_panels_in_reading_order_and_without_empties_one():
+    image = scores.to_tensors(sets(2))
+    cut = scores.tiles(report.without(image, 3))
+    assert torch.equal(cut[0], image[0, :, :64, :64]) and torch.equal(cut[1], image[0, :, :64, 64:])
+    assert torch.equal(cut[7], image[1, :, 64:, 64:]) and not cut[2].any() and not cut[6].any()
+
+
+def test_batches_of_sets_keep_what_is_kept_and_repeat():
+    networks, image = generate.load_networks("tiny"), scores.to_tensors(sets(3))
+    captions = [joint_caption(panels, 2, 2) for panels in sets(3)]
+    kept = report.without(image, 2)
+    made = generate.generate(networks, captions, (2, 2), [5, 6, 7], steps=2, kept=kept, masked=(2,), batch=2)
+    assert torch.equal(report.without(made, 2), kept) and made[:, :, :64, 64:].std() > 0.1
+    alone = generate.generate(networks, captions[2:], (2, 2), [7], steps=2, kept=kept[2:], masked=(2,))
+    assert torch.allclose(alone[0], made[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("subjects", [1, 2, 3, 4])
+def test_every_subject_stands_in_the_window_of_its_place(subjects):
+    height, width = truth.WINDOW
+    for panel in (panel for group in sets(20, subjects) for panel in group):
+        for which, one in enumerate(panel.placed):
+            left, top, right, bottom = box(panel, which)
+            x, y = (left + right) / 2, (top + bottom) / 2
+            row, column = truth.CORNERS[one.position]
+            assert 4 * column < x < 4 * (column + width) and 4 * row < y < 4 * (row + height)
+            assert min(right, 4 * (column + width)) - max(left, 4 * column) > 0.75 * (right - left)

@@ -1,0 +1,355 @@
+import errno
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import iclora.pipeline as pipeline
+import sample
+import sampling.images
+from model.weights import examples_folder
+from sampling.images import fit, open_picture
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
+SMALL = ["--device", "cpu", "--grid", "1x2", "--panel-size", "32", "--steps", "2"]
+
+
+def run(out, *argv):
+    return sample.main([*SMALL, "--out", str(out), *argv])
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def pngs(folder, stem):
+    """The bytes of one set's PNGs by the part of their names behind the number."""
+    return {name[4:]: data for name, data in files(folder).items() if name.startswith(stem) and name.endswith(".png")}
+
+
+def refused(capsys, status=2):
+    """The one line on stderr behind a failure; notes may come before it, nothing else."""
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert all(note.startswith("note: ") for note in notes) and line.startswith("error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One run that keeps panel 1 of the bundled example and makes two sets with seeds 5 and 6."""
+    out = tmp_path_factory.mktemp("made") / "new" / "out"
+    assert run(out, "--mask", "2", "--seed", "5", "--num", "2") == 0
+    return out
+
+
+# what is written
+
+
+def test_every_set_is_a_composite_its_generated_panels_and_a_json(made):
+    stems = ("0001", "0002")
+    assert sorted(files(made)) == sorted(f"{stem}{end}" for stem in stems for end in (".png", "-panel-2.png", ".json"))
+    for stem in stems:
+        composite = open_picture(made / f"{stem}.png")
+        assert composite.size == (64, 32)
+        assert composite.crop((32, 0, 64, 32)).tobytes() == open_picture(made / f"{stem}-panel-2.png").tobytes()
+
+
+def test_the_json_holds_the_resolved_configuration_hashes_and_timings(made):
+    record = json.loads((made / "0002.json").read_text())
+    config = record["config"]
+    assert (config["seed"], config["num"], config["steps"], config["guidance"]) == (6, 1, 2, 3.5)
+    assert (config["device"], config["dtype"]) == ("cpu", "float32")
+    assert "[IMAGE2]" in config["prompt"] and "out" not in config
+    assert [(entry["panel"], entry["use"], len(entry["sha256"])) for entry in record["inputs"]] == [(1, "kept", 64)]
+    assert record["outputs"] == {"composite": "0002.png", "panels": {"2": "0002-panel-2.png"}}
+    assert {"ae.safetensors", "text_encoder/model.safetensors"} <= {file["file"] for file in record["model"]["files"]}
+    assert all(len(file["sha256"]) == 64 and file["bytes"] > 0 for file in record["model"]["files"])
+    assert {"text", "transformer", "sampling", "decoding"} <= set(record["seconds"])
+
+
+def test_large_weight_files_are_recorded_by_name_and_size_only(made, monkeypatch):
+    monkeypatch.setattr(sample, "HASHED", 10)
+    assert sample.fingerprint(made / "0001.png", made) == {
+        "file": "0001.png",
+        "bytes": (made / "0001.png").stat().st_size,
+        "sha256": None,
+    }
+
+
+def test_the_png_says_how_it_was_made_but_not_where(made, tmp_path):
+    text = Image.open(made / "0001.png").text
+    assert text["prompt"] == json.loads((made / "0001.json").read_text())["config"]["prompt"]
+    config = json.loads(text["config"])
+    assert (config["seed"], config["model"]) == (5, "tiny")
+    assert str(made) not in str(text) and not {"panels", "set", "out", "config"} & set(config)
+
+
+def test_the_pictures_of_num_are_those_of_the_next_seeds(made, tmp_path):
+    assert run(tmp_path, "--mask", "2", "--seed", "6") == 0
+    assert pngs(tmp_path, "0001") == pngs(made, "0002") != pngs(made, "0001")
+
+
+@pytest.mark.parametrize("stem", ["0001", "0002"])
+def test_a_replay_gives_the_same_bytes(made, tmp_path, stem, capsys):
+    assert sample.main(["--config", str(made / f"{stem}.json"), "--out", str(tmp_path)]) == 0
+    assert pngs(tmp_path, "0001") == pngs(made, stem)
+    old, new = (json.loads(path.read_text()) for path in (made / f"{stem}.json", tmp_path / "0001.json"))
+    assert new["config"] == old["config"]
+    assert "may differ" not in capsys.readouterr().err
+
+
+def test_a_replay_finds_its_own_panels_from_another_folder(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    for number in (1, 2):
+        Image.fromarray(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    settings = ["--mask", "2", "--panels", "1.png", "2.png", "--strength", "0.5", "--panel-prompt", "a", "b"]
+    assert run("first", *settings) == 0
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert sample.main(["--config", "../first/0001.json", "--out", "again"]) == 0
+    assert pngs(Path("again"), "0001") == pngs(tmp_path / "first", "0001")
+
+
+def test_a_replay_from_other_pictures_is_noted(tmp_path, capsys):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    settings = ["--mask", "2", "--panels", str(tmp_path / "a.png"), "--prompt", PROMPT]
+    assert run(tmp_path / "out", *settings) == 0
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "a.png")
+    record = tmp_path / "out" / "0001.json"
+    assert sample.main(["--config", str(record), "--out", str(tmp_path / "out")]) == 0
+    assert f"note: the result may differ from {record}, which was made with other pictures\n" in capsys.readouterr().err
+    assert sorted(files(tmp_path / "out"))[-1] == "0002.png"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"versions": {"torch": "1.0"}}, "other versions or threads"),
+        ({"model": {"files": []}}, "other weights"),
+        ({"inputs": 3}, "it is not a whole record"),
+        ({"model": None}, "it is not a whole record"),
+    ],
+)
+def test_what_else_changed_is_noted(change, what, capsys):
+    record = {"inputs": [], "model": {"files": [1]}, "versions": {}}
+    sample.compare(record, {**record, **change}, "a.json")
+    assert what in capsys.readouterr().err
+
+
+def test_a_note_says_that_the_bundled_example_is_used(tmp_path, capsys):
+    assert run(tmp_path, "--mask", "2") == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("note: no panels given: the bundled 1x2 example is used, with its caption: ")
+    assert out.splitlines() == [str(tmp_path / name) for name in ("0001.png", "0001-panel-2.png", "0001.json")]
+
+
+# numbers
+
+
+def test_files_take_the_next_free_number_and_never_overwrite(tmp_path):
+    (tmp_path / "0007-panel-1.png").write_bytes(b"mine")
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    assert run(tmp_path, "--prompt", PROMPT) == 0
+    written = set(files(tmp_path)) - {"notes.txt", "0007-panel-1.png"}
+    assert written == {"0008.png", "0008-panel-1.png", "0008-panel-2.png", "0008.json"}
+    assert files(tmp_path)["0007-panel-1.png"] == b"mine"
+
+
+def result_and_plan():
+    plan = pipeline.resolve(sample.SampleConfig(grid="1x2", prompt=PROMPT, device="cpu", steps=2), lambda line: None)
+    panel = Image.new("RGB", (64, 64))
+    return pipeline.Result(Image.new("RGB", (128, 64)), {1: panel, 2: panel}, {}), plan
+
+
+def test_sets_that_are_saved_at_once_share_no_number(tmp_path):
+    result, plan = result_and_plan()
+
+    def save_five():
+        for _ in range(5):
+            sample.save(result, plan, 0, {}, tmp_path)
+
+    threads = [threading.Thread(target=save_five) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = sorted(files(tmp_path))
+    assert len(names) == 4 * 20
+    for name in (name for name in names if name.endswith(".json")):
+        assert json.loads(files(tmp_path)[name])["outputs"]["composite"] == name.replace("json", "png")
+
+
+def test_a_number_that_is_partly_taken_is_left_alone(tmp_path):
+    result, plan = result_and_plan()
+    (tmp_path / "0001.json").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        sample.save_as("0001", result, {}, {}, tmp_path)
+    assert files(tmp_path) == {"0001.json": b"mine"}
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_disk_that_fills_up_leaves_no_part_of_a_set(tmp_path, monkeypatch, capsys, failing):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(sampling.images.os, "fsync", full)
+    assert run(tmp_path / "out", "--prompt", PROMPT) == 2
+    assert "No space left on device; free space there" in refused(capsys)
+    assert files(tmp_path / "out") == {}
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stpes", "3"], "--stpes is unknown; did you mean --steps?"),
+        (["--steps", "0"], "--steps 0 is out of range; use 1 to 1000"),
+        (["--mask", "3"], "mask '3': 3 does not fit the grid"),
+        (["--model", "nowhere"], "there is no model 'nowhere'"),
+        (["--panels", "nowhere.png", "--mask", "2", "--prompt", "x"], "cannot read nowhere.png: there is no such file"),
+        (["--prompt", "a\nb\0"], "the prompt is not plain text"),
+        (["--config", "nowhere.json"], "cannot read 'nowhere.json': there is no such file"),
+        (["--panels", "a\0b", "--mask", "2", "--prompt", "x"], "cannot read"),
+    ],
+)
+def test_a_mistake_costs_one_line_and_writes_nothing(tmp_path, capsys, argv, message):
+    assert run(tmp_path / "out", *argv) == 2
+    assert message in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "link", "a" * 300, "a\0b"])
+def test_an_impossible_folder_is_refused_before_anything_is_made(tmp_path, capsys, monkeypatch, name):
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr(pipeline, "load_text_encoders", None)
+    assert run(tmp_path / name, "--prompt", PROMPT) == 2
+    refused(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_folder_without_write_permission_is_refused_before_anything_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(pipeline, "load_text_encoders", None)
+    assert run(tmp_path / "out", "--prompt", PROMPT) == 2
+    assert f"{tmp_path} cannot be written to; choose another" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("unable to mmap 64424509440 bytes from file: Cannot allocate memory (12)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_says_what_helps(tmp_path, capsys, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(pipeline, "load_flux", fail)
+    assert run(tmp_path, "--prompt", PROMPT) == 2
+    assert "memory ran out; try a smaller --panel-size, fewer panels or --ref, --tile" in refused(capsys)
+
+
+def test_another_runtime_error_is_a_bug_and_is_shown_whole(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pipeline, "load_flux", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tmp_path, "--prompt", PROMPT)
+
+
+def test_an_interruption_costs_one_line_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
+    sampler = pipeline.Pipeline.sample
+
+    def interrupted(self, seed, progress):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return sampler(self, seed, progress)
+
+    monkeypatch.setattr(pipeline.Pipeline, "sample", interrupted)
+    assert run(tmp_path, "--prompt", PROMPT, "--num", "3") == 130
+    assert "interrupted" in refused(capsys)
+    assert sorted(files(tmp_path)) == ["0001-panel-1.png", "0001-panel-2.png", "0001.json", "0001.png"]
+
+
+def test_help_is_status_0(capsys):
+    assert sample.main(["--help"]) == 0
+    assert "python sample.py --grid 2x2 --mask 3" in capsys.readouterr().out
+
+
+def test_the_script_itself_exits_with_the_status(tmp_path):
+    command = [sys.executable, "sample.py", "--mask", "9", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: mask '9': 9 does not fit the grid; panels are numbered 1 to 4 in reading order\n"
+
+
+# progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_progress_shows_step_pace_and_time_left(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with sample.Bar("picture 1 of 1") as bar:
+        bar.start -= 60
+        bar(2, 4)
+    shown = sys.stderr.getvalue()
+    assert "\rpicture 1 of 1 [############............] step 2/4, 30.00 s a step, 0:01:00 left" in shown
+    assert shown.endswith("\n")
+
+
+def test_elsewhere_progress_is_silent(capsys):
+    with sample.Bar("picture 1 of 1") as bar:
+        bar(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_readmes_first_command_makes_its_picture_in_time(tmp_path):
+    def of_children():  # what they computed, whatever else runs on the machine
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = of_children()
+    command = [sys.executable, "sample.py", "--grid", "2x2", "--mask", "3", "--out", str(tmp_path)]
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as threads that wait for each other count as computing
+    done = subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True)
+    seconds = of_children() - before
+    assert done.returncode == 0, done.stderr
+    assert seconds < 15, f"{seconds:.1f} s of computing from start to files"
+    composite = Image.open(tmp_path / "0001.png")
+    for panel, corner in ((1, (0, 0)), (2, (64, 0)), (4, (64, 64))):
+        given = fit(open_picture(examples_folder() / "2x2" / f"{panel}.png"), 64, 64)
+        assert composite.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == given.tobytes()
+    shown = Image.open(ROOT / "docs" / "pictures" / "first.png")
+    assert json.loads(shown.text["config"]) == json.loads(composite.text["config"])
+
+
+def test_a_mistake_is_one_line_without_the_notes_before_it(tmp_path, capsys):
+    assert sample.main(["--ref", "nope.png", "--prompt", "a cat.", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: cannot read nope.png: there is no such file; check the name\n"

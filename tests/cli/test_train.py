@@ -1,0 +1,1114 @@
+"""train.py as its users meet it: runs that are killed, stopped, resumed and shared, and what sample.py makes of them.
+
+The transformer and the autoencoder are small random ones; text encoders and tokenizers are those of the tiny model.
+"""
+
+import errno
+import gc
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import iclora.cache
+import iclora.feed
+import iclora.monitor
+import iclora.references
+import iclora.restart
+import iclora.training
+import model.lora
+import sample
+import train
+from golden import LOOP
+from iclora.cli import Bar, parse
+from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, model_row, settle_training
+from iclora.feed import prepare
+from iclora.knobs import flag
+from iclora.pipeline import Pipeline, resolve
+from iclora.references import place
+from model.autoencoder import AutoEncoder, AutoEncoderConfig
+from model.checkpoint import read_header, save_safetensors
+from model.flux import Flux, FluxConfig
+from model.lora import attach, save_lora, trainable
+from model.weights import find_model, load_flux, read_flux_config
+from sampling.latents import pack
+
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text --ref-size "
+    "--offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup --decay "
+    "--ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
+    "--dtype --tensorboard --out --config"
+)
+KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
+PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
+
+
+def make_model(folder):
+    """A model folder with a random transformer and autoencoder, beside the text encoders of the tiny model."""
+    folder.mkdir()
+    tiny = find_model("tiny")
+    shape = read_flux_config(tiny.flux)
+    torch.manual_seed(0)
+    small = FluxConfig(64, 64, shape.vec_in_dim, shape.context_in_dim, 32, 48, 1, 1, 1, (4, 14, 14), True)
+    save_safetensors(Flux(small).state_dict(), folder / "flux1-small.safetensors")
+    save_safetensors(AutoEncoder(AutoEncoderConfig(32, (1, 1, 1, 1), 1, 16)).state_dict(), folder / "ae.safetensors")
+    for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        (folder / name).symlink_to(tiny.root.resolve() / name)
+
+
+def make_sets(folder, count=6, seed=0):
+    """Sets of two panels of 32 pixels; the second panel is the first one turned around."""
+    folder.mkdir()
+    (folder / "set.json").write_text('{"grid": "1x2"}')
+    draw = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = draw.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        panel = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+        (folder / str(number)).mkdir()
+        panel.save(folder / str(number) / "1.png")
+        panel.transpose(Image.Transpose.ROTATE_180).save(folder / str(number) / "2.png")
+        (folder / str(number) / "caption.txt").write_text(f"[IMAGE1] picture {number}, [IMAGE2] the same turned around")
+
+
+def make_pairs(path, count=6):
+    """Pairs with one or two references of several sizes, in turns; the first reference is the target turned around."""
+    draw, rows = np.random.default_rng(1), []
+    (path.parent / "pairs").mkdir()
+    for number in range(count):
+        names = [f"pairs/{number}-{i}.png" for i in range(2 + number % 2)]
+        for name, size in zip(names, ((32, 32), (64, 64), (60, 40)), strict=False):
+            panel = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            panel.resize(size, Image.Resampling.BICUBIC).save(path.parent / name)
+        rows.append({"prompt": f"picture {number}", "image_paths": names[1:], "image_tgt_path": names[0], "score": 4.0})
+    path.write_text(json.dumps(rows))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with model/, sets/ and runs/, whose cache all runs share; one thread, as in the processes."""
+    folder, threads = tmp_path_factory.mktemp("world"), torch.get_num_threads()
+    make_model(folder / "model")
+    make_sets(folder / "sets")
+    make_pairs(folder / "pairs.json")
+    torch.set_num_threads(1)
+    import transformers.models.clip.modeling_clip
+    import transformers.models.t5.modeling_t5  # noqa: F401
+
+    gc.freeze()  # what is imported, so that the collection after every encoder takes no time
+    yield folder
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def command(world, out, *flags, steps=6):
+    more = ["--steps", str(steps), "--batch", "2", "--rank", "2", "--panel-size", "32", "--dropout", "0.3"]
+    more += ["--save-every", "2", "--sample-every", "0", "--device", "cpu", "--lr", "0.01", "--warmup", "2"]
+    more += ["--decay", "0"]  # a falling rate would fix the number of steps
+    return ["--data", str(world / "sets"), "--model", str(world / "model"), "--out", str(out), *more, *flags]
+
+
+def go(world, out, *flags, **more):
+    return train.main(command(world, out, *flags, **more))
+
+
+@pytest.fixture
+def out(world):
+    """A folder for a run, beside the shared cache."""
+    (world / "runs").mkdir(exist_ok=True)
+    return world / "runs" / str(len(os.listdir(world / "runs")))
+
+
+def beside(out, name):
+    """Another folder for a run that shares the cache."""
+    return out.with_name(f"{out.name}-{name}")
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """A run of 6 steps that nothing interrupted."""
+    assert go(world, world / "runs" / "whole") == 0
+    return world / "runs" / "whole"
+
+
+def files(folder):
+    """The bytes of all files in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+
+
+def steps_of(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys):
+    """The one line on stderr of a failure; lines that are no errors may come before it."""
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and not any("Traceback" in other or "error" in other for other in before)
+    return line
+
+
+# the command line
+
+
+def test_the_flags_are_frozen_so_that_a_new_one_is_a_decision():
+    assert [flag(field.name) for field in fields(TrainConfig)] == FLAGS.split()
+
+
+def test_help_lists_every_knob_once(capsys):
+    assert train.main(["--help"]) == 0
+    words = capsys.readouterr().out.split("\noptions:\n")[1].split()
+    listed = [word for word in words if word.startswith("--") and word != "--help"]
+    assert listed == FLAGS.replace("--checkpointing", "--checkpointing, --no-checkpointing").split()
+
+
+def test_a_typo_is_answered_without_waiting_for_torch():
+    code = "import sys, train; status = train.main(['--stpes']); print(status, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "error: --stpes is unknown; did you mean --steps? see --help for all flags\n"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--lr", "nan"], "--lr nan is out of range; use 0 to 1"),
+    (["--lr", "fast"], "--lr 'fast' is not a number"),
+    (["--rank", "0"], "--rank 0 is out of range; use 1 to 4096"),
+    (["--ema", "1"], "--ema 1.0 is out of range"),
+    (["--condition", "cleen"], "--condition 'cleen' is unknown; did you mean clean?"),
+    (["--times", "log"], "--times 'log' is unknown"),
+    (["--model", "flux-nowhere"], "there is no model 'flux-nowhere'"),
+    (["--model", "{sets}"], "sets lacks flux1-*.safetensors"),
+    (["--batch", "4", "--accumulate", "3"], "a batch of 4 cannot be cut for 1 processes and --accumulate 3"),
+    (["--targets", "attention"], "LoRA target 'attention' means no Linear of this model; did you mean"),
+    (["--init-lora", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),
+    (["--init-lora", "{model}/ae.safetensors"], "holds a FLUX.1 autoencoder, not a LoRA"),
+    (["--grid", "2by2"], "grid '2by2' is not ROWSxCOLS"),
+    (["--grid", "3x1"], "has 2 panels, but its 3x1 grid takes 3"),
+    (["--data", "nowhere"], "there is no folder 'nowhere'; --data takes"),
+    (["--data", "{sample}"], "sample' is no folder; --data takes"),
+    (["--data", "{empty}"], "holds no sets"),
+    (["--data", "{broken}"], "2.png"),
+    (["--data", "{model}/ae.safetensors"], "--data takes one with pictures"),
+    (["--config", "{model}/ae.safetensors"], "it is damaged or no JSON"),
+    (["--config", "{sets}/set.json"], "holds no configuration"),
+    (["--config", "{sample}"], "sets 'mask', which is unknown"),
+    (["--out", "{model}/ae.safetensors"], "ae.safetensors is not a folder; choose another"),
+    (["--out", "{model}/ae.safetensors/run"], "ae.safetensors is not a folder; choose another"),
+    (["--out", "a\0b"], "choose another"),
+    (["--out", "a" * 300], "choose another"),
+    (["--device", "mps"], "--device mps is not available"),
+    (["--concat", "token"], "--concat 'token' is unknown; did you mean tokens?"),
+    (["--dtype", "float16"], "--dtype 'float16' is unknown; did you mean bfloat16"),
+    (["--text", "panels"], "--text 'panels' is unknown; did you mean panel?"),
+    (["--data", "{unmarked}", "--text", "panel"], "turned around': no markers for the 2 panels of the 1x2 grid"),
+    (["--method", "uno"], "is not for --method uno, which takes a .json of pairs"),
+    (["--data", "{pairs}"], "is not for --method in-context-lora, which takes sets; pairs are for --method uno"),
+    (["--method", "unos"], "--method 'unos' is unknown; did you mean uno?"),
+    (["--offset", "w"], "--offset means nothing to --method in-context-lora; leave it out"),
+    (["--method", "uno", "--stage", "3"], "--stage 3 is out of range; use 1 to 2"),
+    (["--method", "uno", "--targets", "mod"], "no place for rows 0 to 192 of double_blocks.0.img_mod.lin, so the"),
+    (["--method", "uno", "--data", "{unreferred}"], "unreferred.json row 1: it has no references"),
+    (["--method", "uno", "--data", "{pairs}", "--ref-size", "20"], "row 2: 1-2.png of 60x40 pixels becomes 20x13"),
+    (["--tensorboard"], "--tensorboard needs a package that is not installed; pip install tensorboard, or leave it"),
+], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(world, out, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    places = {name: tmp_path / name for name in ("empty", "broken", "sample", "unmarked")}
+    places["empty"].mkdir()
+    shutil.copytree(world / "sets", places["broken"])
+    (places["broken"] / "3" / "2.png").write_bytes(b"no picture")
+    shutil.copytree(world / "sets", places["unmarked"])
+    (places["unmarked"] / "3" / "caption.txt").write_text("a picture and the same turned around")
+    places["sample"].write_text(json.dumps({"config": {"mask": "all"}}))
+    places |= {"sets": world / "sets", "model": world / "model", "pairs": world / "pairs.json"}
+    places["unreferred"] = tmp_path / "unreferred.json"
+    places["unreferred"].write_text(json.dumps([{"prompt": "x", "image_tgt_path": "x.png"}]))
+    before = files(world / "model")["ae.safetensors"]
+    assert go(world, out, *(text.format(**places) for text in flags)) == 2
+    assert message in refused(capsys)
+    assert not out.exists() and files(world / "model")["ae.safetensors"] == before
+
+
+def test_bad_input_costs_an_earlier_run_nothing(world, whole, tmp_path, capsys):
+    before = files(whole)
+    for flags in (["--lr", "nan"], ["--data", "nowhere"], ["--targets", "x"], ["--model", "no"], ["--accumulate", "9"]):
+        assert go(world, whole, *flags) == 2
+    assert files(whole) == before and len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_a_folder_that_cannot_be_written_is_refused(world, out, capsys, monkeypatch):
+    out.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out)
+    assert go(world, out) == 2
+    assert f"{out} cannot be written to; choose another" in refused(capsys) and not files(out)
+
+
+def test_a_run_within_its_own_data_is_refused(world, capsys):
+    assert go(world, world / "sets" / "runs") == 2
+    assert "lies in --data, where the next run would read it; choose one outside" in refused(capsys)
+    assert not (world / "sets" / "runs").exists()
+
+
+def test_what_is_doubtful_about_the_sets_is_told(world, out, tmp_path, capsys):
+    shutil.copytree(world / "sets", tmp_path / "sets")
+    (tmp_path / "sets" / "README.md").write_text("words")
+    assert go(world, out, "--data", str(tmp_path / "sets"), steps=1) == 0
+    assert "README.md is no picture or caption; passed over (note 1 of " in capsys.readouterr().err
+
+
+def test_encoders_of_another_model_are_refused(world, out, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "m", symlinks=True)
+    other = FluxConfig(64, 64, 7, 9, 32, 48, 1, 1, 1, (4, 14, 14), True)
+    save_safetensors(Flux(other).state_dict(), tmp_path / "m" / "flux1-small.safetensors")
+    assert go(world, out, "--model", str(tmp_path / "m")) == 2
+    assert "but its transformer takes 9 and 7; use the encoders that belong to it" in refused(capsys)
+
+
+def test_running_out_of_memory_is_one_line(world, out, capsys, monkeypatch):
+    def hungry(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    monkeypatch.setattr(iclora.training, "flow_loss", hungry)
+    assert go(world, out) == 2
+    assert "memory ran out; try --checkpointing" in refused(capsys)
+
+
+# what is written
+
+
+def test_a_run_writes_checkpoint_lora_metrics_curve_and_settings(whole):
+    assert sorted(files(whole)) == sorted(KEPT)
+    assert steps_of(whole) == [1, 2, 3, 4, 5, 6]
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    picture = Image.open(whole / "loss.png").convert("RGB")
+    assert len(picture.getcolors(2**20)) > 3
+
+
+def test_the_lora_file_says_what_it_is(whole):
+    tensors, about = read_header(whole / "lora.safetensors")
+    assert {name.removeprefix("iclora."): text for name, text in about.items() if name.startswith("iclora.")} == {
+        "method": "in-context-lora", "condition": "none", "concat": "pixels", "text": "joint", "base": "model",
+        "grids": "1x2", "steps": "6",
+    }  # fmt: skip
+    assert {stored.dtype for stored in tensors.values()} == {"BF16"}
+
+
+def test_the_lora_file_holds_the_average_and_not_the_last_weights(world, whole, tmp_path):
+    config = parse(TrainConfig, ["--config", str(whole / "config.json")], "")
+    tensors = load_file(whole / "checkpoint.safetensors")
+    flux = load_flux(find_model(str(world / "model")).flux, dtype=torch.float32)
+    attach(flux, config.targets, config.rank)
+    about = read_header(whole / "lora.safetensors")[1]
+    for kind, same in (("weight", False), ("average", True)):
+        with torch.no_grad():
+            for i, p in enumerate(trainable(flux)):
+                p.copy_(tensors[f"{i}.{kind}"])
+        save_lora(flux, tmp_path / kind, metadata=about)
+        assert ((tmp_path / kind).read_bytes() == (whole / "lora.safetensors").read_bytes()) == same
+
+
+def test_the_settings_beside_a_run_repeat_it(world, whole, out):
+    assert train.main(["--config", str(whole / "config.json"), "--out", str(out)]) == 0
+    assert files(out) == files(whole)
+
+
+def test_another_model_beside_the_settings_of_a_run_brings_its_own_defaults(whole, tmp_path):
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    argv = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]
+    same, other = parse(TrainConfig, argv, ""), parse(TrainConfig, [*argv, "--model", "flux-dev"], "")
+    assert (same.steps, same.batch, same.lr, same.panel_size, same.dtype) == (6, 2, 0.01, 32, "float32")
+    settled = settle_training(other, DEV, "cuda")
+    assert (settled.steps, settled.batch, settled.lr, settled.panel_size) == (5000, 4, 1e-4, 512)
+    assert (settled.rank, settled.dropout, settled.dtype) == (2, 0.3, "bfloat16"), "what does not depend on the model"
+    assert parse(TrainConfig, [*argv, "--model", "flux-dev", "--steps", "7"], "").steps == 7
+
+
+def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
+    before = files(whole)
+    assert go(world, whole) == 0
+    assert files(whole) == before and "this run is finished" in capsys.readouterr().err
+
+
+def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal(world, out, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert go(world, out) == 0
+    err = capsys.readouterr().err
+    bars = [part for part in err.split("\r") if "step " in part]
+    assert len(bars) == 6 and all(word in bars[2] for word in ("step 3/6, loss ", " steps a second, ", " left"))
+    assert bars[-1].split("\n")[0].endswith("left\x1b[K") and "0:00:00 left" in bars[-1]
+
+
+def test_a_bar_is_drawn_while_texts_and_pictures_are_encoded(world, out, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    make_sets(tmp_path / "sets", count=3, seed=7)
+    assert go(world, out, "--data", str(tmp_path / "sets"), steps=1) == 0
+    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("encoding ")]
+    assert [bar.partition(" [")[0] for bar in bars[-3:]] == ["encoding pictures"] * 3
+    assert "[########................] step 1/3" in bars[-3] and "0:00:00 left\x1b[K\n" in bars[-1]
+
+
+def test_metrics_also_go_to_tensorboard_if_that_is_wanted(world, out, monkeypatch):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, step))
+
+        def flush(self):
+            pass
+
+    told = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    assert go(world, out, "--tensorboard", steps=1) == 0
+    assert go(world, out, "--tensorboard", steps=2) == 0
+    assert told == [
+        (str(out), 1), ("loss", 1), ("validation", 1),
+        (str(out), 2), ("loss", 2), ("validation", 2),
+    ]  # fmt: skip
+    assert "tensorboard" not in (out / "config.json").read_text()
+
+
+def test_sheets_of_samples_are_the_same_for_the_same_weights(world, out):
+    for name in ("a", "b"):
+        assert go(world, beside(out, name), "--sample-every", "2", steps=1) == 0
+    first = Image.open(beside(out, "a") / "sheet-000001.png").convert("RGB")
+    assert first.size == (64, 2 * 32 + 4), "one held-out composite of 64x32 above the original"
+    assert len(first.crop((0, 0, 64, 32)).getcolors(2**20)) > 50
+    assert len(first.crop((0, 36, 64, 68)).getcolors(2**20)) > 50
+    assert files(beside(out, "a"))["sheet-000001.png"] == files(beside(out, "b"))["sheet-000001.png"]
+
+
+def no_memory(*_):
+    raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+
+def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
+    monkeypatch.setattr(train.Run, "draw_sheet", killing(train.Run.draw_sheet, 1))
+    with pytest.raises(Killed):
+        go(world, out, "--sample-every", "2", steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(iclora.monitor, "sheet", no_memory)
+        assert go(world, out, "--sample-every", "2", steps=2) == 0, "one that fails is left out, on resume"
+        assert go(world, beside(out, "new"), "--sample-every", "1", steps=2) == 0, "and while training"
+    assert not [*out.glob("sheet-*"), *beside(out, "new").glob("sheet-*")]
+    assert go(world, out, "--sample-every", "2", steps=3) == 0
+    assert go(world, beside(out, "whole"), "--sample-every", "2", steps=3) == 0
+    made = files(out)
+    assert "sheet-000002.png" in made and made == files(beside(out, "whole"))
+
+
+def test_without_held_out_sets_there_is_no_validation_and_the_sheet_shows_trained_ones(world, out):
+    assert go(world, out, "--holdout", "0", "--sample-every", "2", steps=2) == 0
+    assert "validation" not in (out / "metrics.jsonl").read_text()
+    assert Image.open(out / "sheet-000002.png").size == (2 * 64 + 4, 68), "the two sets of the first batch"
+
+
+def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
+    shutil.copy(whole / "lora.safetensors", world / "start.safetensors")
+    assert go(world, out, "--init-lora", str(world / "start.safetensors"), "--lr", "0", steps=1) == 0
+    assert "starting from start.safetensors: diffusers names" in capsys.readouterr().err
+    before, after = (model.lora.read_lora(path / "lora.safetensors") for path in (whole, out))
+    assert before.stored.keys() == after.stored.keys()
+    assert all(load_file(out / "checkpoint.safetensors")[f"{i}.weight"].any() for i in range(4)), "ups are not fresh"
+
+
+def test_a_large_model_is_marked_by_its_size_and_not_by_its_date(world, monkeypatch):
+    model = find_model(str(world / "model"))
+    before = iclora.feed.origin([], model)["model"]
+    monkeypatch.setattr(iclora.cache, "HASHED", 1000)
+    large = iclora.feed.origin([], model)["model"]
+    os.utime(model.flux)
+    assert large == iclora.feed.origin([], model)["model"] != before
+
+
+def test_every_shard_of_a_model_and_the_settings_beside_a_lora_count(world, tmp_path):
+    model = find_model(str(world / "model"))
+    tensors = load_file(model.flux)
+    names = {name: f"shard-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for shard in set(names.values()):
+        save_file({name: tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard)
+    index = tmp_path / "flux1-small.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    (tmp_path / "lora").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "lora" / "adapter_model.safetensors")
+
+    def marks():
+        return iclora.feed.origin([], replace(model, flux=index), str(tmp_path / "lora"))
+
+    first = marks()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    second = marks()
+    assert first["init_lora"] != second["init_lora"] and first["model"] == second["model"]
+    save_file({name: 2 * tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard)
+    assert marks()["model"] != second["model"] and marks()["init_lora"] == second["init_lora"]
+
+
+def test_another_lora_under_the_same_name_is_refused_on_resume(world, whole, out, tmp_path, capsys):
+    start = tmp_path / "start.safetensors"
+    shutil.copy(whole / "lora.safetensors", start)
+    assert go(world, out, "--init-lora", str(start), steps=1) == 0
+    assert go(world, out, "--init-lora", str(shutil.copy(start, tmp_path / "moved.safetensors")), steps=1) == 0
+    shutil.copy(out / "lora.safetensors", start)
+    capsys.readouterr()
+    assert go(world, out, "--init-lora", str(start), steps=2) == 2
+    assert "moved.safetensors, not" in (line := refused(capsys)) and "start.safetensors; give the same" in line
+
+
+def test_what_is_seldom_meant_is_told(world, whole, clean, out, capsys):
+    flags = ["--init-lora", str(clean), "--batch", "6"]
+    assert go(world, out, *flags, steps=1) == 0
+    said = capsys.readouterr().err
+    assert "lora.safetensors was trained with --condition clean; now it is used with none" in said
+    assert "1 buckets have fewer sets than the 6 of a batch, which then holds some of them twice" in said
+
+
+# killed, stopped, resumed
+
+
+class Killed(BaseException):
+    """Ends a run in the middle, as no handler expects it."""
+
+
+def killing(real, when):
+    """Calls the real function, but is killed the given time."""
+    calls = []
+
+    def function(*args, **more):
+        calls.append(args)
+        if len(calls) == when:
+            raise Killed
+        return real(*args, **more)
+
+    return function
+
+
+PLACES = {
+    "in a step": (iclora.training, "flow_loss", 4),
+    "before the first checkpoint": (iclora.training, "flow_loss", 2),
+    "before anything": (iclora.restart, "write_whole", 1),
+    "while the checkpoint gets its name": (os, "replace", 4),
+    "after the checkpoint": (model.lora, "save_lora", 2),
+    "in the last lora": (model.lora, "save_lora", 3),
+    "while the curve is drawn": (iclora.monitor, "draw_curve", 2),
+    "between the moments and the average": (torch, "_foreach_lerp_", 4),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_and_resumed_run_ends_in_the_same_bytes(world, whole, out, monkeypatch, place):
+    owner, name, when = PLACES[place]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, killing(getattr(owner, name), when))
+        go(world, out)
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+def test_so_does_one_with_clean_panels_and_parts(world, clean, out, monkeypatch):
+    flags = ["--condition", "clean", "--accumulate", "2"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(iclora.training, "flow_loss", killing(iclora.training.flow_loss, 6))
+        go(world, out, *flags)
+    assert go(world, out, *flags) == 0
+    assert files(out) == files(clean.parent)
+
+
+def test_a_raised_number_of_steps_goes_on_to_the_same_bytes(world, whole, out):
+    assert go(world, out, steps=3) == 0
+    assert go(world, out) == 0
+    assert {name: data for name, data in files(out).items() if name in KEPT[:2]} == {
+        name: files(whole)[name] for name in KEPT[:2]
+    }
+    assert steps_of(out) == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_settings_in_the_folder_of_a_run_are_refused_by_name(world, whole, capsys):
+    before = files(whole)
+    for flags, message in {
+        ("--rank", "4"): "holds a run with --rank 2, not 4; give the same settings to go on, or another --out",
+        ("--lr", "0.5"): "with --lr 0.01, not 0.5;",
+        ("--condition", "clean"): "with --condition none, not clean;",
+        ("--targets", "attn"): "with --targets all-linear, not attn;",
+    }.items():
+        assert go(world, whole, *flags) == 2
+        assert message in refused(capsys)
+    assert files(whole) == before
+
+
+def test_other_sets_under_the_same_name_are_refused(world, out, tmp_path, capsys):
+    shutil.copytree(world / "sets", tmp_path / "sets")
+    assert go(world, out, "--data", str(tmp_path / "sets"), steps=2) == 0
+    shutil.move(tmp_path / "sets", tmp_path / "moved")
+    assert go(world, out, "--data", str(tmp_path / "moved"), steps=3) == 0, "moved, but the same"
+    (tmp_path / "moved" / "0" / "caption.txt").write_text("[IMAGE1] another [IMAGE2] caption")
+    capsys.readouterr()
+    assert go(world, out, "--data", str(tmp_path / "moved"), steps=4) == 2
+    assert "moved with other content; give the same settings to go on" in refused(capsys)
+
+
+def test_a_mistake_leaves_nothing_that_would_refuse_the_next_attempt(world, out):
+    assert go(world, out, "--rank", "4", "--data", "nowhere") == 2
+    assert go(world, out, steps=1) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bytes(world, whole, out, capsys, monkeypatch, number):
+    real, calls = iclora.training.flow_loss, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(iclora.training, "flow_loss", stopped)
+        assert go(world, out) == 130
+    assert refused(capsys) == "error: stopped after step 3 of 6; the same command goes on there"
+    assert signal.getsignal(number) is handler
+    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 3 and steps_of(out) == [1, 2, 3]
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+def test_a_second_interruption_stops_at_once_and_keeps_the_last_checkpoint(world, whole, out, capsys, monkeypatch):
+    real, calls = torch._foreach_lerp_, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_lerp_", stopped)
+        assert go(world, out) == 130
+    assert refused(capsys) == "error: interrupted; the same command goes on from the last checkpoint"
+    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+def test_a_full_disk_is_one_line_and_loses_no_earlier_checkpoint(world, whole, out, capsys, monkeypatch):
+    real, calls = os.replace, []
+
+    def full(source, target):
+        calls.append(target)
+        if len([name for name in calls if Path(name).name == "checkpoint.safetensors"]) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        return real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert go(world, out) == 2
+    assert "No space left on device" in refused(capsys)
+    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert not [name for name in files(out) if name.startswith(".")]
+    assert go(world, out) == 0
+    assert files(out) == files(whole)
+
+
+# processes of their own
+
+
+TRAIN = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
+
+
+def start(world, out, *flags, code=TRAIN, env=None, **more):
+    argv = [sys.executable, "-c", code, *command(world, out, *flags, **more)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
+
+
+LONG = ["--save-every", "10"]
+HIT = """
+import os, sys, train
+import iclora.training, model.checkpoint, model.lora
+real, calls = {place}, []
+def hit(*args, **more):
+    calls.append(args)
+    if len(calls) == {when}:
+        os.kill(os.getpid(), {number})
+    return real(*args, **more)
+{place} = hit
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def hit(place, when, number=signal.SIGKILL):
+    """Code that trains, and sends itself a signal when something is called the given time."""
+    return HIT.format(place=place, when=when, number=int(number))
+
+
+def test_killed_processes_end_in_the_same_bytes_and_one_that_is_stopped_too(world, out):
+    assert go(world, beside(out, "whole"), *LONG, steps=40) == 0
+    folder = beside(out, "killed")
+    codes = [hit("os.replace", 6), hit("iclora.training.flow_loss", 17), hit("iclora.training.flow_loss", 4, 2)]
+    steps, said = [], []
+    for code in codes:
+        process = start(world, folder, *LONG, steps=40, code=code)
+        said.append((process.communicate()[1].splitlines()[-1], process.returncode))
+        steps.append((iclora.restart.read_about(folder / "checkpoint.safetensors")[2], steps_of(folder)[-1]))
+        scraps = [name.split(".")[1] for name in files(folder) if name.endswith(".tmp")]
+        assert scraps == (["checkpoint"] if code is codes[0] else []), "the second one was not named yet"
+    assert [status for _, status in said] == [-signal.SIGKILL, -signal.SIGKILL, 130]
+    assert steps == [(10, 20), (20, 21), (24, 24)]
+    assert said[2][0] == "error: stopped after step 24 of 40; the same command goes on there"
+    assert go(world, folder, *LONG, steps=40) == 0
+    assert files(folder) == files(beside(out, "whole"))
+
+
+def wait_for_step(process, out, step):
+    """Waits until a run has noted a step; False if it ended before."""
+    path = out / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= step:
+            return True
+        time.sleep(0.002)
+    return False
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_end_in_the_same_bytes(world, out):
+    steps, draw, inside = 1200, random.Random(0), 0
+    assert go(world, beside(out, "whole"), *LONG, steps=steps) == 0
+    folder = beside(out, "killed")
+    for number in range(20):
+        if number % 2:
+            place = draw.choice(["os.replace", "os.fsync", "model.checkpoint.save_file"])
+            process = start(world, folder, *LONG, steps=steps, code=hit(place, draw.randint(3, 9)))
+        else:
+            process = start(world, folder, *LONG, steps=steps)
+            done = steps_of(folder)[-1] if (folder / "metrics.jsonl").exists() else 0
+            assert wait_for_step(process, folder, done + draw.randint(1, 60))
+            time.sleep(0.01 * draw.random())
+            process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        inside += any(name.endswith(".tmp") for name in files(folder))
+    assert inside >= 3, "some were inside a save"
+    assert go(world, folder, *LONG, steps=steps) == 0
+    assert files(folder) == files(beside(out, "whole"))
+    assert steps_of(folder) == list(range(1, steps + 1))
+
+
+def together(world, out, *flags, codes=(TRAIN, TRAIN), **more):
+    """Runs two processes as torchrun would start them; returns their statuses and what each says last."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        start(world, out, *flags, code=code, env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **more)
+        for rank, code in enumerate(codes)
+    ]
+    said = [process.communicate(timeout=600)[1].splitlines()[-1:] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def compare(folder, other):
+    """How far two runs are apart, relative to the size of all weights, averages and moments of each kind."""
+    a, b = (load_file(path / "checkpoint.safetensors") for path in (folder, other))
+    assert a.keys() == b.keys()
+    far = {}
+    for kind in ("weight", "average", "optimizer.exp_avg", "optimizer.exp_avg_sq"):
+        names = [name for name in a if name.endswith(f".{kind}")]
+        one, two = (torch.cat([tensors[name].flatten().double() for name in names]) for tensors in (a, b))
+        far[kind] = float((one - two).norm() / two.norm())
+    return max(far.values())
+
+
+def test_two_processes_equal_one_stop_together_and_their_checkpoint_resumes_on_one(world, whole, out):
+    interrupted = hit("iclora.training.flow_loss", 3, 2)  # the second process alone, and in its third step
+    status, said = together(world, out, codes=(TRAIN, interrupted))
+    assert status == [130, 130] and said[0] == said[1], said
+    assert said[0] == ["error: stopped after step 3 of 6; the same command goes on there"]
+    assert steps_of(out) == [1, 2, 3]
+    assert go(world, beside(out, "one"), steps=3) == 0
+    assert compare(out, beside(out, "one")) < 1e-5
+    assert go(world, out) == 0
+    assert steps_of(out) == [1, 2, 3, 4, 5, 6]
+    assert compare(out, whole) < 1e-5
+    losses = [[json.loads(row)["loss"] for row in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, whole)]
+    assert np.allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_two(world, whole, out):
+    assert go(world, out, steps=2) == 0
+    status, said = together(world, out)
+    assert status == [0, 0] and said[1] == [], said
+    assert compare(out, whole) < 1e-5
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(world, out, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert go(world, out, "--batch", "3") == 2
+    assert "a batch of 3 cannot be cut for 2 processes" in refused(capsys) and not out.exists()
+
+
+# memory, conditioning
+
+
+def test_recomputing_activations_ends_in_the_same_weights(world, whole, out):
+    assert go(world, out, "--checkpointing") == 0
+    assert compare(out, whole) < 1e-5
+
+
+def test_pixels_of_masked_panels_never_reach_the_kept_latents(world, tmp_path):
+    """The whole way: files, cache, feed."""
+    files_of_model = find_model(str(world / "model"))
+    shape = read_flux_config(files_of_model.flux)
+    known = []
+    for name in ("before", "after"):
+        make_sets(tmp_path / name, count=2)
+        if name == "after":
+            Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0" / "2.png")
+        argv = command(world, tmp_path / "run", "--condition", "clean", "--data", str(tmp_path / name))
+        config = settle_training(parse(TrainConfig, argv, ""), model_row(shape), "cpu")
+        feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
+        ((layout, examples),) = [(feed.layouts[0], feed.trained[0][:1])]
+        known.append([feed.sets(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
+    left, right, none = zip(*known, strict=True)
+    assert torch.equal(left[0].known, left[1].known)
+    assert not torch.equal(right[0].known, right[1].known), "panel 2 was changed, and here it is kept"
+    assert not none[0].known.any() and none[0].generated.all()
+    assert left[0].generated.flatten().tolist() == [False, False, True, True] * 2
+    assert not torch.equal(left[0].z[..., :4], left[1].z[..., :4]), "else nothing could leak and the test not fail"
+
+
+# what sample.py makes of the file
+
+
+@pytest.fixture(scope="module")
+def clean(world):
+    """A run that learnt from clean panels, in parts."""
+    assert go(world, world / "runs" / "clean", "--condition", "clean", "--accumulate", "2") == 0
+    return world / "runs" / "clean" / "lora.safetensors"
+
+
+def pipeline(world, *loras, **more):
+    settings = {"grid": "1x2", "panel_size": "32", "steps": 3, "prompt": PROMPT, "device": "cpu", **more}
+    config = SampleConfig(model=str(world / "model"), lora=tuple(map(str, loras)), **settings)
+    said = []
+    return Pipeline(resolve(config, said.append), said.append), said
+
+
+def velocity(networks):
+    x = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return networks.velocity(networks.encode_references(0))(x, 0.5)
+
+
+def test_the_lora_changes_the_sampler_by_its_strength(world, whole):
+    path = whole / "lora.safetensors"
+    loras = ([], [f"{path}:0"], [f"{path}:.5"], [path])
+    base, none, half, full = (velocity(pipeline(world, *lora)[0]) for lora in loras)
+    assert (none - base).abs().max() < 1e-6
+    assert (full - base).abs().max() > 1e-3
+    assert 0.3 < float((half - base).norm() / (full - base).norm()) < 0.7
+    assert "lora.safetensors: diffusers names" in " ".join(pipeline(world, path)[1])
+
+
+def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
+    assert go(world, out, "--lr", "0", steps=1) == 0
+    given, base = (pipeline(world, *lora)[0].flux.state_dict() for lora in ([out / "lora.safetensors"], []))
+    assert given.keys() == base.keys() and all(torch.equal(given[name], base[name]) for name in base)
+
+
+def inputs_of(networks):
+    """What the transformer gets in every step: (steps, I, 64)."""
+    seen, real = [], networks.flux.predict
+    networks.flux.predict = lambda x, *more: seen.append(x.clone()) or real(x, *more)
+    networks.sample(0, lambda *_: None)
+    return torch.cat(seen)
+
+
+def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, clean, whole):
+    panel = str(world / "sets" / "0" / "1.png")
+    for path, stays in ((clean, True), (whole / "lora.safetensors", False)):
+        networks, _ = pipeline(world, path, mask="2", panels=(panel,))
+        seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+        same = [torch.equal(x[kept], networks.data[0, kept]) for x in seen]
+        assert len(same) == 3 and all(same) == stays and any(same) == stays
+        assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+
+
+def test_kept_panels_stay_clean_beside_drafts(world, clean):
+    panels = tuple(str(world / "sets" / "0" / f"{number}.png") for number in (1, 2))
+    networks, _ = pipeline(world, clean, mask="2", panels=panels, strength=0.7)
+    seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+    assert len(seen) and all(torch.equal(x[kept], networks.data[0, kept]) for x in seen)
+    assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+
+
+def test_the_12b_model_recomputes_its_activations_unless_told_not_to(world, out):
+    for method in METHODS:
+        config = TrainConfig(method=method)
+        chosen = [settle_training(config, row, "cpu").checkpointing for row in (DEV, TINY)]
+        assert chosen == [True, False]
+        assert not settle_training(replace(config, checkpointing=False), DEV, "cpu").checkpointing
+    assert go(world, out, "--no-checkpointing", steps=1) == 0
+    assert json.loads((out / "config.json").read_text())["config"]["checkpointing"] is False
+
+
+def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(world, out):
+    """Texts, latents of kept panels, and who sees whom; the whole way through the file's metadata."""
+    flags = ["--condition", "clean", "--concat", "tokens", "--text", "panel"]
+    assert go(world, out, *flags, "--sample-every", "1", steps=1) == 0
+    files_of_model = find_model(str(world / "model"))
+    shape = read_flux_config(files_of_model.flux)
+    config = settle_training(parse(TrainConfig, command(world, out, *flags), ""), model_row(shape), "cpu")
+    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
+    sets = feed.sets(feed.layouts[0], feed.trained[0][:1], [(1,)], [False])
+    panel = str(world / "sets" / "0" / "1.png")
+    told = {"prompt": feed.trained[0][0].caption, "mask": "2", "panels": (panel,)}
+    networks, _ = pipeline(world, out / "lora.safetensors", **told)
+    plain, _ = pipeline(world, **told)
+    kept = ~networks.mask[0, :, 0].bool()
+    for fed, trained in ((networks.txt, sets.txt), (networks.vec, sets.vec)):
+        assert torch.allclose(fed, trained, atol=1e-5), "but for rounding: training encodes texts one by one"
+    assert torch.equal(networks.data[:, kept], pack(sets.known)[:, kept])
+    assert networks.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(networks.vec, plain.vec)
+    assert not torch.equal(networks.data, plain.data), "encoded by itself"
+    masks, real = [], networks.flux.prepare
+    networks.flux.prepare = lambda *given: masks.append(given[4]) or real(*given)
+    networks.sample(0, lambda *_: None)
+    assert len(masks) == 1 and torch.equal(masks[0], sets.mask)
+
+
+def test_a_caption_that_a_lora_of_panel_texts_cannot_read_is_refused_before_anything_loads(world, out):
+    assert go(world, out, "--text", "panel", steps=1) == 0
+    with pytest.raises(ValueError, match="each panel is to read its own part of 'a fox and a bear': no mark"):
+        pipeline(world, out / "lora.safetensors", prompt="a fox and a bear")
+
+
+def test_the_sheet_of_a_clean_run_keeps_the_first_panel(world, out, monkeypatch):
+    calls, real = [], iclora.monitor.keep_clean
+    monkeypatch.setattr(iclora.monitor, "keep_clean", lambda *args: calls.append(args) or real(*args))
+    assert go(world, out, "--condition", "clean", "--sample-every", "2", steps=2) == 0
+    ((known, mask),) = calls
+    assert mask.flatten().tolist() == [0, 0, 1, 1] * 2 and known.abs().max() > 0
+
+
+# references (UNO)
+
+
+def on_pairs(world):
+    return "--method", "uno", "--data", str(world / "pairs.json"), "--ref-size", "32", "--offset", "w"
+
+
+def uno(world, out, *flags, **more):
+    return go(world, out, *on_pairs(world), *flags, **more)
+
+
+@pytest.fixture(scope="module")
+def referred(world):
+    """A run on pairs with one and two references, mixed."""
+    assert uno(world, world / "runs" / "uno", "--holdout", "0.4", "--sample-every", "6") == 0
+    return world / "runs" / "uno"
+
+
+def test_uno_writes_the_names_of_the_release_and_how_it_was_trained(world, referred):
+    tensors, about = read_header(referred / "lora.safetensors")
+    ends = [f"processor.{kind}_lora{{}}.{half}.weight" for kind in ("proj", "qkv") for half in ("down", "up")]
+    double = {"double_blocks.0." + end.format(stream) for end in ends for stream in (1, 2)}
+    assert tensors.keys() == double | {"single_blocks.0." + end.format("") for end in ends}
+    assert {name.removeprefix("iclora."): text for name, text in about.items() if name.startswith("iclora.")} == {
+        "method": "uno", "stage": "1", "offset": "w", "offset_scale": "1.0", "ref_size": "32", "posterior": "sample",
+        "reference_attention": "joint", "base": "model", "steps": "6",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (referred / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6]
+    height = 2 * 32 + (32 + 16 + 4) + 2 * 4  # two references above what is made and the target
+    assert Image.open(referred / "sheet-000006.png").size == (2 * 32 + 4, height), "one pair of each bucket"
+
+
+def test_batches_of_one_and_two_references_take_turns_and_no_pair_is_left_out(world, referred):
+    argv = ["--config", str(referred / "config.json"), "--out", str(referred), "--holdout", "0"]
+    config = parse(TrainConfig, argv, "")
+    files_of_model = find_model(str(world / "model"))
+    shape = read_flux_config(files_of_model.flux)
+    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
+    seen = [feed.batch(number) for number in range(feed.batches.before(2))]
+    assert {len(layout.references) for layout, _ in seen} == {1, 2}
+    assert all(len(e.references) == len(layout.references) for layout, some in seen for e in some)
+    assert len({e.name for _, some in seen for e in some}) == 6
+
+
+def test_a_killed_uno_run_ends_in_the_same_bytes(world, referred, out, monkeypatch):
+    flags = ["--holdout", "0.4", "--sample-every", "6"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(iclora.training, "flow_loss", killing(iclora.training.flow_loss, 4))
+        uno(world, out, *flags)
+    assert uno(world, out, *flags) == 0
+    assert files(out) == files(referred)
+
+
+def shown(world, *loras, **more):
+    reference = str(world / "pairs" / "1-2.png")
+    return pipeline(world, *loras, ref=(reference,), grid="1x1", prompt="picture 1", **more)
+
+
+def velocity_of(networks):
+    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return networks.velocity(networks.encode_references(0))(x, 0.5)
+
+
+def test_the_sampler_follows_how_uno_was_trained_and_an_untrained_file_changes_nothing(world, referred, out):
+    config = shown(world, referred / "lora.safetensors")[0].plan.config
+    assert (config.offset, config.ref_size, config.posterior, config.guidance) == ("w", 32, "sample", 4.0)
+    assert uno(world, out, "--lr", "0", steps=1) == 0
+    base, fresh, trained = (
+        velocity_of(shown(world, *lora, ref_size=32, offset="w")[0])
+        for lora in ([], [out / "lora.safetensors"], [referred / "lora.safetensors"])
+    )
+    assert torch.equal(fresh, base) and (trained - base).abs().max() > 1e-4
+
+
+def test_the_sampler_feeds_the_references_and_places_that_training_fed(world, referred):
+    config = parse(TrainConfig, ["--config", str(referred / "config.json"), "--out", str(referred)], "")
+    files_of_model = find_model(str(world / "model"))
+    shape = read_flux_config(files_of_model.flux)
+    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
+    layout, example = next((layout, e) for layout, some in feed.held_out for e in some if len(e.references) == 2)
+    sets = feed.sets(layout, [example], [()], [False])
+    networks, _ = shown(world, referred / "lora.safetensors", posterior="mean")
+    networks.plan = pipeline_plan(world, referred, tuple(map(str, example.references)))
+    with torch.inference_mode():
+        assert torch.allclose(networks.encode_references(0), sets.references, atol=1e-6)
+    given, real = [], networks.flux.prepare
+    networks.flux.prepare = lambda ids, *more: given.append(ids) or real(ids, *more)
+    velocity_of(networks)
+    assert torch.equal(given[0], sets.ids)
+
+
+def pipeline_plan(world, run, ref):
+    settings = {"grid": "1x1", "panel_size": "32", "steps": 3, "prompt": "x", "device": "cpu", "posterior": "mean"}
+    lora = (str(run / "lora.safetensors"),)
+    return resolve(SampleConfig(model=str(world / "model"), lora=lora, ref=ref, **settings), lambda line: None)
+
+
+def test_the_second_stage_starts_from_the_first_and_keeps_its_offset(world, referred, out, capsys):
+    shutil.copy(referred / "lora.safetensors", world / "first.safetensors")
+    flags = ["--method", "uno", "--data", str(world / "pairs.json"), "--stage", "2", "--lr", "0"]
+    assert go(world, out, *flags, "--init-lora", str(world / "first.safetensors"), steps=1) == 0
+    said = capsys.readouterr().err
+    assert "starting from first.safetensors: xlabs names" in said and "stage 2 starts cold" not in said
+    about = read_header(out / "lora.safetensors")[1]
+    assert (about["iclora.stage"], about["iclora.offset"], about["iclora.ref_size"]) == ("2", "w", "32")
+    first, second = (load_file(path / "lora.safetensors") for path in (referred, out))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert steps_of(out) == [1]
+    assert go(world, beside(out, "cold"), *flags, "--ref-size", "32", steps=1) == 0
+    assert "stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes" in capsys.readouterr().err
+    assert go(world, beside(out, "one"), *flags[:4], "--ref-size", "32", steps=1) == 0
+    assert "rows of --data have up to 2 references; the paper's stage 1 has one" in capsys.readouterr().err
+    rows = [row for row in json.loads((world / "pairs.json").read_text()) if len(row["image_paths"]) == 1]
+    (world / "single.json").write_text(json.dumps(rows))
+    flags[3] = str(world / "single.json")
+    assert go(world, beside(out, "single"), *flags, "--ref-size", "32", steps=1) == 0
+    assert "every row of --data has one reference; the paper's stage 2 has several" in capsys.readouterr().err
+
+
+def test_references_alone_are_trained_and_followed_by_the_sampler_and_the_second_stage(world, out, monkeypatch):
+    told, real = [], iclora.training.flow_loss
+    monkeypatch.setattr(iclora.training, "flow_loss", lambda flux, *sets: told.append(sets[0]) or real(flux, *sets))
+    assert uno(world, out, "--reference-attention", "alone", "--sample-every", "2", steps=2) == 0
+    assert len(told) >= 2 and all(sets.alone for sets in told) and (out / "sheet-000002.png").exists()
+    shutil.copy(out / "lora.safetensors", world / "alone.safetensors")
+    networks, _ = shown(world, world / "alone.safetensors")
+    config, sampled = networks.plan.config, velocity_of(networks)
+    x, references = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)), networks.encode_references(0)
+    ids, txt_ids = place(networks.plan.layout, "w", 1.0), torch.zeros(1, networks.txt.shape[1], 3)
+    given = (x, ids, networks.txt, txt_ids, torch.tensor([0.5]), networks.vec, torch.tensor([4.0]), None, references)
+    with torch.inference_mode():
+        trained, joint = (networks.flux(*given, alone) for alone in (True, False))
+    assert config.reference_attention == "alone" and torch.equal(sampled, trained), "what flow_loss calls"
+    assert (sampled - joint).abs().max() > 1e-4
+    assert torch.equal(velocity_of(shown(world, world / "alone.safetensors", reference_attention="joint")[0]), joint)
+    flags = ["--method", "uno", "--data", str(world / "pairs.json"), "--stage", "2"]
+    assert go(world, beside(out, "two"), *flags, "--init-lora", str(world / "alone.safetensors"), steps=1) == 0
+    assert read_header(beside(out, "two") / "lora.safetensors")[1]["iclora.reference_attention"] == "alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["joint", "alone"])
+def test_two_processes_of_uno_equal_one(world, out, attention):
+    flags = [*on_pairs(world), "--holdout", "0", "--reference-attention", attention]
+    status, said = together(world, out, *flags)
+    assert status == [0, 0] and said[1] == [], said
+    one = beside(out, "one")
+    assert go(world, one, *flags) == 0
+    # moments are 1e-6 apart; but AdamW's first steps are as long for an element whose gradient is nothing but rounding
+    assert compare(out, one) < LOOP
+    losses = [[json.loads(row)["loss"] for row in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, one)]
+    assert len(losses[0]) == 6 and np.allclose(*losses, rtol=1e-5)
+
+
+def test_more_references_than_memory_allows_are_refused_before_anything_is_encoded(world, out, capsys, monkeypatch):
+    monkeypatch.setattr(iclora.feed, "prepare", None)
+    about = (
+        r"^error: 6 tokens of references \(2 in a row of --data\) beside 4 of the picture, {} examples at once, take "
+        r"about \S+ GB in the transformer"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(iclora.references, "MAX_TOKENS", 9)
+        assert uno(world, out) == 2
+    assert re.search(about.format(2) + "; at most 9 tokens are possible, so use --checkpointing", refused(capsys))
+    monkeypatch.setattr(iclora.references, "free_memory", lambda device: 4_000_000)
+    estimates = []
+    for flags, advice in {
+        (): "use --checkpointing, raise --accumulate",
+        ("--checkpointing",): "raise --accumulate",
+        ("--reference-attention", "alone"): "use --checkpointing, raise --accumulate",
+    }.items():
+        assert uno(world, out, "--batch", "4000", "--accumulate", "2", *flags) == 2
+        line = refused(capsys)
+        told = about.format(2000) + f", but cpu has 0.004 GB; {advice}, lower --ref-size or have fewer$"
+        assert re.search(told, line)
+        estimates.append(float(re.search(r"about (\S+) GB", line)[1]))
+    assert estimates[2] > estimates[0] > estimates[1] and not out.exists()
+
+
+def test_sample_py_takes_the_file_with_and_without_a_strength(world, clean, tmp_path, capsys):
+    argv = ["--model", str(world / "model"), "--grid", "1x2", "--panel-size", "32", "--steps", "1", "--prompt", PROMPT]
+    argv += ["--device", "cpu", "--out", str(tmp_path / "out")]
+    for number, text in enumerate((f"{clean}", f"{clean}:0.8"), start=1):
+        assert sample.main([*argv, "--lora", text]) == 0
+        record = json.loads((tmp_path / "out" / f"000{number}.json").read_text())
+        assert record["config"]["lora"] == [f"{clean}:{0.8 if number == 2 else 1:g}"]
+    capsys.readouterr()
+    before = files(tmp_path / "out")
+    for text, message in {
+        "nowhere.safetensors": "'nowhere.safetensors': there is no such file",
+        "nowhere.safetensors:0.5": "'nowhere.safetensors': there is no such file",
+        f"{clean}:strong": "'strong' is no strength; use 0.8",
+        f"{clean}:nan": "strength nan is out of range",
+        f"{clean}:1e9": "strength 1e+09 is out of range; 1 is as trained",
+        f"{world / 'model' / 'ae.safetensors'}": "holds a FLUX.1 autoencoder, not a LoRA",
+    }.items():
+        assert sample.main([*argv, "--lora", text]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert files(tmp_path / "out") == before
