@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from model.autoencoder import AutoEncoder
 from model.flux import Flux
 from model.position import grid_ids
-from sampling.flow import euler, times
+from sampling.denoise import denoise
+from sampling.flow import times
 from sampling.images import save_png, to_picture
 from sampling.inpaint import keep_clean
 from sampling.latents import CELL, TOKEN, noise, pack, unpack
@@ -161,22 +162,15 @@ def _sample(
     sets = to(feed.sets(layout, [example], [(1,) if keep else ()], [False]), device)
     start = pack(noise(layout.height, layout.width, seed)).to(device)
     ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device) if sets.ids is None else sets.ids
-    txt_ids = torch.zeros(1, sets.txt.shape[1], 3, device=device)
-    strength = REFERENCE_GUIDANCE if layout.references else row.guidance
-    guidance = None if row.guidance is None else torch.full((1,), strength, device=device)
+    guidance = REFERENCE_GUIDANCE if layout.references and row.guidance is not None else row.guidance
     after_step = None
     if keep:
         mask = token_mask(range(2, layout.panels + 1), layout).to(device)
         after_step = keep_clean(pack(sets.known), mask)
         start = after_step(start, 1.0)
 
-    fixed = flux.prepare(ids, sets.txt, txt_ids, sets.references, sets.mask, sets.alone)
-
-    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
-        vec = flux.conditioning(torch.full((1,), t, device=device), sets.vec, guidance)
-        return flux.predict(x, fixed, vec).float()
-
-    x = euler(velocity, start, times(row.steps, tokens=start.shape[1], shift=row.shift), after_step)
+    ts = times(row.steps, tokens=start.shape[1], shift=row.shift)
+    x = denoise(flux, start, ts, ids, sets.txt, sets.vec, guidance, sets.references, sets.mask, sets.alone, after_step)
     made = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
     shown, start = [], 0
     for wide, high in layout.references:

@@ -20,7 +20,8 @@ from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
 from model.text import TextEncoders, load_text_encoders
 from model.weights import load_autoencoder, load_flux
-from sampling.flow import euler, interpolate, times
+from sampling.denoise import denoise
+from sampling.flow import interpolate, times
 from sampling.images import to_picture
 from sampling.inpaint import drafted_start, keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
@@ -95,7 +96,14 @@ class Pipeline:
             references = self.encode_references(seed)  # (1, R, 64)
         with timed(seconds, "sampling"):
             x = keep(interpolate(self.data, start, ts[0]), ts[0])  # at t = 1 this is the noise
-            x = euler(self.velocity(references), x, ts, after_step)
+            ids = place(layout, config.offset, config.offset_scale).to(x.device)  # (1, I + R, 3)
+            mask = None
+            if plan.text == "panel":
+                mask = sight(layout, self.txt.shape[1] // layout.panels).to(x.device)
+            isolate = config.reference_attention == ALONE
+            x = denoise(
+                self.flux, x, ts, ids, self.txt, self.vec, config.guidance, references, mask, isolate, after_step
+            )
         with timed(seconds, "decoding"):
             z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
             decode = partial(decode_tiled, self.autoencoder) if config.tile else self.autoencoder.decode
@@ -112,27 +120,6 @@ class Pipeline:
         generator = torch.Generator("cpu").manual_seed(~seed)  # not the stream that the noise comes from
         pictures = [source.picture for source in self.plan.references]
         return encode(self.autoencoder, pictures, generator if self.plan.config.posterior == "sample" else None)
-
-    def velocity(self, references: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """Makes the velocity of the sampler from the transformer: a closure over text, references and guidance.
-
-        references: (1, R, 64) clean tokens, the same in every step
-        """
-        config = self.plan.config
-        ids = place(self.plan.layout, config.offset, config.offset_scale).to(config.device)  # (1, I + R, 3)
-        txt_ids = torch.zeros(1, self.txt.shape[1], 3, device=config.device)
-        mask = None
-        if self.plan.text == "panel":
-            mask = sight(self.plan.layout, self.txt.shape[1] // self.plan.layout.panels).to(config.device)
-        alone = config.reference_attention == ALONE
-        fixed = self.flux.prepare(ids, self.txt, txt_ids, references, mask, alone)
-        guidance = None if config.guidance is None else torch.full((1,), config.guidance, device=config.device)
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            vec = self.flux.conditioning(torch.full((1,), t, device=x.device), self.vec, guidance)
-            return self.flux.predict(x, fixed, vec).float()  # x stays in float32
-
-        return velocity
 
 
 def encode_text(plan: Plan, dtype: torch.dtype, note: Note) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from model.autoencoder import AutoEncoder
 from model.flux import Flux
 from model.text import TextEncoders, load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
-from sampling.flow import euler, times
+from sampling.denoise import denoise
+from sampling.flow import times
 from sampling.inpaint import keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
 
@@ -98,27 +99,22 @@ def _generate(
     kept: Tensor | None, masked: tuple[int, ...], clean: bool, concat: str, text: str,
     shown: Sequence[Sequence[Image.Image]], offset: str, offset_scale: float, posterior: str, alone: bool,
 ) -> Tensor:  # fmt: skip
-    flux, count = networks.flux, len(captions)
+    flux = networks.flux
     txt, vec = encode_captions(networks.text, captions, networks.length, layout, text)
     seen = sight(layout, txt.shape[1] // layout.panels) if text == "panel" else None
     start = pack(torch.cat([noise(layout.height, layout.width, seed) for seed in seeds]))
     streams = [torch.Generator().manual_seed(~seed) if posterior == "sample" else None for seed in seeds]  # Pipeline's
     tokens = [encode(networks.autoencoder, *own) for own in zip(shown, streams, strict=True)]
     references = torch.cat(tokens)  # (N, R, 64)
-    ids = place(layout, offset, offset_scale).expand(count, -1, -1)
-    txt_ids = torch.zeros(count, txt.shape[1], 3)
-    fixed, scale = flux.prepare(ids, txt, txt_ids, references, seen, alone), torch.full((count,), guidance)
+    ids = place(layout, offset, offset_scale)
     mask = torch.ones(1, start.shape[1], 1) if kept is None else token_mask(masked, layout)
     known = torch.zeros_like(start)
     if kept is not None:
         known = pack(through(networks.autoencoder.encode, kept, layout, concat))
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        return flux.predict(x, fixed, flux.conditioning(torch.full((count,), t), vec, scale))
-
     ts = times(steps, tokens=start.shape[1], shift=networks.shift)
     keep = keep_clean(known, mask) if clean else keep_known(known, start, mask)
-    x = euler(velocity, keep(start, 1.0), ts, keep)
+    x = denoise(flux, keep(start, 1.0), ts, ids, txt, vec, guidance, references, seen, alone, keep)
     z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
     image = through(networks.autoencoder.decode, z, layout, concat).clamp(-1, 1)
     if kept is None:

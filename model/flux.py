@@ -1,20 +1,25 @@
 """The FLUX.1 transformer (MMDiT): two streams of tokens, text and image, that attend to each other.
 
-Letters: B batch, T text tokens, I image tokens (target and references), R reference tokens among them, L = T + I,
-N tokens that are wanted, D width, H heads, K head width, A position axes. Parameter names are those of the released
+Letters: B batch, T text tokens, I image tokens of the target, R reference tokens, L tokens in all, D width, H heads,
+K head width, C width of the T5 tokens, V width of the CLIP vector. Parameter names are those of the released
 checkpoints, so loading is strict and needs no renaming. Small parts first, the whole model last.
+Source: black-forest-labs/flux@802fb47 model.py, modules/layers.py, math.py
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import EVERY, Seen, SelfAttention, attention, joined
-from .norms import QKNorm, modulated_norm
-from .position import SINUSOID, rotary_angles, timestep_embedding
+from .position import SINUSOID, rotary_angles, rotate, timestep_embedding
+
+EPS = 1e-6  # of every LayerNorm and RMSNorm
+KV = tuple[Tensor, Tensor]  # rotated keys and values, each (B, H, R, K): all that others see of a token
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention with everything bound but q, k, v
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class FluxConfig:
 
     in_channels: int  # 64: 16 latent channels times a 2x2 patch
     out_channels: int
-    vec_in_dim: int  # width of the pooled CLIP vector
-    context_in_dim: int  # width of the T5 tokens
+    vec_in_dim: int  # V
+    context_in_dim: int  # C
     hidden_size: int  # D
     mlp_hidden: int
-    num_heads: int
+    num_heads: int  # H
     depth: int  # double blocks
     depth_single_blocks: int
     axes_dim: tuple[int, ...]  # rotary channels for index, row, column; they sum to K
@@ -39,6 +44,60 @@ class FluxConfig:
             raise ValueError(
                 f"rotary axes {self.axes_dim} times {self.num_heads} heads do not make the width {self.hidden_size}"
             )
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pe: Tensor, mask: Tensor | None = None, ref_kv: KV | None = None
+) -> Tensor:
+    """Let every token attend to every token, with rotated queries and keys.
+
+    q, k, v: (B, H, L, K)
+    pe: (B, 1, L, K/2, 2) from rotary_angles
+    mask: (L, L) True where the token of the row sees that of the column, references last; None is everywhere
+    ref_kv: of references that are seen and see nothing here; their columns come last
+    Returns (B, L, D)
+    """
+    q, k = rotate(q, pe), rotate(k, pe)
+    if ref_kv is not None:
+        k, v = torch.cat((k, ref_kv[0]), dim=2), torch.cat((v, ref_kv[1]), dim=2)  # (B, H, L + R, K)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return rearrange(x, "B H L K -> B L (H K)")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.scale.shape, self.scale, EPS)
+
+
+class QKNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.query_norm = RMSNorm(width)
+        self.key_norm = RMSNorm(width)
+
+
+def split_heads(qkv: Tensor, norm: QKNorm, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a fused projection (B, L, 3D) into normed queries, normed keys and values, each (B, H, L, K)."""
+    q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=heads)
+    return norm.query_norm(q), norm.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The attention weights of one stream; the double block joins two of them."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.norm = QKNorm(hidden // heads)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return split_heads(self.qkv(x), self.norm, self.heads)
 
 
 class MLPEmbedder(nn.Module):
@@ -63,6 +122,11 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vec))[:, None].chunk(self.chunks, dim=-1)  # each (B, 1, D)
 
 
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Norm every token (B, L, D) over its width, then scale and shift it."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+
+
 def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
 
@@ -80,37 +144,31 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden, heads)
         self.txt_mlp = mlp(hidden, config.mlp_hidden)
 
-    def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None,
-        besides: Seen | None = None,
-    ) -> tuple[Tensor, Tensor, Seen]:  # fmt: skip
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Let both streams exchange and think.
 
-        img: (B, I, D), txt: (B, T, D)
+        img: (B, I + R, D), txt: (B, T, D)
         vec: (B, D) conditioning
-        pe: from rotary_angles, text first
-        mask, besides: as for attention
-        Returns (B, I, D) and (B, T, D), and what others may see of these tokens
+        attend: attention over text and image
+        Returns img (B, I + R, D) and txt (B, T, D)
         """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
         # each stream makes its queries, keys and values; one attention goes over both, text first
-        q, k, v = joined(  # (B, H, L, K)
-            self.txt_attn.qkv_heads(modulated_norm(txt, txt_shift1, txt_scale1)),
-            self.img_attn.qkv_heads(modulated_norm(img, img_shift1, img_scale1)),
-        )
-        out, seen = attention(q, k, v, pe, mask, besides=besides)
-        txt_out, img_out = out.split((txt.shape[1], img.shape[1]), dim=1)
+        txt_qkv = self.txt_attn.qkv_heads(modulated_norm(txt, txt_shift1, txt_scale1))
+        img_qkv = self.img_attn.qkv_heads(modulated_norm(img, img_shift1, img_scale1))
+        attn = attend(*(torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)))
+        txt_attn, img_attn = attn.split((txt.shape[1], img.shape[1]), dim=1)
 
         # back into the image stream
-        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_out))
-        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
+        img = img + img_gate1 * self.img_attn.proj(img_attn)
+        img = img + img_gate2 * self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
 
         # and into the text stream
-        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_out))
-        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
-        return img, txt, seen
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
+        txt = txt + txt_gate2 * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
+        return img, txt
 
 
 class SingleStreamBlock(nn.Module):
@@ -126,28 +184,20 @@ class SingleStreamBlock(nn.Module):
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # attention's output and the MLP's
         self.norm = QKNorm(hidden // self.heads)
 
-    def forward(
-        self, x: Tensor, vec: Tensor, pe: Tensor, mask: Tensor | None = None, rows: slice = EVERY,
-        besides: Seen | None = None, keep: bool = False,
-    ) -> tuple[Tensor, Seen | None]:  # fmt: skip
+    def forward(self, x: Tensor, vec: Tensor, attend: Attend) -> Tensor:
         """Attend and think side by side.
 
         x: (B, L, D) text, then image
         vec: (B, D) conditioning
-        pe: from rotary_angles
-        mask, besides: as for attention
-        rows: the tokens that are wanted; of the others only keys and values count
-        keep: whether others will see these tokens
-        Returns (B, N, D), one row per token wanted, and what others may see of all tokens, or None
+        attend: attention over all of them
+        Returns (B, L, D)
         """
         shift, scale, gate = self.modulation(vec)
-        qkv, up = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = rearrange(qkv, "B L (three H K) -> three B H L K", three=3, H=self.heads)
-        attended, seen = attention(self.norm.query_norm(q), self.norm.key_norm(k), v, pe, mask, rows, besides)
-        seen = seen if keep else None
-        thought = F.gelu(up[:, rows], approximate="tanh")
-        del qkv, up, q, k, v  # parts of what linear1 made, half of all that a block holds
-        return torch.addcmul(x[:, rows], gate, self.linear2(torch.cat((attended, thought), dim=-1))), seen
+        qkv, mlp_in = self.linear1(modulated_norm(x, shift, scale)).split(self.widths, dim=-1)
+        attn = attend(*split_heads(qkv, self.norm, self.heads))
+        mlp_out = F.gelu(mlp_in, approximate="tanh")
+        del qkv, mlp_in  # what linear1 made is half of all that a block holds
+        return x + gate * self.linear2(torch.cat((attn, mlp_out), dim=-1))
 
 
 class LastLayer(nn.Module):
@@ -162,28 +212,22 @@ class LastLayer(nn.Module):
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """What all steps of a run share; Flux.prepare computes it once."""
+class Conditioning:
+    """What does not depend on time, so that all steps of a run share it; Flux.prefill computes it once."""
 
     txt: Tensor  # (B, T, D)
-    references: Tensor  # (B, R, D), those that go through every step
-    pe: Tensor  # (B, 1, L, K/2, 2) of text, target and such references
-    mask: Tensor | None  # (L, L), or (T + I, L) if references are alone
-    alone: list[Seen | None]  # what every block sees of references that do not
+    refs: Tensor  # (B, R, D) references that go through every step; R is 0 if they were prefilled
+    pe: Tensor  # (B, 1, L, K/2, 2) rotations of text, target and such references
+    mask: Tensor | None  # (L, L)
+    ref_kv: list[KV | None]  # of every block, of references that were prefilled
 
 
 class Flux(nn.Module):
-    """FLUX.1: noisy latent tokens, text and time in; velocity (noise - data) out.
+    """FLUX.1: noisy latent tokens, text and time in; velocity (noise - data) out."""
 
-    exact_conditioning: multiply time and guidance by 1000 in float32 instead of the model's dtype; the two
-        differ in bfloat16 only (see timestep_embedding)
-    Source: black-forest-labs/flux@802fb47 model.py, modules/layers.py
-    """
-
-    def __init__(self, config: FluxConfig, exact_conditioning: bool = False):
+    def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
-        self.exact_conditioning = exact_conditioning
         hidden = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, hidden)
         self.time_in = MLPEmbedder(SINUSOID, hidden)
@@ -195,112 +239,121 @@ class Flux(nn.Module):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = LastLayer(hidden, config.out_channels)
 
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        mask: Tensor | None = None,
+        refs: Tensor | None = None,
+        isolate_refs: bool = False,
+    ) -> Tensor:
+        """Predict the velocity of every token in img.
+
+        img: (B, I, 64) packed latent tokens; references, if any, stand after the target here, or below
+        img_ids: (B, I + R, 3) float32 positions, those of references last
+        txt: (B, T, C) T5 tokens
+        txt_ids: (B, T, 3) zeros
+        timesteps: (B,) 1 is noise, 0 is data
+        y: (B, V) pooled CLIP text
+        guidance: (B,) raw scale such as 3.5; ignored by models without it
+        mask, refs, isolate_refs: as for prefill
+        Returns (B, I, 64), one row per token of img
+        """
+        cond = self.prefill(torch.cat((txt_ids, img_ids), dim=1), txt, refs, mask, isolate_refs)
+        return self.velocity(img, cond, self.conditioning(timesteps, y, guidance))
+
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Sum the embeddings of time, guidance and pooled text into the vector that modulates every block.
 
         timesteps: (B,) in 0..1
         y: (B, V) pooled text
-        guidance: (B,) raw scale such as 3.5; None for models without it
+        guidance: (B,) raw scale; None for models without it
         Returns vec: (B, D)
         Errors: ValueError if a model with guidance gets none
         """
-        dtype, exact = self.img_in.weight.dtype, self.exact_conditioning
-
-        def sinusoid(t: Tensor) -> Tensor:
-            return timestep_embedding(t if exact else t.to(dtype), exact).to(dtype)
-
-        vec = self.time_in(sinusoid(timesteps))
+        dtype = self.img_in.weight.dtype
+        vec = self.time_in(timestep_embedding(timesteps.to(dtype)))
         if self.config.guidance_embed:
             if guidance is None:
                 raise ValueError("this model embeds guidance; pass guidance, e.g. 3.5 for every sample")
-            vec = vec + self.guidance_in(sinusoid(guidance))
+            vec = vec + self.guidance_in(timestep_embedding(guidance.to(dtype)))
         return vec + self.vector_in(y.to(dtype))
 
-    def forward(
-        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
-        guidance: Tensor | None = None, mask: Tensor | None = None, references: Tensor | None = None,
-        alone: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Predict the velocity of every token in img.
-
-        img: (B, N, 64) packed latent tokens; references, if any, stand after the target here, or below
-        img_ids: (B, I, 3) float32 positions, those of references last
-        txt: (B, T, C) T5 tokens
-        txt_ids: (B, T, 3) zeros
-        timesteps: (B,) 1 is noise, 0 is data
-        y: (B, V) pooled CLIP text
-        guidance: (B,) raw scale; ignored by models without it
-        mask: (L, L) True where the token of the row sees that of the column, text first; None is everywhere
-        references: (B, R, 64) packed clean latent tokens that are seen and not predicted
-        alone: whether references see references only, at time 0
-        Returns (B, N, 64), one row per token of img
-        """
-        vec = self.conditioning(timesteps, y, guidance)  # (B, D)
-        return self.predict(img, self.prepare(img_ids, txt, txt_ids, references, mask, alone), vec)
-
-    def prepare(
-        self, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, references: Tensor | None = None,
-        mask: Tensor | None = None, alone: bool = False,
-    ) -> Fixed:  # fmt: skip
+    def prefill(
+        self,
+        ids: Tensor,
+        txt: Tensor,
+        refs: Tensor | None = None,
+        mask: Tensor | None = None,
+        isolate_refs: bool = False,
+    ) -> Conditioning:
         """Compute what does not depend on time, to be used in every step.
 
-        img_ids: (B, I, 3) float32 positions of the target, then of the references
+        ids: (B, L, 3) float32 positions: zeros for the text, then the target's, then those of references
         txt: (B, T, C) T5 tokens
-        txt_ids: (B, T, 3) zeros
-        references: (B, R, 64) packed clean latent tokens; None leaves everything to predict
-        mask: (L, L) as for forward
-        alone: as for forward; then all that is seen of references is computed here, and steps only append it
+        refs: (B, R, 64) packed clean latent tokens of references, which are seen and not predicted; None for none
+        mask: (L, L) True where the token of the row sees that of the column; None is everywhere
+        isolate_refs: whether references see each other only, at time 0: then they are passed through the blocks
+            here, once, and a step appends the keys and values that came of it
         """
         dtype, blocks = self.img_in.weight.dtype, len(self.double_blocks) + len(self.single_blocks)
-        if references is None:
-            references = txt.new_zeros(len(txt), 0, self.config.in_channels)
-        pe = rotary_angles(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        txt, references = self.txt_in(txt.to(dtype)), self.img_in(references.to(dtype))
-        if not alone or not references.shape[1]:
-            return Fixed(txt, references, pe, mask, [None] * blocks)
-        own = pe.shape[2] - references.shape[1]  # T + I
-        seen = self.pass_alone(references, pe[:, :, own:])
-        mask = None if mask is None else mask[:own]
-        return Fixed(txt, references[:, :0], pe[:, :, :own], mask, seen)
+        pe = rotary_angles(ids, self.config.axes_dim, self.config.theta)
+        txt = self.txt_in(txt.to(dtype))
+        if refs is None or not refs.shape[1]:
+            return Conditioning(txt, txt[:, :0], pe, mask, [None] * blocks)
+        refs = self.img_in(refs.to(dtype))
+        if not isolate_refs:
+            return Conditioning(txt, refs, pe, mask, [None] * blocks)
+        rest = pe.shape[2] - refs.shape[1]  # T + I
+        ref_kv = self.reference_kv(refs, pe[:, :, rest:])
+        return Conditioning(txt, refs[:, :0], pe[:, :, :rest], None if mask is None else mask[:rest], ref_kv)
 
-    def pass_alone(self, references: Tensor, pe: Tensor) -> list[Seen]:
+    def reference_kv(self, refs: Tensor, pe: Tensor) -> list[KV]:
         """Pass references through all blocks as a picture by itself: no text, time 0, guidance 1, pooled text 0.
 
         So what others see of them depends on no time, prompt or seed. They see each other, all of them.
 
-        references: (B, R, D)
-        Returns keys and values, for every block
+        refs: (B, R, D)
+        pe: (B, 1, R, K/2, 2) their rotations
+        Returns rotated keys and values (B, H, R, K) of every block
         """
-        zero = torch.zeros(len(references), 1, device=references.device)
+        zero = torch.zeros(len(refs), 1, device=refs.device)
         vec = self.conditioning(zero[:, 0], zero.expand(-1, self.config.vec_in_dim), zero[:, 0] + 1)  # (B, D)
-        img, txt, every = references, references[:, :0], []
+        ref_kv: dict[nn.Module, KV] = {}
+
+        def attend_and_keep(block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            ref_kv[block] = rotate(k, pe), v.clone()  # v alone: it is a slice of the block's whole projection
+            return attention(q, k, v, pe)
+
+        img, txt = refs, refs[:, :0]
         for block in self.double_blocks:
-            img, txt, seen = block(img, txt, vec, pe)
-            every.append(seen)
-        for number, block in enumerate(self.single_blocks, start=1):
-            rows = EVERY if number < len(self.single_blocks) else slice(0)  # of the last one no result is read
-            img, (k, v) = block(img, vec, pe, rows=rows, keep=True)
-            every.append((k, v.clone()))  # v is a slice, which would keep all of its block's projection
-        return every
+            img, txt = block(img, txt, vec, partial(attend_and_keep, block))
+        for block in self.single_blocks:
+            img = block(img, vec, partial(attend_and_keep, block))
+        return list(ref_kv.values())
 
-    def predict(self, img: Tensor, fixed: Fixed, vec: Tensor) -> Tensor:
-        """Predict the velocity of the target's tokens; what is fixed was computed before, and is not predicted.
+    def velocity(self, img: Tensor, cond: Conditioning, vec: Tensor) -> Tensor:
+        """Predict the velocity of the target's tokens.
 
-        img: (B, N, 64) packed noisy latent tokens of the target
+        img: (B, I, 64) packed noisy latent tokens of the target
+        cond: from prefill
         vec: (B, D) from conditioning
-        Returns (B, N, 64)
+        Returns (B, I, 64)
         """
-        txt, pe, mask, alone = fixed.txt, fixed.pe, fixed.mask, iter(fixed.alone)  # txt (B, T, D)
-        target = slice(txt.shape[1], txt.shape[1] + img.shape[1])
-        img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), fixed.references), dim=1)  # (B, I, D)
+        txt, target = cond.txt, slice(cond.txt.shape[1], cond.txt.shape[1] + img.shape[1])
+        img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), cond.refs), dim=1)  # (B, I + R, D)
+        attends = (partial(attention, pe=cond.pe, mask=cond.mask, ref_kv=ref_kv) for ref_kv in cond.ref_kv)
 
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, pe, mask, next(alone))[:2]  # the rest is not held through the next block
+            img, txt = block(img, txt, vec, next(attends))
 
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
-        for block in self.single_blocks[:-1]:
-            x = block(x, vec, pe, mask, EVERY, next(alone))[0]
-        for block in self.single_blocks[-1:]:  # of the last one, nothing but the target is read any more
-            x = block(x, vec, pe, mask, target, next(alone))[0]  # (B, N, D)
+        for block in self.single_blocks:
+            x = block(x, vec, next(attends))
 
-        return self.final_layer(x, vec)  # (B, N, 64)
+        return self.final_layer(x[:, target], vec)  # (B, I, 64)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 MODES = ("d", "h", "w", "o")  # diagonal, height only, width only, no offset
 SINUSOID = 256  # channels of the time and guidance sinusoids
-LAST_BIT = 1.75e-9  # see sinusoid_frequencies
 
 
 def grid_ids(h: int, w: int) -> Tensor:
@@ -80,37 +79,22 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
     pe: (B, 1, L, K/2, 2) from rotary_angles
     Returns (B, H, L, K) in the dtype of x
     """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # which fuses real numbers, but not complex ones
-        (even, odd), (cos, sin) = pairs.unbind(-1), pe.unbind(-1)
-        turned = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
-    else:  # the same in a third of the time
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(pe))
-    return turned.flatten(-2).to(x.dtype)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, H, L, K/2)
+    cos, sin = pe.unbind(-1)
+    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)
 
 
-def sinusoid_frequencies(device: torch.device) -> Tensor:
-    """Give the 128 frequencies, 1 down to 1/10000, with the same bits on every machine.
+def timestep_embedding(t: Tensor) -> Tensor:
+    """Spread a scalar per sample over sines and cosines of geometrically spaced frequencies, 1 down to 1/10000.
 
-    The official code calls exp in float32. Maths libraries round its last bit differently, and at guidance
-    3.5 (times 1000) that bit moves an angle by 1e-4 and the model's output by 2e-5. So exp runs in float64
-    on the float32 exponent, and LAST_BIT settles the near-ties as the reference run did.
-    """
-    half = SINUSOID // 2
-    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
-    return (exponent.double().exp() * (1 + LAST_BIT)).float().to(device)
-
-
-def timestep_embedding(t: Tensor, exact: bool = False) -> Tensor:
-    """Spread a scalar per sample over sines and cosines of geometrically spaced frequencies.
-
-    Official FLUX multiplies by 1000 in the dtype of t: in bfloat16 a guidance of 3.5 becomes 3504. That
-    rounding is what the released models are sampled with, hence the default; exact multiplies in float32.
+    t is multiplied by 1000 in its own dtype, as in the official code: in bfloat16 a guidance of 3.5 becomes 3504,
+    and that is what the released models are sampled with.
 
     t: (B,) time in 0..1, or guidance
     Returns (B, 256) in the dtype of t: cosines, then sines
     Source: black-forest-labs/flux@802fb47 modules/layers.py timestep_embedding
     """
-    x = (1000.0 * t.float() if exact else 1000.0 * t).float()
-    angle = x[:, None] * sinusoid_frequencies(t.device)  # (B, 128)
+    half = SINUSOID // 2
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half).to(t.device)
+    angle = (1000.0 * t).float()[:, None] * frequency  # (B, 128)
     return torch.cat((angle.cos(), angle.sin()), dim=-1).to(t.dtype)

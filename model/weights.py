@@ -236,20 +236,18 @@ def read_flux_config(path: str | Path) -> FluxConfig:
 
 def load_flux(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
-    exact_conditioning: bool = False,
 ) -> Flux:  # fmt: skip
     """Load a FLUX.1 transformer of any depth and width, frozen and in eval mode.
 
     path: a file with the official names (or these behind model.diffusion_model.), an index JSON of such shards,
         or a folder with one of them (flux1-*.safetensors)
     dtype: of the parameters; a file that has it already is mapped, not copied, on the CPU
-    exact_conditioning: see model.flux.Flux
     Errors: ValueError for anything else, saying what it is and what to use instead
     """
     checkpoint = open_checkpoint(path, "transformer")
     config = infer(infer_flux_config, checkpoint)
     with torch.device("meta"):
-        flux = Flux(config, exact_conditioning)
+        flux = Flux(config)
     return fill(flux, checkpoint, device, dtype)
 
 

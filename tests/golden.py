@@ -9,9 +9,8 @@ GOLDEN = Path(__file__).parent / "golden"
 FLUX = {"dev": GOLDEN / "dev" / "flux1-dev.safetensors", "schnell": GOLDEN / "schnell" / "flux1-schnell.safetensors"}
 AE = GOLDEN / "ae" / "ae.safetensors"
 
-EXACT = 5e-6  # ids, schedules, blocks, single forwards, encode
-DECODE = 1e-5
-LOOP = 2e-5  # loops, and anything with a LoRA or UNO
+EXACT = 5e-6  # ids, schedules, blocks, encode
+WHOLE = 3e-5  # whole forwards, decode, loops, and anything with a LoRA or UNO
 
 
 def case(name: str) -> dict:

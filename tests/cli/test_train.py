@@ -34,7 +34,7 @@ import iclora.training
 import model.lora
 import sample
 import train
-from golden import LOOP
+from golden import WHOLE
 from iclora.cli import Bar, parse
 from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, model_row, settle_training
 from iclora.feed import prepare
@@ -1062,7 +1062,7 @@ def test_two_processes_of_uno_equal_one(world, out, attention):
     one = beside(out, "one")
     assert go(world, one, *flags) == 0
     # moments are 1e-6 apart; but AdamW's first steps are as long for an element whose gradient is nothing but rounding
-    assert compare(out, one) < LOOP
+    assert compare(out, one) < WHOLE
     losses = [[json.loads(row)["loss"] for row in (f / "metrics.jsonl").read_text().splitlines()] for f in (out, one)]
     assert len(losses[0]) == 6 and np.allclose(*losses, rtol=1e-5)
 

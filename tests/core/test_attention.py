@@ -1,12 +1,10 @@
 """References alone: what is kept for all steps equals a single sequence with the same mask and modulation."""
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
 
-from golden import EXACT, LOOP, far
+from golden import EXACT, WHOLE, far
 from iclora.training import keep_no_activations
 from model.flux import Flux, FluxConfig
 from model.lora import attach, merge, trainable
@@ -40,17 +38,16 @@ def given(seed=0, count=2):
 class Apart(nn.Module):
     """A modulation that is another one for the last R of so many tokens."""
 
-    def __init__(self, inner, still, tokens, gated=True):
+    def __init__(self, inner, still, tokens):
         super().__init__()
-        self.inner, self.still, self.tokens, self.gated = inner, still, tokens, gated
+        self.inner, self.still, self.tokens = inner, still, tokens
 
     def forward(self, vec):
         own, other = self.inner(vec), self.inner(self.still)
-        both = [
+        return [
             torch.cat((a.expand(-1, self.tokens - R, -1), b.expand(len(a), R, -1)), dim=1)
             for a, b in zip(own, other, strict=True)
         ]
-        return both if self.gated else [*both[:2], own[2]]
 
 
 def in_one_sequence(flux, arguments, references, mask=None):
@@ -61,8 +58,8 @@ def in_one_sequence(flux, arguments, references, mask=None):
     still = flux.conditioning(torch.zeros(1), torch.zeros(1, 6), torch.ones(1))
     for block in flux.double_blocks:
         block.img_mod = Apart(block.img_mod, still, I)
-    for number, block in enumerate(flux.single_blocks, start=1):
-        block.modulation = Apart(block.modulation, still, T + I, number < len(flux.single_blocks))
+    for block in flux.single_blocks:
+        block.modulation = Apart(block.modulation, still, T + I)
     try:
         return flux(*arguments, mask, references)
     finally:
@@ -81,9 +78,9 @@ def test_what_is_kept_for_all_steps_equals_computing_everything_anew(guidance, m
     mask = mask if mask is None else mask | torch.eye(T + I, dtype=torch.bool)
     for seed in range(3):  # another prompt, time, noise and guidance
         (x, ids, txt, txt_ids, t, y, g), _ = given(seed)
-        fixed = flux.prepare(ids, txt, txt_ids, references, mask, alone=True)
+        cond = flux.prefill(torch.cat((txt_ids, ids), dim=1), txt, references, mask, isolate_refs=True)
         for time in (t, t / 2):
-            once = flux.predict(x, fixed, flux.conditioning(time, y, g))
+            once = flux.velocity(x, cond, flux.conditioning(time, y, g))
             anew = in_one_sequence(flux, (x, ids, txt, txt_ids, time, y, g), references, mask)
             assert once.shape == x.shape and far(once, anew) < EXACT
             assert torch.equal(flux(x, ids, txt, txt_ids, time, y, g, mask, references, True), once)
@@ -103,7 +100,7 @@ def test_gradients_pass_through_what_is_kept_as_through_one_sequence():
         gradients.append([p.grad for p in trainable(flux)])
     once, anew, recomputed = gradients
     size = torch.cat([grad.flatten() for grad in anew]).norm()
-    assert all(float((a - b).norm() / size) < LOOP for a, b in zip(once, anew, strict=True))
+    assert all(float((a - b).norm() / size) < WHOLE for a, b in zip(once, anew, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(once, recomputed, strict=True))
 
 
@@ -113,7 +110,7 @@ def test_what_is_kept_depends_on_the_references_alone_and_on_each_of_them():
     (_, ids, txt, txt_ids, *_), others = given(1)[0], references.clone()
     others[:, -1] += 1
     one, same, other = (
-        flux.prepare(ids, words, txt_ids, shown, alone=True).alone
+        flux.prefill(torch.cat((txt_ids, ids), dim=1), words, shown, isolate_refs=True).ref_kv
         for words, shown in ((txt, references), (arguments[2], references), (txt, others))
     )
     assert len(one) == 5
@@ -124,33 +121,20 @@ def test_what_is_kept_depends_on_the_references_alone_and_on_each_of_them():
 
 
 @torch.no_grad()
-def test_what_is_not_kept_is_freed_block_by_block():
-    flux, (arguments, references), values, held = network(lora=False), given(), [], []
-    x, ids, txt, txt_ids, *rest = arguments
-    for block in (*flux.double_blocks, *flux.single_blocks):
-        block.register_forward_pre_hook(lambda block, args: held.append(sum(v() is not None for v in values)))
-        block.register_forward_hook(lambda block, args, out: out[-1] and values.append(weakref.ref(out[-1][1])))
-    flux(x, ids, txt, txt_ids, *rest, None, references)
-    assert held == [0] * 5, "a step holds no values of an earlier block, nor the projection that they are a slice of"
-    values.clear()
-    held.clear()
-    flux.prepare(ids, txt, txt_ids, references, alone=True)
-    assert held == [0, 1, 2, 3, 3], "those of double blocks are kept; those of single ones copied, and let go"
-
-
-@torch.no_grad()
 def test_adapters_reach_references_and_fresh_or_merged_ones_change_nothing():
     plain, fresh, adapted, merged = network(lora=False), network(lora=False), network(), network()
     attach(fresh, "all-linear", 2)
     merge(merged)
     arguments, references = given()
+    ids = torch.cat((arguments[3], arguments[1]), dim=1)
     bare, same, own, folded = (
-        flux.prepare(*arguments[1:4], references, alone=True).alone for flux in (plain, fresh, adapted, merged)
+        flux.prefill(ids, arguments[2], references, isolate_refs=True).ref_kv
+        for flux in (plain, fresh, adapted, merged)
     )
     for a, b, c, d in zip(bare, same, own, folded, strict=True):
-        assert torch.equal(a[0], b[0]) and far(a[0], c[0]) > 1e-3 and far(c[0], d[0]) < LOOP
+        assert torch.equal(a[0], b[0]) and far(a[0], c[0]) > 1e-3 and far(c[0], d[0]) < WHOLE
     first, second = (flux(*arguments, None, references, True) for flux in (adapted, merged))
-    assert far(first, second) < LOOP
+    assert far(first, second) < WHOLE
 
 
 @torch.no_grad()

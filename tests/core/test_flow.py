@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from golden import EXACT, LOOP, far, schedule
+from golden import EXACT, WHOLE, far, schedule
 from sampling.flow import euler, interpolate, times
 from sampling.inpaint import drafted_start, keep_known
 from sampling.latents import noise, pack, unpack
@@ -43,7 +43,7 @@ def test_an_unknown_schedule_is_refused():
 def test_euler_is_exact_on_a_straight_path():
     data, start = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
     x = euler(lambda x, t: start - data, start, times(7, 256))
-    assert far(x, data) < LOOP
+    assert far(x, data) < WHOLE
 
 
 def test_euler_on_exponential_decay_equals_its_closed_form():
@@ -88,7 +88,7 @@ def test_kept_tokens_follow_their_own_path_and_end_clean():
     x = euler(lambda x, t: torch.ones_like(x), start, times(5, 256), after)
     assert seen == [0.0] * 5
     assert torch.equal(x[:, [1, 3, 4]], known[:, [1, 3, 4]])
-    assert far(x[:, [0, 2, 5]], start[:, [0, 2, 5]] - 1) < LOOP
+    assert far(x[:, [0, 2, 5]], start[:, [0, 2, 5]] - 1) < WHOLE
 
 
 def test_what_stands_under_the_mask_is_never_read():

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model.lora as lora
-from golden import EXACT, FLUX, GOLDEN, LOOP, case, far
+from golden import EXACT, FLUX, GOLDEN, WHOLE, case, far
 from model.flux import Flux, FluxConfig
 from model.lora import TARGETS, LoraLinear, attach, detach, load_lora, merge, save_lora, trainable
 from model.lora_files import Delta, lora_file
@@ -80,10 +80,10 @@ def renamed(tmp_path, rename, source=PLAIN, metadata=None):
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_every_dialect_gives_the_official_output_attached_and_merged(flux, name):
     report = load_lora(flux, FILES / f"{name}.safetensors")
-    assert far(run(flux), EXPECTED[name]) < LOOP
+    assert far(run(flux), EXPECTED[name]) < WHOLE
     assert report.unused == () and report.skipped == ()
     merge(flux)
-    assert far(run(flux), EXPECTED[name]) < LOOP
+    assert far(run(flux), EXPECTED[name]) < WHOLE
 
 
 def test_all_golden_files_are_either_expected_or_refused():
@@ -133,7 +133,7 @@ def test_the_uno_file_gives_unos_output(flux, references):
             torch.tensor([4.0]),
         )
     want = golden[f"refs{references}.pe_d.out"]
-    assert far(out[:, : want.shape[1]], want) < LOOP
+    assert far(out[:, : want.shape[1]], want) < WHOLE
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_the_uno_file_gives_unos_output(flux, references):
 )
 def test_every_prefix_and_suffix_is_understood(flux, tmp_path, rename):
     load_lora(flux, renamed(tmp_path, rename))
-    assert far(run(flux), EXPECTED["ai_toolkit_blocks"]) < LOOP
+    assert far(run(flux), EXPECTED["ai_toolkit_blocks"]) < WHOLE
 
 
 @pytest.mark.parametrize("prefix", ["lora_transformer_", "lycoris_", "lora_unet_"])
@@ -163,7 +163,7 @@ def test_names_without_dots_are_looked_up(flux, tmp_path, prefix):
         return prefix + name.replace(".", "_") + {"A": ".lora_down", "B": ".lora_up"}[half[0]] + ".weight"
 
     load_lora(flux, renamed(tmp_path, rename, FILES / "diffusers_all_linears.safetensors"))
-    assert far(run(flux), EXPECTED["diffusers_all_linears"]) < LOOP
+    assert far(run(flux), EXPECTED["diffusers_all_linears"]) < WHOLE
 
 
 def test_every_name_without_dots_means_one_linear_only():
@@ -193,7 +193,7 @@ def test_a_folder_saved_by_peft_takes_alpha_from_its_configuration(flux, tmp_pat
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
     report = load_lora(flux, tmp_path)
     assert (report.dialect, report.scales) == ("PEFT", (0.5,))
-    assert far(run(flux), EXPECTED["diffusers_alpha_metadata"]) < LOOP
+    assert far(run(flux), EXPECTED["diffusers_alpha_metadata"]) < WHOLE
     detach(flux)
     assert load_lora(flux, tmp_path / "adapter_model.safetensors").scales == (0.5,), "the file alone is as good"
 
@@ -268,12 +268,12 @@ def test_the_bias_of_an_adapter_is_scaled_and_swapped_like_its_rows(flux, tmp_pa
     attached = run(flux)
     save_lora(flux, tmp_path / "again.safetensors", dtype=torch.float32)
     merge(flux)
-    assert far(run(flux), attached) < LOOP
+    assert far(run(flux), attached) < WHOLE
     delta = flux.final_layer.adaLN_modulation[1].bias - before
     assert far(delta, 0.25 * torch.cat((bias[64:], bias[:64]))) < EXACT
     again = fresh()
     load_lora(again, tmp_path / "again.safetensors")
-    assert far(run(again), attached) < LOOP
+    assert far(run(again), attached) < WHOLE
     with pytest.raises(ValueError, match="kohya dialect has no place for rows 0 to 128 of final_layer"):
         save_lora(again, tmp_path / "no.safetensors", "kohya")
 
@@ -393,7 +393,7 @@ def test_text_encoder_parts_are_left_out_only_on_request(flux, tmp_path):
         load_lora(flux, path)
     report = load_lora(flux, path, skip_text_encoder=True)
     assert len(report.skipped) == 2 and str(report).endswith("0 keys unused, 2 of text encoders skipped")
-    assert far(run(flux), EXPECTED["ai_toolkit_blocks"]) < LOOP
+    assert far(run(flux), EXPECTED["ai_toolkit_blocks"]) < WHOLE
 
 
 def test_a_file_for_text_encoders_alone_is_refused(flux, tmp_path):
@@ -509,7 +509,7 @@ def test_only_adapters_learn_and_gradients_equal_those_of_the_merged_weight(flux
     weight = layer.weight.clone()
     for part in layer.parts:
         weight[part.start : part.stop] += part.factor * part.up.detach() @ part.down.detach()
-    assert far(x.grad, probe @ weight) < LOOP
+    assert far(x.grad, probe @ weight) < WHOLE
     part = layer.parts[1]
     part.zero_grad()
     (layer(x) * probe).sum().backward()
@@ -586,7 +586,7 @@ def test_several_loras_add_up_with_their_strengths(flux):
     merge(flux)
     for key, tensor in flux.state_dict().items():
         assert far(tensor, base[key] + 0.7 * deltas[0][key] - 1.5 * deltas[1][key]) < EXACT, key
-    assert far(run(flux), attached) < LOOP
+    assert far(run(flux), attached) < WHOLE
 
 
 def test_strength_zero_is_the_base_model(flux):
@@ -634,7 +634,7 @@ def test_a_saved_lora_loads_as_it_was(flux, tmp_path, dialect, targets):
     again = fresh()
     report = load_lora(again, tmp_path / "a.safetensors")
     assert (report.dialect, report.metadata) == (dialect, {"format": "pt", "trigger": "x"})
-    assert far(run(again), run(flux)) < LOOP, "0.5 and the weights here are exact in bfloat16"
+    assert far(run(again), run(flux)) < WHOLE, "0.5 and the weights here are exact in bfloat16"
     assert {t.dtype for name, t in load_file(tmp_path / "a.safetensors").items() if "alpha" not in name} == {
         torch.bfloat16
     }
@@ -648,7 +648,7 @@ def test_scales_and_strengths_that_differ_are_saved_in_every_dialect(flux, tmp_p
         save_lora(flux, tmp_path / "a.safetensors", dialect, dtype=torch.float32)
         again = fresh()
         load_lora(again, tmp_path / "a.safetensors")
-        assert far(run(again), run(flux)) < LOOP
+        assert far(run(again), run(flux)) < WHOLE
 
 
 def keys(flux, tmp_path, dialect, targets):
@@ -748,7 +748,7 @@ def test_where_ranks_differ_the_diffusers_dialect_says_each_alpha(flux, tmp_path
     assert tensors[f"{TO_Q}.alpha"] == 2 and tensors["transformer.transformer_blocks.0.norm1.linear.alpha"] == 3
     again = fresh()
     assert load_lora(again, tmp_path / "d.safetensors").scales == (1.0,)
-    assert far(run(again), run(flux)) < LOOP
+    assert far(run(again), run(flux)) < WHOLE
 
 
 @pytest.mark.parametrize(
@@ -787,7 +787,7 @@ def test_an_older_files_alpha_does_not_stay_in_the_header(flux, tmp_path):
         assert file.metadata() == {"format": "pt", "ss_base_model_version": "flux"}
     again = fresh()
     load_lora(again, tmp_path / "a.safetensors")
-    assert far(run(again), EXPECTED["diffusers_alpha_metadata"]) < LOOP
+    assert far(run(again), EXPECTED["diffusers_alpha_metadata"]) < WHOLE
 
 
 # diffusers itself
@@ -863,11 +863,11 @@ def test_diffusers_itself_gives_the_same_output(flux, tmp_path, dialect, ranks):
                 return_dict=False,
             )[0]
 
-    assert far(output(), run(fresh(), **small)) < LOOP, "the weights were converted rightly"
+    assert far(output(), run(fresh(), **small)) < WHOLE, "the weights were converted rightly"
     loaded, alphas = FluxLoraLoaderMixin.lora_state_dict(load_file(tmp_path / "a.safetensors"), return_alphas=True)
     FluxLoraLoaderMixin.load_lora_into_transformer(loaded, alphas, transformer)
     assert far(run(fresh(), **small), run(flux, **small)) > 0.01
-    assert far(output(), run(flux, **small)) < LOOP
+    assert far(output(), run(flux, **small)) < WHOLE
 
 
 def test_diffusers_itself_understands_kohya_files_of_the_large_width(tmp_path):

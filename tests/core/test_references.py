@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import iclora.references
 import sample
-from golden import EXACT, FLUX, GOLDEN, LOOP, case, far
+from golden import EXACT, FLUX, GOLDEN, WHOLE, case, far
 from iclora.config import DEV, SCHNELL, TINY, SampleConfig
 from iclora.layout import Layout
 from iclora.pipeline import Pipeline, resolve
@@ -87,11 +87,11 @@ def velocity_of(flux, golden, count, mode):
     target, *sizes = [tuple(side // 2 for side in golden[name].shape[2:]) for name in ("noise", "ref1", "ref2", "ref3")]
     ids = torch.cat([grid_ids(*target), *reference_ids(target, sizes[:count], mode)])[None]
     references = torch.cat([tokens[0][:, :0], *tokens[1:]], dim=1)
-    fixed = flux.prepare(ids, golden["txt"], torch.zeros(1, 7, 3), references)
+    fixed = flux.prefill(torch.cat((torch.zeros(1, 7, 3), ids), dim=1), golden["txt"], references)
 
     @torch.no_grad()
     def velocity(x, t):
-        return flux.predict(x, fixed, flux.conditioning(torch.tensor([t]), golden["y"], torch.tensor([4.0])))
+        return flux.velocity(x, fixed, flux.conditioning(torch.tensor([t]), golden["y"], torch.tensor([4.0])))
 
     return velocity, tokens[0], ids
 
@@ -104,7 +104,7 @@ CASES = [key for key in case("uno") if key.endswith(".out")]
 def test_every_official_output_is_met(uno, key):
     golden, count, mode = case("uno"), int(key[4]), key[key.index("pe_") + 3]
     velocity, noise, ids = velocity_of(uno, golden, count, mode)
-    assert far(velocity(noise, 0.6), golden[key]) < LOOP
+    assert far(velocity(noise, 0.6), golden[key]) < WHOLE
     wanted = [golden[f"refs{count}.pe_{mode}.ref{k}_ids"][0] for k in range(1, count + 1)]
     assert torch.equal(ids[0, noise.shape[1] :], torch.cat(wanted) if wanted else ids[0, :0])
 
@@ -119,7 +119,7 @@ def test_the_official_loop_is_met(uno):
     golden = case("uno")
     velocity, noise, _ = velocity_of(uno, golden, 2, "d")
     x = euler(velocity, noise, golden["refs2.pe_d.schedule"].tolist())
-    assert far(x, golden["refs2.pe_d.denoised"]) < LOOP
+    assert far(x, golden["refs2.pe_d.denoised"]) < WHOLE
 
 
 @torch.no_grad()

@@ -17,12 +17,12 @@ from PIL import Image
 import iclora.layout
 import iclora.pipeline
 import iclora.references
-import model.attention
 import model.autoencoder
 import model.flux
 import model.position
 import model.text
 import sample
+import sampling.denoise
 import sampling.flow
 import sampling.images
 import sampling.inpaint
@@ -30,8 +30,8 @@ import sampling.latents
 from golden import AE, FLUX, case
 from model.weights import examples_folder, load_autoencoder, load_flux
 
-MODULES = [model.attention, model.flux, model.position, model.autoencoder, model.text]
-MODULES += [sampling.flow, sampling.latents, sampling.inpaint, sampling.images, iclora.layout]
+MODULES = [model.flux, model.position, model.autoencoder, model.text]
+MODULES += [sampling.flow, sampling.denoise, sampling.latents, sampling.inpaint, sampling.images, iclora.layout]
 MODULES += [iclora.pipeline, iclora.references]
 PACKAGES = ("model", "sampling", "iclora", "sample")
 ARGUMENT = re.compile(r"(?:^\s*|, )([a-z_]\w*(?:, [a-z_]\w*)*): (\([^()]+\))", re.M)
@@ -148,7 +148,7 @@ def test_every_documented_shape_holds_in_a_sampling_run(seen, tmp_path):
     names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
     given = {name: case_of[name] for name in names}
     load_flux(FLUX["dev"], dtype=torch.float32)(**given)
-    apart = {"img": given["img"][:, 2:], "references": given["img"][:, :2], "alone": True}
+    apart = {"img": given["img"][:, 2:], "refs": given["img"][:, :2], "isolate_refs": True}
     load_flux(FLUX["dev"], dtype=torch.float32)(**given | apart)
     golden = case("ae")
     autoencoder = load_autoencoder(AE)
