@@ -1,73 +1,72 @@
-"""One frozen dataclass <-> one command line; the only place that knows argparse. And what both scripts say and draw."""
+"""One frozen dataclass <-> one command line; the only place that knows argparse. And what every command does alike."""
 
 import argparse
 import json
 import os
 import re
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import Field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from .knobs import flag, nearest
+from .config import flag
+from .prompts import nearest
 
 Config = TypeVar("Config")
-MAX_RECORD = 10_000_000  # bytes of a JSON to replay
+MAX_RECORD = 100_000_000  # bytes of a JSON or PNG to replay
 NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
-KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
+TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
+PNG = b"\x89PNG"
 
 
-def parse(kind: type[Config], argv: Sequence[str] | None, about: str, program: str | None = None) -> Config:
-    """Reads a command line into a configuration.
+def guard(work: Callable[[], int | None], memory_advice: str = "use a machine with more") -> int:
+    """Run a command and turn what it raises into one line and its exit status.
 
-    kind: a dataclass whose fields come from iclora.knobs.knob
-    argv: without the script's name; None takes the process's own
-    about: the text of --help above the flags
-    program: how it is called, up to the flags; None takes the script's name
-    Errors: ValueError in one line for whatever is wrong; SystemExit(0) after --help
+    work: gives the status; None is 0
+    memory_advice: what helps when memory runs out
+    Returns 0 done, also where a closed pipe stopped the telling; 2 a mistake or no memory; 130 interrupted
     """
-    given = _given(kind, argv, about, program)
-    recorded = _recorded(kind, given["config"], given) if "config" in given else {}
-    return kind(**{**recorded, **given})
-
-
-def read_record(path: str | Path) -> dict[str, Any]:
-    """Reads the JSON that a script saved beside its output.
-
-    Errors: ValueError if it is missing, damaged or something else
-    """
-    path = Path(path)
-    advice = "--config takes a JSON that a run saved, such as out/0001.json or runs/lora/config.json"
     try:
-        if not path.is_file():
-            raise ValueError("there is no such file")
-        if path.stat().st_size > MAX_RECORD:
-            raise ValueError("it is too large")
-        record = json.loads(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError) as error:
-        known = str(error) if type(error) is ValueError else getattr(error, "strerror", None)
-        reason = known or "it is damaged or no JSON"
-        raise ValueError(f"cannot read {ascii(str(path)[-80:])}: {reason[:80]}; {advice}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
-        raise ValueError(f"{path} holds no configuration; {advice}")
-    return record
+        status = work() or 0
+        sys.stdout.flush()
+        return status
+    except SystemExit:  # after --help
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        return 0
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{plain(str(stop)) or 'interrupted; what was finished is saved'}\n")
+        return 130
+    except (ValueError, OSError) as error:
+        return complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        return complain(f"memory ran out; {memory_advice}")
+
+
+def complain(line: str) -> int:
+    """Write one line about a mistake. Returns exit status 2"""
+    sys.stderr.write(f"error: {plain(line)}\n")
+    return 2
+
+
+def note(line: str) -> None:
+    """Tell the user something that is no mistake."""
+    sys.stderr.write(f"note: {plain(line)}\n")
+    sys.stderr.flush()
 
 
 def plain(text: str) -> str:
-    """Makes one line that commands no terminal, as names in a downloaded file might."""
+    """Make one line that commands no terminal, as names in a downloaded file might."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
-def complain(line: str, status: int) -> int:
-    """Writes one line and gives the exit status."""
-    sys.stderr.write(f"error: {plain(line)}\n")
-    return status
-
-
 def check_folder(folder: Path) -> None:
-    """Refuses a place for the files that cannot work, without making anything there yet.
+    """Refuse a place for the files that cannot work, without making anything there yet.
 
     Errors: ValueError
     """
@@ -85,46 +84,109 @@ def check_folder(folder: Path) -> None:
 
 
 def unusable(folder: Path, error: Exception) -> ValueError:
-    """Says what the system has against a folder."""
+    """Say what the system has against a folder."""
     return ValueError(f"--out {str(folder)[-80:]}: {getattr(error, 'strerror', None) or error}; choose another")
 
 
-class Bar:
-    """A progress bar on stderr, where that is a terminal: how far, how fast, time left.
+def parse(kind: type[Config], argv: Sequence[str] | None, description: str, program: str | None = None) -> Config:
+    """Read a command line into a configuration.
 
-    label: what is being done
-    before: steps that were done before, which tell nothing of the pace
-    every: elsewhere, such as in a log, a line is written every so many steps and at the end; 0 writes none
+    kind: a dataclass whose fields come from iclora.config.option
+    argv: without the script's name; None takes the process's own
+    description: the text of --help above the flags
+    program: how it is called, up to the flags; None takes the script's name
+    Errors: ValueError in one line for whatever is wrong; SystemExit(0) after --help
     """
+    flags = _parse_flags(kind, argv, description, program)
+    if "config" not in flags:
+        return kind(**flags)
+    path = flags["config"]
+    voids = {name for given in flags for name in getattr(kind, "VOIDS", {}).get(given, ())}
+    recorded = typed(kind, read_record(path)["config"], path)
+    return kind(**{**{k: v for k, v in recorded.items() if k not in voids}, **flags})
 
-    WIDTH = 24
 
-    def __init__(self, label: str, before: int = 0, every: int = 0):
-        self.label, self.before, self.every = label, before, every
-        self.drawn = False
+def typed(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Check the names and types of options that a JSON gives.
 
-    def __enter__(self) -> "Bar":
-        self.start = time.perf_counter()
-        return self
+    source: what the JSON is called, for messages
+    Errors: ValueError naming the option, its value and what is right
+    """
+    types, defaults = _types(kind), {field.name: field.default for field in fields(kind)}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(
+                f"{source} sets {ascii(name[:40])}, which is unknown; {nearest(name, types)}remove it there"
+            )
+        if not (value is None and defaults[name] is None) and not _is(value, types[name]):
+            shown = ascii(str(value)[:40])
+            raise ValueError(f"{source} sets {name} to {shown}, which is not {TYPES[types[name]]}; correct it there")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
-    def __call__(self, done: int, total: int, more: str = "") -> None:
-        """Draws the bar. more: is said behind the steps, such as the loss"""
-        each = (time.perf_counter() - self.start) / (done - self.before)
-        pace = f"{each:.2f} s a step" if each >= 1 else f"{1 / max(each, 1e-9):.2f} steps a second"
-        left = round(each * (total - done))
-        time_left = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        filled = "#" * (self.WIDTH * done // total)
-        line = f"{self.label} [{filled:.<{self.WIDTH}}] step {done}/{total}{more}, {pace}, {time_left} left"
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{line}\x1b[K")
-            sys.stderr.flush()
-            self.drawn = True
-        elif self.every and (done % self.every == 0 or done == total):
-            sys.stderr.write(f"{line}\n")
 
-    def __exit__(self, *_: object) -> None:
-        if self.drawn:
-            sys.stderr.write("\n")
+def read_jobs(config: Config) -> list[Config]:
+    """Read a list of requests, a JSON object of options a row; each row is laid over the command line's options.
+
+    Errors: ValueError naming the line
+    """
+    path, jobs = Path(config.jobs), []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
+    for number, line in enumerate(lines, start=1):
+        source = f"{path} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f'{source} is no JSON object of options; write {{"prompt": ..., "seed": ...}} on one line')
+        if shared := row.keys() & {"model", "device", "dtype", "out", "jobs", "config"}:
+            raise ValueError(f"{source} sets {min(shared)}, which holds for the whole job; give {flag(min(shared))}")
+        try:
+            jobs.append(replace(config, **typed(type(config), row, source)))
+        except ValueError as error:
+            raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
+    if not jobs:
+        raise ValueError(f"--jobs {path} is no file with requests; write a JSON object of options a row")
+    return jobs
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read the JSON that a script saved beside its output, or inside a picture.
+
+    Errors: ValueError if it is missing, damaged or something else
+    """
+    path = Path(path)
+    advice = "--config takes a JSON that a run saved, such as out/0001.json or runs/lora/config.json, or its picture"
+    try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        if path.stat().st_size > MAX_RECORD:
+            raise ValueError("it is too large")
+        data = path.read_bytes()
+        record = {"config": json.loads(_png_config(data))} if data.startswith(PNG) else json.loads(data.decode())
+    except (OSError, ValueError, RecursionError) as error:
+        known = str(error) if type(error) is ValueError else getattr(error, "strerror", None)
+        reason = known or "it is damaged or no JSON"
+        raise ValueError(f"cannot read {ascii(str(path)[-80:])}: {reason[:80]}; {advice}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ValueError(f"{path} holds no configuration; {advice}")
+    return record
+
+
+def _png_config(data: bytes) -> str:
+    """Find the configuration in a PNG of sample.py. Errors: ValueError if it has none"""
+    from PIL import Image
+
+    with Image.open(BytesIO(data), formats=["PNG"]) as picture:
+        config = picture.info.get("config")
+    if not isinstance(config, str):
+        raise ValueError("it is a picture without a configuration")
+    return config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,72 +194,56 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; see --help")
 
 
-def _given(kind: type, argv: Sequence[str] | None, about: str, program: str | None) -> dict[str, Any]:
-    """Reads the flags that stand on the command line, and no defaults."""
-    parser = _Parser(
-        program,
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+def _parse_flags(kind: type, argv: Sequence[str] | None, description: str, program: str | None) -> dict[str, Any]:
+    """Read the flags that stand on the command line, and no defaults."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(program, None, description, formatter_class=raw, allow_abbrev=False)
     types = _types(kind)
+    actions = {
+        bool: {"action": "store_true"},
+        tuple: {"action": "extend", "nargs": "+"},  # several after one flag, or the flag several times
+    }
     for field in fields(kind):
-        more = {
-            bool: {"action": argparse.BooleanOptionalAction if field.default is None else "store_true"},
-            tuple: {"action": "extend", "nargs": "+"},  # several after one flag, or the flag several times
-        }.get(types[field.name], {})
+        settings = dict(actions.get(types[field.name], {}))
+        if types[field.name] is bool and field.default is None:
+            settings["action"] = argparse.BooleanOptionalAction
         if types[field.name] is not bool:
-            more["metavar"] = _metavar(field, types[field.name])
-        parser.add_argument(flag(field.name), help=_help(field), **more)
-    found, rest = parser.parse_known_args(argv)
+            settings["metavar"] = _metavar(field, types[field.name])
+        parser.add_argument(flag(field.name), help=_help(field), default=argparse.SUPPRESS, **settings)
+    namespace, rest = parser.parse_known_args(argv)
     if rest:
         name = rest[0].partition("=")[0]
         if not name.startswith("-"):
             raise ValueError(f"{ascii(name[:40])} follows no flag; put texts with spaces in quotes, see --help")
-        meant = nearest(name, map(flag, types))
-        raise ValueError(f"{ascii(name[:40])[1:-1]} is unknown; {meant}see --help for all flags")
-    return {name: _from_text(name, types[name], value) for name, value in vars(found).items()}
-
-
-def _recorded(kind: type, path: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Takes the values of a saved JSON, but not those that a flag given beside it makes void."""
-    types, known, recorded = _types(kind), {field.name: field for field in fields(kind)}, {}
-    for name, value in read_record(path)["config"].items():
-        if name not in types:
-            raise ValueError(f"{path} sets {ascii(name[:40])}, which is unknown; {nearest(name, types)}remove it there")
-        undecided = value is None and known[name].default is None
-        if not undecided and not _is(value, types[name]):
-            shown = ascii(str(value)[:40])
-            raise ValueError(f"{path} sets {name} to {shown}, which is not {KINDS[types[name]]}; correct it there")
-        if not any(other in given for other in known[name].metadata.get("follows", ())):
-            recorded[name] = tuple(value) if isinstance(value, list) else value
-    return recorded
+        advice = f"{nearest(name, map(flag, types))}see --help for all flags"
+        raise ValueError(f"{ascii(name[:40])[1:-1]} is unknown; {advice}")
+    return {name: _from_text(name, types[name], value) for name, value in vars(namespace).items()}
 
 
 def _types(kind: type) -> dict[str, type]:
-    """Names the plain type of every field: int, float, str, bool or tuple (of texts), None left aside."""
-    hints = {
-        name: next((h for h in get_args(hint) if h is not type(None) and h is not ...), hint)
-        if type(None) in get_args(hint)
-        else hint
-        for name, hint in get_type_hints(kind).items()
-    }
-    return {name: tuple if get_args(hint) else hint for name, hint in hints.items()}
+    """Name the plain type of every field: int, float, str, bool or tuple (of texts), None left aside."""
+    types = {}
+    names = {field.name for field in fields(kind)}
+    for name, hint in get_type_hints(kind).items():
+        if name in names:
+            plain_hint = next((h for h in get_args(hint) if h is not type(None) and h is not ...), hint)
+            hint = plain_hint if type(None) in get_args(hint) else hint
+            types[name] = tuple if get_args(hint) else hint
+    return types
 
 
 def _from_text(name: str, kind: type, value: Any) -> Any:
-    """Turns what was typed into the type of its field."""
+    """Turn what was typed into the type of its field."""
     if kind is tuple:
         return tuple(value)
     try:
         return kind(value)
     except ValueError:
-        raise ValueError(f"{flag(name)} {ascii(value[:40])} is not {KINDS[kind]}; see --help") from None
+        raise ValueError(f"{flag(name)} {ascii(value[:40])} is not {TYPES[kind]}; see --help") from None
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Tells whether a JSON value is of the type; whole numbers are numbers, true and false are not."""
+    """Tell whether a JSON value is of the type; whole numbers are numbers, true and false are not."""
     if kind is tuple:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind is bool or isinstance(value, bool):
@@ -206,19 +252,17 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _metavar(field: Field, kind: type) -> str:
-    """Stands for the value in --help."""
+    """Stand for the value in --help."""
     choices = field.metadata.get("choices", ())
     if "metavar" in field.metadata:
         return field.metadata["metavar"]
     if 0 < len(choices) <= 4:
         return "{" + ",".join(choices) + "}"
-    if kind in (int, float):
-        return "N"
-    return field.name.upper().replace("_", "-")
+    return "N" if kind in (int, float) else field.name.upper().replace("_", "-")
 
 
 def _help(field: Field) -> str:
-    """Gives the line of --help with the default, where a plain one exists."""
+    """Give the line of --help with the default, where a plain one exists."""
     text, default = field.metadata["help"], field.default
     if default is not None and default is not False and default != ():
         text += f" (default: {default})"

@@ -1,25 +1,75 @@
-"""What a script can be asked for, and the rows of defaults that depend on the model.
+"""What a script can be asked for, and the defaults that depend on the model and on the method.
 
-One frozen dataclass per script, one field per knob. None means undecided: a flag beats the preset, the preset beats
-the model's row, the row beats the plain default.
+One frozen dataclass per script, one field per option. None means undecided: a flag beats the preset, the preset beats
+the model's defaults, these beat the plain default.
 """
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from .knobs import check, flag, knob
-from .prompts import TASKS, Task
+from .prompts import TASKS, Task, nearest
 
 if TYPE_CHECKING:  # torch takes a second to import, and a typo shall be answered at once
     from model.flux import FluxConfig
 
-GRID = "2x2"
 REFERENCE_GUIDANCE = 4.0  # UNO's
 LAST_SEED = 2**63 - 1
 METHODS = IN_CONTEXT, UNO = "in-context-lora", "uno"
-REFERENCE_ATTENTION = JOINT, ALONE = "joint", "alone"
-AS_PUBLISHED = {"offset": "d", "offset_scale": 1.0, "posterior": "sample", "reference_attention": JOINT}  # by UNO
-PAPER = ("model", "method")  # what decides the settings that a paper gives
+ATTENTIONS = JOINT, ALONE = "joint", "alone"
+OFFSETS = ("d", "h", "w", "o")
+POSTERIORS = ("sample", "mean")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
+FIT_RULES = ("crop", "pad", "stretch")
+TIMES = ("logit-normal", "shifted", "uniform")
+REF_SIZES, COUNTS = (16, 2048), (1, 100_000)
+PLACE = {"path": True, "saved": False}  # where something lies, without influence on the result
+MODEL = {"path": True, "metavar": "NAME|PATH"}
+LORA = {"path": True, "metavar": "FILE[:STRENGTH]"}
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Make one field of a configuration.
+
+    help: one line for --help; the default is added to it unless that is None, False or empty
+    metadata: metavar, which stands for the value in --help; choices, the valid texts; valid, (least, most) of a
+        number; path=True if it says where something lies, which is kept out of pictures; saved=False if it has no
+        influence on the result and is not replayed
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def check(config: Any) -> None:
+    """Refuse unknown choices and numbers outside their ranges; NaN is outside of every range.
+
+    Errors: ValueError with the flag, its value and what is valid
+    """
+    for item in fields(config):
+        value, metadata = getattr(config, item.name), item.metadata
+        if value is None:
+            continue
+        if "choices" in metadata and value not in metadata["choices"]:
+            choices = metadata["choices"]
+            advice = f"{nearest(value, choices)}choose one of {', '.join(choices)}"
+            raise ValueError(f"{flag(item.name)} {ascii(value[:40])} is unknown; {advice}")
+        if "valid" in metadata:
+            least, most = metadata["valid"]
+            if not least <= value <= most:
+                raise ValueError(f"{flag(item.name)} {str(value)[:40]} is out of range; use {least} to {most}")
+
+
+def saved(config: Any, paths: bool = True) -> dict[str, Any]:
+    """List the options that make the result, to be written beside it and replayed.
+
+    paths: False leaves out what says where something lies
+    """
+    kept = [f for f in fields(config) if f.metadata.get("saved", True) and (paths or not f.metadata.get("path"))]
+    return {f.name: getattr(config, f.name) for f in kept}
+
+
+def flag(name: str) -> str:
+    """Write an option's name as its flag."""
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -29,125 +79,86 @@ class SampleConfig:
     Errors: ValueError for a number outside its range or an unknown choice
     """
 
-    grid: str | None = knob(
-        None,
-        f"rows and columns of the set, 3x1 being three rows (default: the preset's; 1x1 with --ref; else {GRID})",
-        metavar="ROWSxCOLS",
-        follows=("preset",),
+    grid: str | None = option(
+        None, "ROWSxCOLS of the set (default: the preset's; 1x1 with --ref or a --prompt without markers; else 2x2)"
     )
-    mask: str = knob("all", "panels to generate, in reading order: 3 or 2,4 or 2-4; the others are kept")
-    panels: tuple[str, ...] = knob(
+    mask: str = option("all", "panels to generate, in reading order: 3 or 2,4 or 2-4; the others are kept")
+    panels: tuple[str, ...] = option(
         (),
-        "the kept panels in reading order, or those of the whole grid (default: a bundled example)",
-        metavar="PICTURE",
-        path=True,
-        follows=("set",),
-    )
-    set: str | None = knob(
-        None,
-        "a folder instead of --panels, with 1.png, 2.png, ... and, if there is one, caption.txt",
-        metavar="DIR",
-        path=True,
-        follows=("panels",),
-    )
-    ref: tuple[str, ...] = knob(
-        (),
-        "reference pictures, any number; what they show is to appear in the picture (UNO)",
+        "the kept panels in reading order, or all of them (default: a bundled example)",
         metavar="PICTURE",
         path=True,
     )
-    prompt: str | None = knob(
-        None,
-        "the joint caption of all panels; beside --panel-prompt the sentence before them",
-        metavar="TEXT",
-        follows=("set", "panel_prompt"),
+    set: str | None = option(
+        None, "a folder instead of --panels, with 1.png, 2.png, ... and perhaps caption.txt", metavar="DIR", path=True
     )
-    panel_prompt: tuple[str, ...] = knob((), "what each panel shows, one text for each, kept ones too", metavar="TEXT")
-    preset: str | None = knob(
+    ref: tuple[str, ...] = option(
+        (), "reference pictures, any number; what they show is to appear (UNO)", metavar="PICTURE", path=True
+    )
+    prompt: str | None = option(
+        None, "the joint caption of all panels; beside --panel-prompt the sentence before them", metavar="TEXT"
+    )
+    panel_prompt: tuple[str, ...] = option((), "what each panel shows, a text for each, kept ones too", metavar="TEXT")
+    preset: str | None = option(
         None, f"a published task, for its grid, size and markers: {', '.join(TASKS)}", choices=tuple(TASKS)
     )
-    model: str = knob(
-        "tiny",
-        "a folder under weights/, or the path of a model folder or of a transformer file",
-        metavar="NAME|PATH",
-        path=True,
+    model: str = option("tiny", "a folder under weights/, or the path of a model folder or transformer file", **MODEL)
+    steps: int | None = option(None, "Euler steps (default: 20; schnell 4)", valid=(1, 1000))
+    guidance: float | None = option(
+        None, "strength of the text, as distilled (default: 3.5, with --ref 4; schnell has none)", valid=(0, 100)
     )
-    steps: int | None = knob(None, "Euler steps (default: 20; schnell 4)", valid=(1, 1000), follows=("model",))
-    guidance: float | None = knob(
+    seed: int = option(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
+    num: int = option(1, "how many pictures to make", valid=(1, 10_000))
+    lora: tuple[str, ...] = option(
+        (), "LoRAs, each with :STRENGTH if it is not 1 (default: with --ref the model's own, if any)", **LORA
+    )
+    panel_size: str | None = option(
+        None, "pixels, 512 or 512x768 (default: the preset's, else 512; for tiny 64)", metavar="WIDTHxHEIGHT"
+    )
+    ref_size: int | None = option(
+        None, "a reference's longer side in pixels (default: the LoRA's; 512, of several 320; tiny 64)", valid=REF_SIZES
+    )
+    offset: str | None = option(
+        None, "references' places: d diagonal, h below, w beside, o none (default: the LoRA's, or d)", choices=OFFSETS
+    )
+    offset_scale: float | None = option(
+        None, "multiplies how far past the picture they stand (default: the LoRA's, or 1)", valid=(0, 100)
+    )
+    posterior: str | None = option(
         None,
-        "strength of the text, as distilled into the model (default: 3.5, with --ref 4; schnell has none)",
-        valid=(0, 100),
-        follows=("model", "ref"),
+        "references' latents: a sample, as UNO's, or the mean (default: the LoRA's, or sample)",
+        choices=POSTERIORS,
     )
-    seed: int = knob(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
-    num: int = knob(1, "how many pictures to make", valid=(1, 10_000))
-    lora: tuple[str, ...] = knob(
-        (),
-        "LoRA files to apply, each with a strength behind a colon if it is not 1: storyboard.safetensors:0.8 "
-        "(default: none; with --ref the loras/uno.safetensors of a model that has one, also beside those that train.py "
-        "made for panels)",
-        metavar="FILE[:STRENGTH]",
-        path=True,
+    reference_attention: str | None = option(
+        None, "alone: they see only each other; needs such a LoRA (default: the LoRA's, or joint)", choices=ATTENTIONS
     )
-    panel_size: str | None = knob(
-        None,
-        "pixels, 512 or 512x768 (default: the preset's, else 512; for tiny 64)",
-        metavar="WIDTHxHEIGHT",
-        follows=("preset", "model"),
+    schedule: str = option(
+        "tokens", "uno-release counts 64 times too few tokens, as that does", choices=("tokens", "uno-release")
     )
-    ref_size: int | None = knob(
-        None,
-        "longer side of a reference in pixels (default: the LoRA's, or 512, of several 320, for tiny 64)",
-        valid=(16, 2048),
-        follows=("model", "lora", "ref"),
-    )
-    offset: str | None = knob(
-        None,
-        "references' places: d diagonally off, h below, w beside, o on the picture (default: the LoRA's, or d)",
-        choices=("d", "h", "w", "o"),
-        follows=("lora",),
-    )
-    offset_scale: float | None = knob(
-        None, "multiplies how far past it they stand (default: the LoRA's, or 1)", valid=(0, 100), follows=("lora",)
-    )
-    posterior: str | None = knob(
-        None,
-        "references' latents: a sample under the seed, as UNO's, or the mean (default: the LoRA's, or sample)",
-        choices=("sample", "mean"),
-        follows=("lora",),
-    )
-    reference_attention: str | None = knob(
-        None,
-        "references see all tokens, as UNO's, or each other alone, which makes steps faster and needs a LoRA "
-        "that was trained so (default: the LoRA's, or joint)",
-        choices=REFERENCE_ATTENTION,
-        follows=("lora",),
-    )
-    schedule: str = knob(
-        "tokens",
-        "times for the picture's number of tokens, or for 64 times too few, as UNO's release has them",
-        choices=("tokens", "uno-release"),
-    )
-    strength: float = knob(
+    strength: float = option(
         1.0, "below 1, masked panels start from the given ones as drafts, for that part of the steps", valid=(0, 1)
     )
-    fit: str = knob("crop", "how pictures come to the panel size", choices=("crop", "pad", "stretch"))
-    device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str | None = knob(
-        None,
-        "of the weights (default: bfloat16; for tiny on a CPU float32)",
-        choices=("float32", "bfloat16", "float16"),
-        follows=("model",),
+    fit: str = option("crop", "how pictures come to the panel size", choices=FIT_RULES)
+    device: str = option("auto", "auto is cuda if there is one, else cpu", choices=DEVICES)
+    dtype: str | None = option(None, "of the weights (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES)
+    tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
+    out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
+    jobs: str | None = option(
+        None, "many requests, a JSON object of options a row, over those given here", metavar="FILE.jsonl", **PLACE
     )
-    tile: bool = knob(False, "decode in overlapping tiles: less memory, slightly other pixels")
-    out: str = knob("out", "folder for the files; nothing in it is overwritten", metavar="DIR", path=True, saved=False)
-    config: str | None = knob(
-        None,
-        "replay the JSON saved beside a picture; flags given as well win",
-        metavar="FILE.json",
-        path=True,
-        saved=False,
+    config: str | None = option(
+        None, "replay a JSON saved beside a picture, or that picture; flags given as well win", metavar="FILE", **PLACE
     )
+
+    VOIDS = {  # a flag given beside a replayed file -> options whose recorded values it makes void
+        "preset": ("grid", "panel_size"),
+        "set": ("panels", "prompt"),
+        "panels": ("set",),
+        "panel_prompt": ("prompt",),
+        "model": ("steps", "guidance", "panel_size", "ref_size", "dtype"),
+        "ref": ("guidance", "ref_size"),
+        "lora": ("ref_size", "offset", "offset_scale", "posterior", "reference_attention"),
+    }
 
     def __post_init__(self) -> None:
         check(self)
@@ -162,233 +173,163 @@ class TrainConfig:
     Errors: ValueError for a number outside its range or an unknown choice
     """
 
-    data: str = knob(
+    data: str = option(
         "sets", "folder with sets, or a .jsonl that lists them; with uno a .json of pairs", metavar="PATH", path=True
     )
-    method: str = knob(
-        IN_CONTEXT, "uno learns to follow reference pictures, the other relations between panels", choices=METHODS
+    method: str = option(IN_CONTEXT, "uno follows reference pictures, the other relates panels", choices=METHODS)
+    stage: int | None = option(
+        None, "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)", valid=(1, 2)
     )
-    stage: int | None = knob(
+    grid: str | None = option(None, "ROWSxCOLS of every set (default: what each set.json says)")
+    model: str = option("tiny", "the base: a folder under weights/, or a path, as sample.py's", **MODEL)
+    rank: int | None = option(None, "of the LoRA, and its alpha (default: 16; uno 512, on tiny 64)", valid=(1, 4096))
+    targets: str | None = option(
+        None, "all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: all-linear; uno uno)"
+    )
+    init_lora: str | None = option(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
+    condition: str = option(
+        "none", "clean: random panels stay clean, in training and in sampling", choices=("none", "clean")
+    )
+    concat: str = option(
+        "pixels", "panels are joined before the autoencoder sees them, or behind it", choices=("pixels", "tokens")
+    )
+    text: str = option(
+        "joint", "one caption for all panels, or each panel reads its own part", choices=("joint", "panel")
+    )
+    ref_size: int | None = option(
+        None, "a reference's longer side in pixels (default: 512, of several 320; tiny 64)", valid=REF_SIZES
+    )
+    offset: str | None = option(
+        None, "references' places, as sample.py's (default: the starting LoRA's, or d)", choices=OFFSETS
+    )
+    offset_scale: float | None = option(None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100))
+    posterior: str | None = option(
+        None, "of references: sampled anew in every step, or the mean (default: sample)", choices=POSTERIORS
+    )
+    reference_attention: str | None = option(
         None,
-        "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)",
-        valid=(1, 2),
-        follows=("method",),
+        "alone: references see only each other, at time 0 (default: the starting LoRA's, or joint)",
+        choices=ATTENTIONS,
     )
-    grid: str | None = knob(
-        None,
-        "rows and columns of every set, 3x1 being three rows (default: what each set.json says)",
-        metavar="ROWSxCOLS",
-        follows=("method",),
+    steps: int | None = option(None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000))
+    batch: int | None = option(None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=COUNTS)
+    accumulate: int = option(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
+    lr: float | None = option(None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1))
+    warmup: int = option(10, "steps until the full learning rate", valid=(0, 1_000_000))
+    decay: float | None = option(
+        None, "last share of steps, rate falling to 0 (default: 0; tiny 0.3, with uno 0.5)", valid=(0, 1)
     )
-    model: str = knob(
-        "tiny",
-        "the base: a folder under weights/, or the path of a model folder or of a transformer file",
-        metavar="NAME|PATH",
-        path=True,
+    ema: float = option(0.99, "decay of the averaged weights, which are saved; 0 saves the last", valid=(0, 0.99999))
+    dropout: float | None = option(None, "share of captions that are left out (default: 0.05; uno 0.1)", valid=(0, 1))
+    times: str | None = option(
+        None, "shifted: towards noise, as sampling does (default: logit-normal; uno shifted)", choices=TIMES
     )
-    rank: int | None = knob(
-        None, "of the LoRA, and its alpha (default: 16; uno 512, on tiny 64)", valid=(1, 4096), follows=("method",)
+    panel_size: int | None = option(
+        None, "side in pixels of a square panel; others get its area (default: 512; tiny 64)", valid=(16, 8192)
     )
-    targets: str | None = knob(
-        None,
-        "what is adapted: all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: "
-        "all-linear; uno uno, which is qkv and proj)",
-        follows=("method",),
+    fit: str = option("crop", "how pictures come to the size of their bucket", choices=FIT_RULES)
+    holdout: float = option(0.1, "share of the sets kept for the validation loss, at most 32 in all", valid=(0, 0.9))
+    save_every: int = option(250, "steps between checkpoints", valid=(1, 10_000_000))
+    sample_every: int = option(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
+    sample_prompt: tuple[str, ...] = option((), "a text of your own that every sheet shows, or several", metavar="TEXT")
+    checkpointing: bool | None = option(None, "less memory, a third slower (default: yes; tiny no)")
+    seed: int = option(0, "of everything that is drawn", valid=(0, LAST_SEED))
+    device: str = option("auto", "auto is cuda if there is one, else cpu", choices=DEVICES)
+    dtype: str | None = option(
+        None, "of the base; the LoRA's is float32 (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2]
     )
-    init_lora: str | None = knob(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
-    condition: str = knob(
-        "none",
-        "clean: randomly chosen panels stay clean, the loss is on the others, and sampling does the same",
-        choices=("none", "clean"),
-        follows=("method",),
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
+    out: str = option("runs/lora", "folder of the run; a run found there goes on", metavar="DIR", **PLACE)
+    config: str | None = option(
+        None, "take the settings of another run's config.json; flags given as well win", metavar="FILE.json", **PLACE
     )
-    concat: str = knob(
-        "pixels",
-        "panels become one picture before the autoencoder sees them, or one row of tokens behind it",
-        choices=("pixels", "tokens"),
-        follows=("method",),
-    )
-    text: str = knob(
-        "joint",
-        "one caption for all panels, or each panel reads its own part and what stands before the first",
-        choices=("joint", "panel"),
-        follows=("method",),
-    )
-    ref_size: int | None = knob(
-        None,
-        "longer side of a reference in pixels (default: of a single one 512, of several 320; tiny 64)",
-        valid=(16, 2048),
-        follows=("model", "method"),
-    )
-    offset: str | None = knob(
-        None,
-        "references' places, as sample.py's (default: the starting LoRA's, or d)",
-        choices=("d", "h", "w", "o"),
-        follows=("method", "init_lora"),
-    )
-    offset_scale: float | None = knob(
-        None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100), follows=("method", "init_lora")
-    )
-    posterior: str | None = knob(
-        None,
-        "references' latents: a new sample in every step, or the mean (default: the starting LoRA's, or sample)",
-        choices=("sample", "mean"),
-        follows=("method", "init_lora"),
-    )
-    reference_attention: str | None = knob(
-        None,
-        "references see all tokens and their time, as UNO's, or each other alone, at time 0: once for all steps "
-        "of sampling (default: the starting LoRA's, or joint)",
-        choices=REFERENCE_ATTENTION,
-        follows=("method", "init_lora"),
-    )
-    steps: int | None = knob(
-        None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000), follows=PAPER
-    )
-    batch: int | None = knob(
-        None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=(1, 100_000), follows=PAPER
-    )
-    accumulate: int = knob(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
-    lr: float | None = knob(
-        None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1), follows=PAPER
-    )
-    warmup: int = knob(10, "steps until the full learning rate", valid=(0, 1_000_000))
-    decay: float | None = knob(
-        None, "last share of steps, rate falling to 0 (default: 0; tiny 0.3, with uno 0.5)", valid=(0, 1), follows=PAPER
-    )
-    ema: float = knob(
-        0.99, "decay of the averaged weights, which are what is saved; 0 saves the last ones", valid=(0, 0.99999)
-    )
-    dropout: float | None = knob(
-        None, "share of captions that are left out (default: 0.05; uno 0.1)", valid=(0, 1), follows=("method",)
-    )
-    times: str | None = knob(
-        None,
-        "how times are drawn; shifted moves them towards noise as sampling does (default: logit-normal; uno shifted)",
-        choices=("logit-normal", "shifted", "uniform"),
-        follows=("method",),
-    )
-    panel_size: int | None = knob(
-        None,
-        "side in pixels of a square panel; others keep their shape and get its area (default: 512; tiny 64)",
-        valid=(16, 8192),
-        follows=("model",),
-    )
-    fit: str = knob("crop", "how pictures come to the size of their bucket", choices=("crop", "pad", "stretch"))
-    holdout: float = knob(0.1, "share of the sets kept for the validation loss, at most 32 in all", valid=(0, 0.9))
-    save_every: int = knob(250, "steps between checkpoints", valid=(1, 10_000_000))
-    sample_every: int = knob(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
-    checkpointing: bool | None = knob(None, "less memory, a third slower (default: yes; tiny no)", follows=("model",))
-    seed: int = knob(0, "of everything that is drawn", valid=(0, LAST_SEED))
-    device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str | None = knob(
-        None,
-        "of the base's weights; the LoRA's are float32 (default: bfloat16; for tiny on a CPU float32)",
-        choices=("float32", "bfloat16"),
-        follows=("model",),
-    )
-    tensorboard: bool = knob(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
-    out: str = knob("runs/lora", "folder of the run; a run found there goes on", metavar="DIR", path=True, saved=False)
-    config: str | None = knob(
-        None,
-        "take the settings of another run's config.json; flags given as well win",
-        metavar="FILE.json",
-        path=True,
-        saved=False,
-    )
+
+    VOIDS = {
+        "model": ("ref_size", "steps", "batch", "lr", "decay", "panel_size", "checkpointing", "dtype"),
+        "method": (
+            *("stage", "grid", "rank", "targets", "condition", "concat", "text", "ref_size", "offset", "offset_scale"),
+            *("posterior", "reference_attention", "steps", "batch", "lr", "decay", "dropout", "times"),
+        ),
+        "init_lora": ("offset", "offset_scale", "posterior", "reference_attention"),
+    }
 
     def __post_init__(self) -> None:
         check(self)
 
 
 @dataclass(frozen=True)
-class ModelRow:
-    """Defaults that depend on the model.
-
-    text: T5 tokens; None is the tokenizer's own limit
-    guidance: None if the model embeds none
-    shift: whether longer sequences spend more steps near noise
-    panel: pixels of a square panel
-    references: pixels of the longer side of a single reference, and of each of several
-    cpu_dtype: of the weights on a CPU; elsewhere it is bfloat16
-    """
+class ModelDefaults:
+    """Defaults that depend on the model."""
 
     name: str
-    text: int | None
+    text_length: int | None  # T5 tokens; None is the tokenizer's own limit
     steps: int
-    guidance: float | None
-    shift: bool
-    panel: int
-    references: tuple[int, int]
-    cpu_dtype: str
+    guidance: float | None  # None if the model embeds none
+    shift: bool  # whether longer sequences spend more steps near noise
+    panel: int  # pixels of a square panel
+    references: tuple[int, int]  # pixels of the longer side of a single reference, and of each of several
+    cpu_dtype: str  # of the weights on a CPU; elsewhere it is bfloat16
 
     def long_sides(self, ref_size: int | None) -> tuple[int, int]:
-        """Gives the longer sides of a single reference, and of each of several, where --ref-size says something."""
+        """Give the longer sides of a single reference, and of each of several, where --ref-size says something."""
         return self.references if ref_size is None else (ref_size, ref_size)
 
 
-DEV = ModelRow("dev", 512, 20, 3.5, True, 512, (512, 320), "bfloat16")
-SCHNELL = ModelRow("schnell", 256, 4, None, False, 512, (512, 320), "bfloat16")
-TINY = ModelRow("tiny", None, 20, 3.5, True, 64, (64, 64), "float32")
+DEV = ModelDefaults("dev", 512, 20, 3.5, True, 512, (512, 320), "bfloat16")
+SCHNELL = ModelDefaults("schnell", 256, 4, None, False, 512, (512, 320), "bfloat16")
+TINY = ModelDefaults("tiny", None, 20, 3.5, True, 64, (64, 64), "float32")
 TINY_UNGUIDED = replace(TINY, guidance=None)
-TRAINING = {  # defaults of train.py, as in arXiv:2410.23775 and arXiv:2504.02160
-    IN_CONTEXT: {
-        "steps": 5000, "batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05,
-        "times": "logit-normal", "decay": 0.0, "checkpointing": True,
-    },
-    UNO: {
-        "steps": 5000, "batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": "shifted",
-        "decay": 0.0, "checkpointing": True, "stage": 1, **AS_PUBLISHED,
-    },
-}  # fmt: skip
+AS_PUBLISHED = {"offset": "d", "offset_scale": 1.0, "posterior": "sample", "reference_attention": JOINT}  # by UNO
+PAPERS = {"steps": 5000, "decay": 0.0, "checkpointing": True}  # arXiv:2410.23775 and arXiv:2504.02160
+IN_CONTEXT_PAPER = {"batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05, "times": TIMES[0]}
+UNO_PAPER = {"batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": TIMES[1], "stage": 1}
+TRAINING = {IN_CONTEXT: PAPERS | IN_CONTEXT_PAPER, UNO: PAPERS | UNO_PAPER | AS_PUBLISHED}  # defaults of train.py
 TINY_TRAINING = {
     IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3, "decay": 0.3, "checkpointing": False},
     UNO: {"steps": 1500, "lr": 1e-3, "rank": 64, "decay": 0.5, "checkpointing": False},
 }
-USELESS = {  # to a method
-    IN_CONTEXT: ("stage", "ref_size", "offset", "offset_scale", "posterior", "reference_attention"),
+NOT_FOR_METHOD = {
+    IN_CONTEXT: ("stage", "ref_size", *AS_PUBLISHED),
     UNO: ("grid", "condition", "concat", "text"),
 }
 
 
-def model_row(shape: "FluxConfig") -> ModelRow:
-    """Finds the row of a model by what it is, not by what its file is called."""
-    if shape.hidden_size < 1024:
-        return TINY if shape.guidance_embed else TINY_UNGUIDED
-    return DEV if shape.guidance_embed else SCHNELL
+def model_defaults(config: "FluxConfig") -> ModelDefaults:
+    """Find the defaults of a model by what it is, not by what its file is called."""
+    if config.hidden_size < 1024:
+        return TINY if config.guidance_embed else TINY_UNGUIDED
+    return DEV if config.guidance_embed else SCHNELL
 
 
-def settle(config: SampleConfig, task: Task | None, row: ModelRow, device: str) -> SampleConfig:
-    """Decides what was left open: by the preset, else by the model, else plainly.
+def resolve_defaults(config: SampleConfig, task: Task | None, defaults: ModelDefaults, device: str) -> SampleConfig:
+    """Decide what was left open: by the preset, else by the model, else plainly.
 
     device: cpu, cuda or mps
-    returns: no field is None any more, except those that may be: set, prompt, preset, config, and guidance without it
+    Returns a configuration in which only set, prompt, preset, config, jobs, and guidance of models without it are None
     """
     chosen = {
-        "grid": f"{task.rows}x{task.cols}" if task else "1x1" if config.ref else GRID,
-        "panel_size": "{}x{}".format(*task.panel_size) if task and row.name != "tiny" else str(row.panel),
-        "steps": row.steps,
-        "guidance": REFERENCE_GUIDANCE if config.ref and row.guidance is not None else row.guidance,
-        "ref_size": row.references[len(config.ref) > 1],
+        "grid": f"{task.rows}x{task.cols}" if task else "1x1" if config.ref else "2x2",
+        "panel_size": "{}x{}".format(*task.panel_size) if task and defaults.name != "tiny" else str(defaults.panel),
+        "steps": defaults.steps,
+        "guidance": REFERENCE_GUIDANCE if config.ref and defaults.guidance is not None else defaults.guidance,
+        "ref_size": defaults.references[len(config.ref) > 1],
+        "dtype": defaults.cpu_dtype if device == "cpu" else "bfloat16",
         **AS_PUBLISHED,
-        "dtype": row.cpu_dtype if device == "cpu" else "bfloat16",
     }
-    undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}
-    return replace(config, **undecided, device=device)
+    return replace(config, **{k: v for k, v in chosen.items() if getattr(config, k) is None}, device=device)
 
 
-def settle_training(config: TrainConfig, row: ModelRow, device: str) -> TrainConfig:
-    """Decides what was left open for training, by the method and the model.
+def resolve_training_defaults(config: TrainConfig, defaults: ModelDefaults, device: str) -> TrainConfig:
+    """Decide what was left open for training, by the method and the model.
 
     device: cpu, cuda or mps
-    returns: no field is None any more, except those that may be: grid, init_lora, config, ref_size where it follows
-        the number of references, and what the method has no use for
+    Returns a configuration in which only grid, init_lora, config, ref_size where it follows the number of references,
+        and what the method has no use for are None
     Errors: ValueError for a setting of another method
     """
-    for name in USELESS[config.method]:
+    for name in NOT_FOR_METHOD[config.method]:
         if getattr(config, name) != getattr(TrainConfig, name):
             raise ValueError(f"{flag(name)} means nothing to --method {config.method}; leave it out")
-    chosen = {**TRAINING[config.method], **(TINY_TRAINING[config.method] if row.name == "tiny" else {})}
-    chosen |= {"panel_size": row.panel, "dtype": row.cpu_dtype if device == "cpu" else "bfloat16"}
-    undecided = {name: value for name, value in chosen.items() if getattr(config, name) is None}
-    return replace(config, **undecided, device=device)
+    chosen = {**TRAINING[config.method], **(TINY_TRAINING[config.method] if defaults.name == "tiny" else {})}
+    chosen |= {"panel_size": defaults.panel, "dtype": defaults.cpu_dtype if device == "cpu" else "bfloat16"}
+    return replace(config, **{k: v for k, v in chosen.items() if getattr(config, k) is None}, device=device)

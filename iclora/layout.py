@@ -83,7 +83,7 @@ class Layout:
         return sum(width // TOKEN * (height // TOKEN) for width, height in self.references)
 
     def box(self, panel: int) -> tuple[int, int, int, int]:
-        """Says where a panel stands: left, top, right, bottom in pixels, the last two exclusive.
+        """Say where a panel stands: left, top, right, bottom in pixels, the last two exclusive.
 
         panel: 1 to panels, in reading order
         Errors: ValueError outside the grid
@@ -96,9 +96,9 @@ class Layout:
 
 
 def parse_grid(text: str) -> tuple[int, int]:
-    """Reads a grid as ROWSxCOLS, "2x3" being two rows of three; Layout checks how large it may be.
+    """Read a grid as ROWSxCOLS, "2x3" being two rows of three; Layout checks how large it may be.
 
-    returns: (rows, cols)
+    Returns (rows, cols)
     Errors: ValueError for anything else
     """
     found = re.fullmatch(r"\s*([1-9][0-9]{0,3})\s*[xX\u00d7]\s*([1-9][0-9]{0,3})\s*", text)
@@ -108,9 +108,9 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Reads a panel size in pixels as WIDTHxHEIGHT, or one number for a square; Layout checks what is possible.
+    """Read a panel size in pixels as WIDTHxHEIGHT, or one number for a square; Layout checks what is possible.
 
-    returns: (width, height), the other way round than a grid, as sizes are usually given
+    Returns (width, height), the other way round than a grid, as sizes are usually given
     Errors: ValueError for anything else
     """
     found = re.fullmatch(r"\s*([1-9][0-9]{0,5})\s*(?:[xX\u00d7]\s*([1-9][0-9]{0,5})\s*)?", text)
@@ -120,10 +120,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_mask(text: str, panels: int) -> tuple[int, ...]:
-    """Reads which panels to generate: "2,4", "2-4", "all", or "" for none.
+    """Read which panels to generate: "2,4", "2-4", "all", or "" for none.
 
     panels: how many the grid has
-    returns: panel numbers, sorted, each once
+    Returns panel numbers, sorted, each once
     Errors: ValueError outside the grid or for anything else
     """
     if text.strip().lower() == "all":
@@ -141,92 +141,76 @@ def parse_mask(text: str, panels: int) -> tuple[int, ...]:
 
 
 def stitch(pictures: Sequence[Image.Image], layout: Layout) -> Image.Image:
-    """Joins all panels into the composite.
-
-    pictures: one for each panel, in reading order, already of panel size
-    Errors: ValueError if their number or a size differs
-    """
-    if len(pictures) != layout.panels:
-        raise ValueError(
-            f"{len(pictures)} panels given, but the {layout.rows}x{layout.cols} grid has {layout.panels}; give them all"
-        )
-    canvas = Image.new("RGB", (layout.width, layout.height))
-    return paste(canvas, dict(enumerate(pictures, start=1)), layout)
+    """Join all panels, in reading order and of panel size, into the composite. Errors: ValueError for another number"""
+    panels = dict(zip(range(1, layout.panels + 1), pictures, strict=True))
+    return paste(Image.new("RGB", (layout.width, layout.height)), panels, layout)
 
 
 def split(picture: Image.Image, layout: Layout) -> list[Image.Image]:
-    """Cuts the composite into its panels, in reading order.
-
-    Errors: ValueError if the picture is not of the composite's size
-    """
-    _check_composite(picture, layout)
+    """Cut the composite into its panels, in reading order."""
     return [picture.crop(layout.box(panel)) for panel in range(1, layout.panels + 1)]
 
 
-def paste(picture: Image.Image, kept: Mapping[int, Image.Image], layout: Layout) -> Image.Image:
-    """Puts panels over a composite, bit for bit; the given composite stays as it was.
+def paste(picture: Image.Image, panels: Mapping[int, Image.Image], layout: Layout) -> Image.Image:
+    """Put panels over a copy of a composite, bit for bit.
 
-    kept: panel number -> picture of panel size
+    panels: panel number -> picture of panel size
     Errors: ValueError if a number is outside the grid or a size differs
     """
-    _check_composite(picture, layout)
-    pasted = picture.copy()
-    for panel, original in kept.items():
-        box = layout.box(panel)
-        _check_panel(panel, original, layout)
-        pasted.paste(original, box)
-    return pasted
+    picture = picture.copy()
+    for panel, original in panels.items():
+        picture.paste(original, layout.box(panel))
+    return picture
 
 
 def compose(kept: Mapping[int, Image.Image], layout: Layout) -> Tensor:
-    """Makes the composite to encode, of the kept panels alone; all else is 0, mid-grey.
+    """Make the composite to encode, of the kept panels alone; all else is 0, mid-grey.
 
     The encoder's view reaches across panel edges, so what is to be generated must not be in the canvas at all.
 
     kept: panel number -> picture of panel size
-    returns: (1, 3, h, w) image in -1..1
-    Errors: ValueError if a number is outside the grid or a size differs
+    Returns (1, 3, h, w) image in -1..1
+    Errors: ValueError if a number is outside the grid
     """
     canvas = torch.zeros(1, 3, layout.height, layout.width)
     for panel, picture in kept.items():
         left, top, right, bottom = layout.box(panel)
-        _check_panel(panel, picture, layout)
         canvas[:, :, top:bottom, left:right] = to_tensor(picture)
     return canvas
 
 
-def token_mask(masked: Iterable[int], layout: Layout) -> Tensor:
-    """Marks the tokens of the panels to generate.
+def generate_mask(panels: Iterable[int], layout: Layout) -> Tensor:
+    """Mark the tokens of the panels to generate.
 
-    masked: panel numbers
-    returns: (1, I, 1) 1.0 where generated, 0.0 where kept
+    panels: their numbers
+    Returns (1, I, 1) 1.0 where generated, 0.0 where kept
     Errors: ValueError if a number is outside the grid
     """
     mask = torch.zeros(layout.tokens_high, layout.tokens_wide)
-    for panel in masked:
+    for panel in panels:
         left, top, right, bottom = (edge // TOKEN for edge in layout.box(panel))
         mask[top:bottom, left:right] = 1
     return mask.reshape(1, -1, 1)  # (1, I, 1)
 
 
-def sight(layout: Layout, text: int) -> Tensor:
-    """Says which tokens see which where every panel reads a text of its own.
+def panel_attention_mask(layout: Layout, text_length: int) -> Tensor:
+    """Say which tokens see which where every panel reads a text of its own.
 
     Panels see each other, and each its own text; a text sees itself and its own panel. So the words of one panel reach
     another only through what they make of their own panel.
 
-    text: tokens T of a panel's text; the texts stand before the image, in the panels' order
-    returns: (L, L) True where the token of the row sees that of the column; L = panels x T + I
+    text_length: tokens T of a panel's text; the texts stand before the image, in the panels' order
+    Returns (L, L) True where the token of the row sees that of the column; L = panels x T + I
     Source: arXiv:2410.15027 (Group Diffusion Transformers), which conditions every image of a group on its own text
     """
-    words = torch.arange(1, layout.panels + 1).repeat_interleave(text)
-    cells = sum(number * token_mask([number], layout)[0, :, 0] for number in range(1, layout.panels + 1))  # (I,)
-    panel, picture = torch.cat((words, cells)), torch.arange(len(words) + len(cells)) >= len(words)
-    return (panel[:, None] == panel) | (picture[:, None] & picture)  # (L, L)
+    txt = torch.arange(1, layout.panels + 1).repeat_interleave(text_length)
+    img = sum(number * generate_mask([number], layout)[0, :, 0] for number in range(1, layout.panels + 1))  # (I,)
+    panel, is_img = torch.cat((txt, img)), torch.arange(len(txt) + len(img)) >= len(txt)
+    return (panel[:, None] == panel) | (is_img[:, None] & is_img)  # (L, L)
 
 
-def through(network: Callable[[Tensor], Tensor], x: Tensor, layout: Layout, concat: str) -> Tensor:
-    """Sends composites through the autoencoder, in either direction.
+def encode_by_panel(network: Callable[[Tensor], Tensor], x: Tensor, layout: Layout, concat: str) -> Tensor:
+    """Send composites through the autoencoder, in either direction.
 
     x: (B, C, height, width) images or latents
     concat: "pixels" shows it the composite as one picture; "tokens" shows it every panel by itself, and the results
@@ -238,34 +222,16 @@ def through(network: Callable[[Tensor], Tensor], x: Tensor, layout: Layout, conc
 
 
 def _nearest(side: int) -> tuple[int, ...]:
-    """Gives the valid side, or the two around an invalid one."""
+    """Give the valid side, or the two around an invalid one."""
     below = max(TOKEN, side // TOKEN * TOKEN)
     return (below,) if side <= below else (below, below + TOKEN)
 
 
 def _valid(panels: int) -> str:
-    """Says which panel numbers exist."""
+    """Say which panel numbers exist."""
     return f"panels are numbered 1 to {panels} in reading order"
 
 
 def _shown(text: str) -> str:
-    """Quotes what the user typed, shortened and in printable characters."""
+    """Quote what the user typed, shortened and in printable characters."""
     return ascii(text if len(text) <= 40 else text[:37] + "...")
-
-
-def _check_composite(picture: Image.Image, layout: Layout) -> None:
-    """Refuses a composite of another size."""
-    if picture.size != (layout.width, layout.height):
-        raise ValueError(
-            f"composite is {picture.width}x{picture.height}, but its panels make {layout.width}x{layout.height}; fit it"
-        )
-
-
-def _check_panel(panel: int, picture: Image.Image, layout: Layout) -> None:
-    """Refuses a panel that a paste would crop or convert silently."""
-    size = (layout.panel_width, layout.panel_height)
-    if picture.size != size or picture.mode != "RGB":
-        raise ValueError(
-            f"panel {panel} is {picture.width}x{picture.height} {picture.mode}, not {size[0]}x{size[1]} RGB; "
-            "read it with open_picture and fit it first"
-        )

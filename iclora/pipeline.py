@@ -1,16 +1,20 @@
-"""A plan in, a set of pictures out: load the networks of a plan, one after the other, and sample.
+"""Requests in, sets of pictures out: networks stay loaded between requests, and captions that were read stay read.
 
-The way of the data, top-down: argv -> SampleConfig -> resolve -> Plan -> Pipeline -> sample -> Result.
+  pipeline = Pipeline.load("tiny")
+  result = pipeline(grid="2x2", mask="3")          the options of sample.py by name; panels and ref may be PIL images
+  result.composite.save("set.png")
+
 Letters: I image tokens of the composite, R reference tokens, T text tokens, C width of the T5 tokens, V width of the
 CLIP vector.
 """
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
-from model.text import TextEncoders, load_text_encoders
+from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
 from sampling.flow import interpolate, times
@@ -26,166 +30,225 @@ from sampling.images import to_picture
 from sampling.inpaint import drafted_start, keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
 
-from .config import ALONE
-from .layout import Layout, compose, paste, sight, split, through, token_mask
-from .plan import Note, Plan, resolve
+from .config import ALONE, SampleConfig
+from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
+from .memory import free_memory, stored_values
+from .plan import Note, Plan, Source, make_plan
 from .prompts import texts_of
-from .references import encode, place
+from .references import encode, image_ids
 
-__all__ = ["Pipeline", "Plan", "Result", "resolve"]
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished set.
-
-    panels: panel number -> the generated ones
-    seconds: what took how long, the loading that came before it included
-    """
+    """One finished set."""
 
     composite: Image.Image
-    panels: Mapping[int, Image.Image]
-    seconds: Mapping[str, float]
+    panels: Mapping[int, Image.Image]  # the generated ones by number
+    seconds: Mapping[str, float]  # what took how long, loading included
+    seed: int
 
 
 class Pipeline:
-    """The networks of one plan, loaded one after the other; sample() can be called with many seeds.
+    """The networks of one model, and the features of captions. note: is called with what is doubtful, in one line."""
 
-    T5 and the transformer are large, so the text is encoded and its encoders are freed before the transformer loads.
+    def __init__(self, config: SampleConfig, note: Note = lambda line: None):
+        self.config, self.note = config, note
+        self.texts: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.encoders: TextEncoders | None = None
+        self.autoencoder: AutoEncoder | None = None
+        self.flux = self.loaded = None
 
-    note: is told which words of the prompt are lost
-    """
+    @classmethod
+    def load(
+        cls, model: str = "tiny", loras: Sequence[str] = (), device: str = "auto", dtype: str | None = None
+    ) -> "Pipeline":
+        """Choose a model and LoRAs, and check them; networks load with the first request.
+
+        model, loras, device, dtype: as --model, --lora, --device and --dtype of sample.py
+        Errors: ValueError in one line for whatever cannot work
+        """
+        pipeline = cls(SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype))
+        make_plan(replace(pipeline.config, prompt="", grid="1x1"), lambda line: None)
+        return pipeline
+
+    def __call__(self, **options: Any) -> Result:
+        """Make one set.
+
+        options: those of sample.py by name, references being another name for ref; paths or PIL images
+        Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option
+        """
+        options["ref"] = options.pop("references", options.get("ref", ()))
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        (result,) = self.run(make_plan(replace(self.config, **options, num=1), self.note))
+        return result
 
     @torch.inference_mode()
-    def __init__(self, plan: Plan, note: Note):
-        self.plan, self.seconds = plan, {}
-        device, dtype = plan.config.device, getattr(torch, plan.config.dtype)
-        with timed(self.seconds, "text"):
-            self.txt, self.vec = encode_text(plan, dtype, note)
-        with timed(self.seconds, "panels"):
-            self.autoencoder = load_autoencoder(plan.files.autoencoder, device)
-            self.mask = token_mask(plan.masked, plan.layout).to(device)  # (1, I, 1)
-            self.data = encode_panels(self.autoencoder, plan, self.mask)
-        with timed(self.seconds, "transformer"):
-            self.flux = load_flux(plan.files.flux, device, dtype)
-            for path, strength in plan.loras:
-                note(str(load_lora(self.flux, path, strength)))
-            merge(self.flux)
+    def run(self, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[Result]:
+        """Make the sets of a plan, one for each seed.
 
-    @torch.inference_mode()
-    def sample(self, seed: int, progress: Progress) -> Result:
-        """Makes one set; the same seed gives the same one.
-
-        seed: of the noise
         progress: called after every step
         """
-        plan, config, layout, seconds = self.plan, self.plan.config, self.plan.layout, dict(self.seconds)
-        dtype = getattr(torch, config.dtype)  # rounds the noise as the official sampler does; x itself is float32
-        start = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)  # (1, I, 64)
-        ts = times(config.steps, tokens=start.shape[1], shift=plan.row.shift, schedule=config.schedule)
-        ts = drafted_start(ts, config.strength)
-        keep = keep_clean(self.data, self.mask) if plan.clean else keep_known(self.data, start, self.mask)
+        config, layout, seconds = plan.config, plan.layout, {}
+        with timed(seconds, "text"):
+            self.read_captions([plan])
+            txt, vec = self.texts[text_key(plan)]  # (1, T, C), (1, V)
+        with timed(seconds, "panels"):
+            if self.autoencoder is None:
+                self.autoencoder = load_autoencoder(plan.files.autoencoder, config.device)
+            mask = generate_mask(plan.generated, layout).to(config.device)  # (1, I, 1)
+            data = encode_panels(self.autoencoder, plan, mask)
+        with timed(seconds, "transformer"):
+            self.load_transformer(plan)
+        ids = image_ids(layout, config.offset, config.offset_scale).to(config.device)  # (1, I + R, 3)
+        attn_mask = None
+        if plan.text_mode == "panel":
+            attn_mask = panel_attention_mask(layout, txt.shape[1] // layout.panels).to(config.device)
+        isolate_refs = config.reference_attention == ALONE
+        for seed in range(config.seed, config.seed + config.num):
+            seconds = dict(seconds)
+            with timed(seconds, "references"):
+                refs = encode_references(self.autoencoder, plan, seed)  # (1, R, 64)
+            with timed(seconds, "sampling"):
+                x, ts, after_step = start(plan, seed, data, mask, progress)
+                x = denoise(self.flux, x, ts, ids, txt, vec, config.guidance, refs, attn_mask, isolate_refs, after_step)
+            with timed(seconds, "decoding"):
+                composite = decode(self.autoencoder, x, plan)
+            panels = split(composite, layout)
+            yield Result(composite, {panel: panels[panel - 1] for panel in plan.generated}, seconds, seed)
 
-        def after_step(x: Tensor, t_next: float) -> Tensor:
-            wait(x.device)
-            progress(ts.index(t_next), len(ts) - 1)
-            return keep(x, t_next)
+    @torch.inference_mode()
+    def read_captions(self, plans: Sequence[Plan]) -> None:
+        """Encode the captions that were not read before.
 
-        with timed(seconds, "references"):
-            references = self.encode_references(seed)  # (1, R, 64)
-        with timed(seconds, "sampling"):
-            x = keep(interpolate(self.data, start, ts[0]), ts[0])  # at t = 1 this is the noise
-            ids = place(layout, config.offset, config.offset_scale).to(x.device)  # (1, I + R, 3)
-            mask = None
-            if plan.text == "panel":
-                mask = sight(layout, self.txt.shape[1] // layout.panels).to(x.device)
-            isolate = config.reference_attention == ALONE
-            x = denoise(
-                self.flux, x, ts, ids, self.txt, self.vec, config.guidance, references, mask, isolate, after_step
-            )
-        with timed(seconds, "decoding"):
-            z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
-            decode = partial(decode_tiled, self.autoencoder) if config.tile else self.autoencoder.decode
-            image = through(decode, z, layout, plan.concat)
-            composite = paste(to_picture(image), plan.pictures(drafted=False), layout)
-        panels = split(composite, layout)
-        return Result(composite, {panel: panels[panel - 1] for panel in plan.masked}, seconds)
+        T5 is large: where memory is short, the encoders are never there together with the transformer.
 
-    def encode_references(self, seed: int) -> Tensor:
-        """Encodes the references, each picture's own sample of their posterior unless the mean is wanted.
-
-        returns: (1, R, 64) clean tokens
+        Errors: ValueError if the transformer was made for other encoders
         """
-        generator = torch.Generator("cpu").manual_seed(~seed)  # not the stream that the noise comes from
-        pictures = [source.picture for source in self.plan.references]
-        return encode(self.autoencoder, pictures, generator if self.plan.config.posterior == "sample" else None)
+        plans = [plan for plan in plans if text_key(plan) not in self.texts]
+        if not plans:
+            return
+        files, config = plans[0].files, plans[0].config
+        short = 4 * stored_values(files.flux) > free_memory(config.device)  # bytes: the transformer's and as many more
+        if short:
+            self.flux = self.loaded = None
+        if self.encoders is None:
+            self.encoders = load_text_encoders(files, config.device, getattr(torch, config.dtype))
+        for plan in plans:
+            length, layout = plan.defaults.text_length, plan.layout
+            texts = texts_of(plan.caption, layout.rows, layout.cols, plan.text_mode)
+            for line in dict.fromkeys(line for text in texts for line in self.encoders.truncated(text, length)):
+                self.note(line)
+            txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
+            check_widths(txt, vec, files.flux.config, files.name)
+            self.texts[text_key(plan)] = txt, vec
+        if short:
+            self.encoders = None
+            gc.collect()  # transformers' modules hold each other in cycles
+            if config.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def load_transformer(self, plan: Plan) -> None:
+        """Load the transformer with its LoRAs merged, unless it is there."""
+        wanted = [(lora.path, strength) for lora, strength in plan.loras]
+        if self.loaded == wanted:
+            return
+        self.flux = None
+        self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
+        for lora, strength in plan.loras:
+            self.note(str(load_lora(self.flux, lora, strength)))
+        merge(self.flux)
+        self.loaded = wanted
 
 
-def encode_text(plan: Plan, dtype: torch.dtype, note: Note) -> tuple[Tensor, Tensor]:
-    """Encodes the prompt with encoders that are gone afterwards.
-
-    returns: txt (1, T, C), vec (1, V)
-    Errors: ValueError if the transformer was made for other encoders
-    """
-    encoders = load_text_encoders(plan.files, plan.config.device, dtype)
-    texts = texts_of(plan.config.prompt, plan.layout.rows, plan.layout.cols, plan.text)
-    for line in dict.fromkeys(line for text in texts for line in encoders.lost(text, plan.row.text)):
-        note(line)
-    txt, vec = encode_captions(encoders, [plan.config.prompt], plan.row.text, plan.layout, plan.text)
-    del encoders
-    gc.collect()  # transformers' modules hold each other in cycles
-    if plan.config.device == "cuda":
-        torch.cuda.empty_cache()
-    widths, wanted = (txt.shape[-1], vec.shape[-1]), (plan.shape.context_in_dim, plan.shape.vec_in_dim)
-    if widths != wanted:
-        raise ValueError(
-            f"the T5 and CLIP encoders beside {plan.files.name} give widths {widths[0]} and {widths[1]}, but its "
-            f"transformer takes {wanted[0]} and {wanted[1]}; use the encoders that belong to it"
-        )
-    return txt, vec
+def text_key(plan: Plan) -> tuple[str, str, int, int]:
+    """Tell captions apart by what is read of them."""
+    return plan.caption, plan.text_mode, plan.layout.rows, plan.layout.cols
 
 
 def encode_captions(
-    encoders: TextEncoders, captions: list[str], length: int | None, layout: Layout, text: str
+    encoders: TextEncoders, captions: list[str], length: int | None, layout: Layout, text_mode: str
 ) -> tuple[Tensor, Tensor]:
-    """Encodes captions; where panels read texts of their own, these stand one behind the other.
+    """Encode captions; where panels read texts of their own, these stand one behind the other.
 
     length: T5 tokens of a text
-    text: "joint" or "panel", see iclora.prompts.texts_of
-    returns: txt (B, T, C), vec (B, V), which is of what all panels share
+    text_mode: "joint" or "panel", see iclora.prompts.texts_of
+    Returns txt: (B, T, C), vec: (B, V), which is of what all panels share
     """
-    texts = [texts_of(caption, layout.rows, layout.cols, text) for caption in captions]
-    txt, vec = encoders.encode([one for some in texts for one in some], length)
+    texts = [texts_of(caption, layout.rows, layout.cols, text_mode) for caption in captions]
+    txt, vec = encoders.encode([text for of_caption in texts for text in of_caption], length)
     txt, vec = (features.unflatten(0, (len(captions), -1)) for features in (txt, vec))  # (B, texts, T, C)
-    return (txt[:, 1:] if text == "panel" else txt).flatten(1, 2), vec[:, 0]
+    return (txt[:, 1:] if text_mode == "panel" else txt).flatten(1, 2), vec[:, 0]
 
 
 def encode_panels(autoencoder: AutoEncoder, plan: Plan, mask: Tensor) -> Tensor:
-    """Encodes the kept panels as one composite and the drafts as another, so that neither sees the other.
+    """Encode the kept panels as one composite and the drafts as another, so that neither sees the other.
 
     mask: (1, I, 1) 1 where tokens are generated
-    returns: (1, I, 64) kept tokens, drafts under the mask; 0 where there is nothing
+    Returns data: (1, I, 64) kept tokens, drafts under the mask; 0 where there is nothing
     """
 
-    def encode(panels: dict[int, Image.Image]) -> Tensor:
-        if not panels:
-            return torch.zeros(1, plan.layout.tokens_high * plan.layout.tokens_wide, 64, device=mask.device)
-        image = compose(panels, plan.layout).to(mask.device)
-        return pack(through(autoencoder.encode, image, plan.layout, plan.concat))
+    def encode(sources: Mapping[int, Source]) -> Tensor:
+        if not sources:
+            return torch.zeros(1, mask.shape[1], 64, device=mask.device)
+        pictures = {panel: source.picture for panel, source in sources.items()}
+        image = compose(pictures, plan.layout).to(mask.device)
+        return pack(encode_by_panel(autoencoder.encode, image, plan.layout, plan.concat))
 
-    return encode(plan.pictures(drafted=True)).where(mask.bool(), encode(plan.pictures(drafted=False)))
+    return encode(plan.drafts).where(mask.bool(), encode(plan.kept))
 
 
-def wait(device: torch.device) -> None:
-    """Waits for the work queued on a GPU, so that the clock tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def encode_references(autoencoder: AutoEncoder, plan: Plan, seed: int) -> Tensor:
+    """Encode the references, each picture's own sample of their posterior unless the mean is wanted.
+
+    Returns tokens: (1, R, 64)
+    """
+    generator = torch.Generator("cpu").manual_seed(~seed)  # not the stream that the noise comes from
+    pictures = [source.picture for source in plan.references]
+    return encode(autoencoder, pictures, generator if plan.config.posterior == "sample" else None)
+
+
+def start(
+    plan: Plan, seed: int, data: Tensor, mask: Tensor, progress: Progress
+) -> tuple[Tensor, list[float], Callable[[Tensor, float], Tensor]]:
+    """Give where sampling starts, its times, and what holds the kept panels after every step.
+
+    data: (1, I, 64) tokens of kept panels and drafts
+    mask: (1, I, 1) 1 where tokens are generated
+    Returns x: (1, I, 64), times and after_step
+    """
+    config, layout = plan.config, plan.layout
+    dtype = getattr(torch, config.dtype)  # rounds the noise as the official sampler does; x itself is float32
+    x = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)
+    ts = times(config.steps, tokens=x.shape[1], shift=plan.defaults.shift, schedule=config.schedule)
+    ts = drafted_start(ts, config.strength)
+    keep = keep_clean(data, mask) if plan.condition == "clean" else keep_known(data, x, mask)
+
+    def after_step(x: Tensor, t_next: float) -> Tensor:
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)  # so that progress and the clock tell the truth
+        progress(ts.index(t_next), len(ts) - 1)
+        return keep(x, t_next)
+
+    return keep(interpolate(data, x, ts[0]), ts[0]), ts, after_step  # at t = 1 this is the noise
+
+
+def decode(autoencoder: AutoEncoder, x: Tensor, plan: Plan) -> Image.Image:
+    """Decode a composite and paste the kept panels' own pixels back.
+
+    x: (1, I, 64) clean tokens
+    """
+    layout = plan.layout
+    z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
+    network = partial(decode_tiled, autoencoder) if plan.config.tile else autoencoder.decode
+    composite = to_picture(encode_by_panel(network, z, layout, plan.concat))
+    return paste(composite, {panel: source.picture for panel, source in plan.kept.items()}, layout)
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Notes how long a block took."""
+    """Note how long a block took."""
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,7 +1,8 @@
 """From a configuration to a plan: everything that can be checked before a network loads is checked here."""
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,156 +10,153 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model.flux import Flux, FluxConfig
+from model.flux import Flux
 from model.lora import shapes
-from model.lora_files import read_deltas, read_lora
-from model.weights import ModelFiles, examples_folder, find_model, read_flux_config, weight_files
+from model.lora_formats import LoraFile, check_lora, read_lora
+from model.weights import ModelFiles, examples_folder, find_model
 from sampling.flow import times
+from sampling.images import fit, open_picture, picture_size
 from sampling.inpaint import drafted_start
 
-from .config import UNO, ModelRow, SampleConfig, model_row, settle
-from .data import PanelSet, Source, read_set, read_source
-from .knobs import flag
+from .config import UNO, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
+from .data import PanelSet, read_set
 from .layout import Layout, parse_grid, parse_mask, parse_size
-from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
-from .references import about, check_memory, follow_loras, read_references
+from .memory import check_memory
+from .prompts import Task, build, clean, has_markers, lint, markers_for, preset, texts_of
+from .references import fit_reference, fitted, follow_loras
 
 Note = Callable[[str], None]  # takes one line for the user
+Loras = tuple[tuple[LoraFile, float], ...]  # with their strengths
+MODES = {"condition": ("none", "clean"), "concat": ("pixels", "tokens"), "text": ("joint", "panel")}  # as train.py's
+TINY_GRIDS = ("1x1", "1x2", "2x1", "2x2", "3x1")  # that it was trained on
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture that was given, of its final size."""
+
+    path: str  # absolute; of a PIL image its place in the list
+    sha256: str  # of the file
+    picture: Image.Image
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is settled before a network loads.
+    """Everything that is settled before a network loads."""
 
-    config: nothing in it is left open, and the prompt is the joint caption
-    masked: numbers of the panels to generate
-    sources: panel number -> what is kept or drafted there
-    references: whose subjects are to appear, in the order of their places
-    """
-
-    config: SampleConfig
+    config: SampleConfig  # every default decided
     files: ModelFiles
-    weights: tuple[Path, ...]
-    shape: FluxConfig
-    row: ModelRow
-    layout: Layout
-    masked: tuple[int, ...]
-    sources: Mapping[int, Source]
-    loras: tuple[tuple[Path, float], ...] = ()
-    references: tuple[Source, ...] = ()
-
-    @property
-    def clean(self) -> bool:
-        """Whether a LoRA was trained to see kept panels clean, so that they are fed clean."""
-        return self._learnt("condition", "clean")
-
-    @property
-    def concat(self) -> str:
-        """How panels are put together, as a LoRA was trained: see iclora.layout.through."""
-        return "tokens" if self._learnt("concat", "tokens") else "pixels"
-
-    @property
-    def text(self) -> str:
-        """What panels read, as a LoRA was trained: see iclora.prompts.texts_of."""
-        return "panel" if self._learnt("text", "panel") else "joint"
-
-    def _learnt(self, name: str, value: str) -> bool:
-        return any(about(path).get(f"iclora.{name}") == value for path, _ in self.loras)
-
-    def pictures(self, drafted: bool) -> dict[int, Image.Image]:
-        """Gives the kept panels, or the drafts."""
-        return {panel: source.picture for panel, source in self.sources.items() if source.drafted is drafted}
+    defaults: ModelDefaults
+    loras: Loras
+    layout: Layout  # with the references' sizes
+    generated: tuple[int, ...]  # panels to generate; the others are kept
+    caption: str  # the joint one
+    kept: Mapping[int, Source]  # by panel
+    drafts: Mapping[int, Source]  # by panel to generate, where --strength starts from drafts
+    references: tuple[Source, ...]  # in the order of their places
+    condition: str  # as a LoRA was trained: "clean" feeds kept panels clean, "none" noised
+    concat: str  # "pixels" or "tokens", see iclora.layout.encode_by_panel
+    text_mode: str  # "joint" or "panel", see iclora.prompts.texts_of
 
 
-def resolve(config: SampleConfig, note: Note) -> Plan:
-    """Settles and checks everything that needs no network, so that a mistake costs a second and not minutes.
+def make_plan(config: SampleConfig, note: Note) -> Plan:
+    """Settle and check everything that needs no network, so that a mistake costs a second and not minutes.
 
-    note: is told what is assumed, ignored or doubtful
+    note: is called with what is assumed, ignored or doubtful
     Errors: ValueError in one line for whatever cannot work
     """
     task = preset(config.preset) if config.preset else None
     files = find_model(config.model)
-    shape = read_flux_config(files.flux)
-    row = model_row(shape)
-    if config.guidance is not None and not shape.guidance_embed:
-        note(f"{files.name} has no guidance; --guidance {config.guidance:g} is ignored")
-        config = replace(config, guidance=None)
-    if config.schedule != "tokens" and not row.shift:
-        note(f"{files.name} has even times; --schedule {config.schedule} is ignored")
-        config = replace(config, schedule="tokens")
+    defaults = model_defaults(files.flux.config)
+    config = drop_void(config, files.name, defaults, note)
     loras = choose_loras(config, files, note)
-    with torch.device("meta"):
-        linears = shapes(Flux(shape))
-    for path, _ in loras:
-        read_deltas(read_lora(path), linears)  # refuses what load_lora would
-    config = settle(follow_loras(config, loras, note), task, row, pick_device(config.device, row, note))
+    config = follow_loras(config, [lora for lora, _ in loras])
+    config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
-    masked = parse_mask(config.mask, layout.panels)
-    if not masked:
+    generated = parse_mask(config.mask, layout.panels)
+    if not generated:
         raise ValueError("the mask is empty, so there is nothing to generate; name panels with --mask, such as 3")
     drafted_start(times(config.steps, tokens=layout.tokens_high * layout.tokens_wide), config.strength)
-    if row.name == "tiny" and max(layout.panel_width, layout.panel_height) > 2 * row.panel:
-        note(f"{files.name} knows small panels only; try --panel-size {row.panel}")
+    if defaults.name == "tiny":
+        note_unknown_shapes(layout, files.name, defaults.panel, note)
 
-    found = find_panels(config, layout, masked, note)
-    prompt = joint_caption(config, layout, task, found, note)
-    sources = read_sources(config, layout, masked, found, note)
-    if config.ref:
-        check_memory(config, layout, files.flux, shape)
-    references = read_references(config.ref, config.ref_size)
-    layout = replace(layout, references=tuple(source.picture.size for source in references))
-    config = replace(
-        config,
-        mask=",".join(map(str, masked)),
-        panels=tuple(os.path.abspath(path) for path in config.panels),
-        set=config.set and os.path.abspath(config.set),
-        ref=tuple(os.path.abspath(path) for path in config.ref),
-        lora=tuple(f"{os.path.abspath(path)}:{strength:g}" for path, strength in loras if config.lora),
-        prompt=prompt,
-        panel_prompt=(),
-        model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),
-    )
-    plan = Plan(config, files, tuple(weight_files(files)), shape, row, layout, masked, sources, loras, references)
-    if references and plan.text == "panel":
+    panels = find_panels(config, layout, generated, note)
+    caption = joint_caption(config, layout, task, panels, note)
+    kept, drafts = read_panels(config, layout, generated, panels, note)
+    layout, references = read_references(config, layout, files)
+    modes = tuple(mode_of(loras, name, *values) for name, values in MODES.items())
+    if references and modes[-1] == "panel":
         raise ValueError("a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out")
-    texts_of(prompt, layout.rows, layout.cols, plan.text)  # refuses a caption that cannot be taken apart
-    ways = {"condition": "clean" if plan.clean else "none", "concat": plan.concat, "text": plan.text}
-    note_other_ways([path for path, _ in loras], ways, note)
-    return plan
+    texts_of(caption, layout.rows, layout.cols, modes[-1])  # refuses a caption that cannot be taken apart
+    note_other_modes(loras, dict(zip(MODES, modes, strict=True)), note)
+    return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes)
 
 
-def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> tuple[tuple[Path, float], ...]:
-    """Takes the LoRAs that are asked for and, for references, the model's own unless one of those may be for them."""
-    own, asked = files.root / "loras" / "uno.safetensors", tuple(parse_lora(text) for text in config.lora)
-    methods = {about(path).get("iclora.method"): path.name for path, _ in asked}
-    if not config.ref or not own.is_file() or UNO in methods or asked and config.config:  # a record has all of them
-        return asked
-    if None in methods:
-        note(f"{methods[None]} may be for references, so {files.name}'s own is not added; --lora {own} adds it")
-        return asked
-    note(f"no LoRA for references given: {files.name}'s own is used, loras/{own.name}")
-    return (*asked, (own, 1.0))
+def drop_void(config: SampleConfig, name: str, defaults: ModelDefaults, note: Note) -> SampleConfig:
+    """Drop what means nothing to a model, and decide how many panels a bare prompt asks for."""
+    if config.guidance is not None and defaults.guidance is None:
+        note(f"{name} has no guidance; --guidance {config.guidance:g} is ignored")
+        config = replace(config, guidance=None)
+    if config.schedule != "tokens" and not defaults.shift:
+        note(f"{name} has even times; --schedule {config.schedule} is ignored")
+        config = replace(config, schedule="tokens")
+    bare = config.prompt is not None and not has_markers(config.prompt) and not config.panel_prompt
+    if bare and config.mask == "all" and not (config.grid or config.preset or config.panels or config.set):
+        config = replace(config, grid="1x1")
+    return config
 
 
-def note_other_ways(loras: Iterable[Path], ways: Mapping[str, str], note: Note) -> None:
-    """Tells of LoRAs that were trained in other ways than they are used in, which is possible, but seldom meant.
+def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> Loras:
+    """Read the headers of the LoRAs that are asked for and, for references, of the model's own unless one is for them.
 
-    ways: condition, concat and text, as for TrainConfig
+    Errors: ValueError for whatever load_lora would refuse
     """
-    for path in loras:
-        for name, value in ways.items():
-            if (was := about(path).get(f"iclora.{name}", value)) != value:
-                note(f"{path.name} was trained with {flag(name)} {was}; now it is used with {value}")
+    bundled = files.root / "loras" / "uno.safetensors"
+    loras = tuple((read_lora(path), strength) for path, strength in map(parse_lora, config.lora))
+    methods = {lora.metadata.get("iclora.method"): lora.path.name for lora, _ in loras}
+    if UNO in methods and not config.ref:
+        note(f"{methods[UNO]} was trained to follow reference pictures (UNO) and gets none; give some with --ref")
+    if config.ref and bundled.is_file() and UNO not in methods and not (loras and config.config):  # records name all
+        if None in methods:
+            name = files.name
+            note(f"{methods[None]} may be for references, so {name}'s own is not added; --lora {bundled} adds it")
+        else:
+            note(f"no LoRA for references given: {files.name}'s own is used, loras/{bundled.name}")
+            loras = (*loras, (read_lora(bundled), 1.0))
+    if config.ref and not loras:
+        note("references without a LoRA: the model follows them only if it was trained to; UNO's goes to --lora")
+    if loras:
+        with torch.device("meta"):
+            linears = shapes(Flux(files.flux.config))
+        for lora, _ in loras:
+            check_lora(lora, linears)
+    return loras
+
+
+def mode_of(loras: Loras, name: str, plain: str, other: str) -> str:
+    """Say how a LoRA was trained, so that it is used in the same way: plainly unless one says otherwise."""
+    return other if any(lora.metadata.get(f"iclora.{name}") == other for lora, _ in loras) else plain
+
+
+def note_other_modes(loras: Loras, modes: Mapping[str, str], note: Note) -> None:
+    """Tell of LoRAs that were trained in other modes than they are used in, which is possible, but seldom meant.
+
+    modes: condition, concat and text, as for TrainConfig
+    """
+    for lora, _ in loras:
+        for name, value in modes.items():
+            if (trained := lora.metadata.get(f"iclora.{name}", value)) != value:
+                note(f"{lora.path.name} was trained with {flag(name)} {trained}; now it is used with {value}")
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """Reads FILE or FILE:STRENGTH.
+    """Read FILE or FILE:STRENGTH.
 
     Errors: ValueError if there is no such file, or the strength is no number
     """
-    path, strength = text, 1.0
-    if not os.path.exists(path) and ":" in text:
-        path, _, number = text.rpartition(":")
+    path, strength = str(text), 1.0
+    if not os.path.exists(path) and ":" in path:
+        path, _, number = path.rpartition(":")
         try:
             strength = float(number)
         except ValueError:
@@ -166,21 +164,21 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not os.path.exists(path):
         folder, name = os.path.split(path)
         near = get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [], n=1)
-        meant = f"did you mean {near[0]}?" if near else "train.py writes lora.safetensors"
-        raise ValueError(f"--lora {ascii(path[-80:])}: there is no such file; {meant}")
+        advice = f"did you mean {near[0]}?" if near else "train.py writes lora.safetensors"
+        raise ValueError(f"--lora {ascii(path[-80:])}: there is no such file; {advice}")
     if not -100 <= strength <= 100:
         raise ValueError(f"--lora {ascii(text[-80:])}: strength {strength:g} is out of range; 1 is as trained")
     return Path(path), strength
 
 
-def pick_device(name: str, row: ModelRow, note: Note) -> str:
-    """Turns auto into cuda or cpu, and notes where that is slow for the model of a row.
+def pick_device(name: str, defaults: ModelDefaults, note: Note) -> str:
+    """Turn auto into cuda or cpu, and note where that is slow for a model.
 
     Errors: ValueError if the machine does not have it
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        if not available["cuda"] and row.name != "tiny":
+        if not available["cuda"] and defaults.name != "tiny":
             note("torch finds no CUDA GPU, so the CPU is used, on which a model of this size is very slow")
         return "cuda" if available["cuda"] else "cpu"
     if not available[name]:
@@ -188,8 +186,17 @@ def pick_device(name: str, row: ModelRow, note: Note) -> str:
     return name
 
 
-def find_panels(config: SampleConfig, layout: Layout, masked: Sequence[int], note: Note) -> PanelSet:
-    """Says which panel files are meant: the given ones, else, where some or a caption are needed, the bundled example.
+def note_unknown_shapes(layout: Layout, name: str, panel: int, note: Note) -> None:
+    """Tell which grids and panels the tiny model was trained on, where others are asked for."""
+    if f"{layout.rows}x{layout.cols}" not in TINY_GRIDS:
+        note(f"{name} knows grids of {', '.join(TINY_GRIDS)}; a {layout.rows}x{layout.cols} grid comes out badly")
+    if (layout.panel_width, layout.panel_height) != (panel, panel):
+        size = f"{layout.panel_width}x{layout.panel_height}"
+        note(f"{name} knows panels of {panel}x{panel}; {size} comes out badly, try --panel-size {panel}")
+
+
+def find_panels(config: SampleConfig, layout: Layout, generated: Sequence[int], note: Note) -> PanelSet:
+    """Say which panel files are meant: the given ones, else, where some or a caption are needed, the bundled example.
 
     Errors: ValueError if both ways of giving them are used, or none where some are needed and no example has this grid
     """
@@ -198,81 +205,126 @@ def find_panels(config: SampleConfig, layout: Layout, masked: Sequence[int], not
     if config.set is not None:
         return read_set(Path(config.set))
     if config.panels:
-        return PanelSet(tuple(map(Path, config.panels)))
-    pictures = len(masked) < layout.panels or config.strength < 1
-    caption = config.prompt is None and not config.panel_prompt
-    if not pictures and not caption:
+        return PanelSet(config.panels)
+    need_pictures = len(generated) < layout.panels or config.strength < 1
+    need_caption = config.prompt is None and not config.panel_prompt
+    if not need_pictures and not need_caption:
         return PanelSet()
-    grid = f"{layout.rows}x{layout.cols}"
-    examples = examples_folder()
+    grid, examples = f"{layout.rows}x{layout.cols}", examples_folder()
     bundled = sorted(folder.name for folder in examples.glob("*x*"))
     if grid not in bundled:
-        needed = " and ".join(["panels (--panels or --set)"] * pictures + ["a --prompt"] * caption)
-        raise ValueError(f"give {needed}: there is no bundled example of a {grid} grid, only {', '.join(bundled)}")
-    found = read_set(examples / grid)
-    if not pictures:
-        note(f"no prompt given: the caption of the bundled {grid} example is used: {found.caption}")
-        return PanelSet(caption=found.caption, bundled=True)
-    own = "with its caption: " + str(found.caption) if caption else "with the given prompt"
-    note(f"no panels given: the bundled {grid} example is used, {own}")
-    return replace(found, bundled=True)
+        needs = " and ".join(["panels (--panels or --set)"] * need_pictures + ["a --prompt"] * need_caption)
+        raise ValueError(f"give {needs}: there is no bundled example of a {grid} grid, only {', '.join(bundled)}")
+    example = read_set(examples / grid)
+    if not need_pictures:
+        note(f"no prompt given: the caption of the bundled {grid} example is used: {example.caption}")
+        return PanelSet(caption=example.caption, bundled=True)
+    caption = f"with its caption: {example.caption}" if need_caption else "with the given prompt"
+    note(f"no panels given: the bundled {grid} example is used, {caption}")
+    return replace(example, bundled=True)
 
 
-def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, found: PanelSet, note: Note) -> str:
-    """Makes the one prompt of all panels: from the panel prompts, else as given, else as found.
+def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, panels: PanelSet, note: Note) -> str:
+    """Make the one prompt of all panels: from the panel prompts, else as given, else that of the set.
 
     Errors: ValueError if there is none, or the panel prompts are not one for each panel
     """
-    grid = layout.rows, layout.cols
+    grid, kind = (layout.rows, layout.cols), task.markers if task else "image"
     if config.panel_prompt:
         if len(config.panel_prompt) != layout.panels:
             raise ValueError(
                 f"{len(config.panel_prompt)} --panel-prompt for the {layout.panels} panels of the "
                 f"{config.grid} grid; give one for each, kept ones too, in reading order"
             )
-        markers = markers_for(task.markers if task else "image", *grid)
-        prompt = build(config.prompt or "", config.panel_prompt, markers, task.tag if task else "")
+        markers = markers_for(kind, *grid)
+        caption = build(config.prompt or "", config.panel_prompt, markers, task.tag if task else "")
     elif config.prompt is not None:
-        prompt = clean(config.prompt)
-    elif found.caption is not None:
-        prompt = found.caption
+        caption = clean(config.prompt)
+    elif panels.caption is not None:
+        caption = panels.caption
     else:
         raise ValueError("there is no prompt; give --prompt, or --panel-prompt for each panel, or caption.txt in --set")
-    if task and not prompt.startswith(task.tag):
+    if task and not caption.startswith(task.tag):
         note(f"captions of {config.preset} begin with {task.tag}; this one does not")
-    for finding in lint(prompt, *grid):
+    for finding in lint(caption, *grid, kind):
         note(f"prompt: {finding}")
-    return prompt
+    return caption
 
 
-def read_sources(
-    config: SampleConfig, layout: Layout, masked: Sequence[int], found: PanelSet, note: Note
-) -> dict[int, Source]:
-    """Reads and fits the panels that are kept or drafted; the other files are not even opened.
+def read_panels(
+    config: SampleConfig, layout: Layout, generated: Sequence[int], panels: PanelSet, note: Note
+) -> tuple[dict[int, Source], dict[int, Source]]:
+    """Read and fit the panels that are kept, and the drafts; the other files are not even opened.
 
+    Returns both by panel
     Errors: ValueError for a wrong number of files, or one that cannot be read
     """
-    everything = range(1, layout.panels + 1)
-    kept = [panel for panel in everything if panel not in masked]
-    drafts = config.strength < 1
-    if len(found.paths) == layout.panels:
-        assigned = dict(zip(everything, found.paths, strict=True))
-    elif len(found.paths) == len(kept) and not drafts:
-        assigned = dict(zip(kept, found.paths, strict=True))
-    elif drafts:
+    everything, count, drafted = range(1, layout.panels + 1), len(panels.paths), config.strength < 1
+    kept = [panel for panel in everything if panel not in generated]
+    if count == layout.panels:
+        assigned = dict(zip(everything, panels.paths, strict=True))
+    elif count == len(kept) and not drafted:
+        assigned = dict(zip(kept, panels.paths, strict=True))
+    elif drafted:
         raise ValueError(
-            f"{len(found.paths)} panels given; --strength {config.strength:g} starts from drafts and needs all "
-            f"{layout.panels} of the {config.grid} grid"
+            f"{count} panels given; --strength {config.strength:g} starts from drafts and needs all {layout.panels} of "
+            f"the {config.grid} grid"
         )
     else:
-        some = f"the {len(kept)} kept ones ({', '.join(map(str, kept))})" if kept else "none, as all are generated,"
+        takes = f"the {len(kept)} kept ones ({', '.join(map(str, kept))})" if kept else "none, as all are generated,"
         raise ValueError(
-            f"{len(found.paths)} panels given; mask {','.join(map(str, masked))} in a {config.grid} grid takes {some} "
+            f"{count} panels given; mask {','.join(map(str, generated))} in a {config.grid} grid takes {takes} "
             f"or all {layout.panels}; --mask says which are generated"
         )
-    used = assigned if drafts else {panel: path for panel, path in assigned.items() if panel in kept}
-    ignored = [f"{panel} ({path.name})" for panel, path in assigned.items() if panel not in used]
-    if ignored and not found.bundled:
+    used = assigned if drafted else {panel: path for panel, path in assigned.items() if panel in kept}
+    ignored = [f"{panel} ({_name(path)})" for panel, path in assigned.items() if panel not in used]
+    if ignored and not panels.bundled:
         note(f"masked panels are generated, so the given ones are ignored: {', '.join(ignored)}; --strength uses them")
     size = layout.panel_width, layout.panel_height
-    return {panel: read_source(path, size, config.fit, panel in masked) for panel, path in used.items()}
+    sources = {panel: read_panel(path, size, config.fit, note) for panel, path in used.items()}
+    split = ({p: source for p, source in sources.items() if (p in generated) is draft} for draft in (False, True))
+    return tuple(split)
+
+
+def read_panel(path: Path | Image.Image, size: tuple[int, int], rule: str, note: Note) -> Source:
+    """Read a panel and bring it to its size; note what a crop cuts away, and that it is enlarged.
+
+    Errors: ValueError in one line if it cannot be read
+    """
+    source = read_source(path)
+    wide, high = (target / side for target, side in zip(size, source.picture.size, strict=True))
+    cut, scale = 1 - min(wide, high) / max(wide, high), (min if rule == "pad" else max)(wide, high)
+    doubts = [f"the crop cuts {cut:.0%} of it away (--fit pad keeps all)"] * (rule == "crop" and cut > 0.1)
+    doubts += [f"it is enlarged {scale:.1f} times"] * (scale > 1)
+    if doubts:
+        note(f"{_name(path)} becomes {size[0]}x{size[1]} pixels: {', and '.join(doubts)}")
+    return replace(source, picture=fit(source.picture, *size, rule))
+
+
+def read_references(config: SampleConfig, layout: Layout, files: ModelFiles) -> tuple[Layout, tuple[Source, ...]]:
+    """Read the references, upright, and bring each to its size, which the layout then has.
+
+    Errors: ValueError in one line if one cannot be read or is too narrow, or memory does not hold them all
+    """
+    if not config.ref:
+        return layout, ()
+    sizes = [item.size if isinstance(item, Image.Image) else picture_size(item) for item in config.ref]
+    shapes = tuple(fitted(size, config.ref_size, _name(item)) for size, item in zip(sizes, config.ref, strict=True))
+    check_memory(config, replace(layout, references=shapes), files.flux)
+    fitting = [(read_source(item), _name(item)) for item in config.ref]
+    sources = [replace(s, picture=fit_reference(s.picture, config.ref_size, name)) for s, name in fitting]
+    return replace(layout, references=tuple(source.picture.size for source in sources)), tuple(sources)
+
+
+def _name(item: str | Path | Image.Image) -> str:
+    """Call a picture something in messages."""
+    return "a PIL image" if isinstance(item, Image.Image) else Path(item).name
+
+
+def read_source(item: str | Path | Image.Image) -> Source:
+    """Read a picture from a file, or take one that Python made. Errors: ValueError in one line if it cannot be read"""
+    if isinstance(item, Image.Image):
+        picture = item.convert("RGB")
+        return Source("a PIL image", hashlib.sha256(picture.tobytes()).hexdigest(), picture)
+    picture = open_picture(item)
+    return Source(os.path.abspath(item), hashlib.sha256(Path(item).read_bytes()).hexdigest(), picture)

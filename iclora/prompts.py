@@ -4,13 +4,12 @@ A joint caption is one paragraph: an optional fixed beginning, a sentence about 
 behind its marker. Sources: arXiv:2410.23775 ([IMAGE1]...) and the model zoo of ali-vilab/In-Context-LoRA (the rest).
 """
 
+import difflib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from .knobs import nearest
 
 MARKER_KINDS = ("image", "position", "scene")
 MAX_CHARACTERS = 20_000  # ten times what 512 text tokens hold
@@ -66,6 +65,12 @@ TASKS: dict[str, Task] = {
 }
 
 
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Suggest what may have been meant, as the beginning of a sentence, or nothing."""
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 def preset(name: str) -> Task:
     """Finds a published task by name.
 
@@ -93,6 +98,11 @@ def markers_for(kind: str, rows: int, cols: int) -> tuple[str, ...]:
         named = ", ".join(f"{r}x{c}" for r, c in POSITIONS)
         raise ValueError(f"a {rows}x{cols} grid has no position markers, only {named} have; use image markers")
     return POSITIONS[rows, cols]
+
+
+def has_markers(prompt: str) -> bool:
+    """Tell whether a prompt introduces panels."""
+    return bool(_MARKER.search(prompt))
 
 
 def build(summary: str, panels: Sequence[str], markers: Sequence[str], tag: str = "") -> str:
@@ -128,7 +138,7 @@ def clean(prompt: str) -> str:
     return " ".join(prompt.split())
 
 
-def lint(prompt: str, rows: int, cols: int) -> list[str]:
+def lint(prompt: str, rows: int, cols: int, kind: str = "image") -> list[str]:
     """Says where a joint caption does not match its grid, one line a finding; nothing if all is well.
 
     Tags such as [MOVIE-SHOTS] and names such as <Anna> are not markers.

@@ -1,0 +1,161 @@
+"""What is saved beside a picture: what made it, so that it can be made again, and what differs when it is."""
+
+import json
+import math
+import os
+import platform
+import re
+from dataclasses import fields, replace
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from model.weights import weight_files, write_atomic
+from sampling.images import to_png
+
+from .cache import file_sha256
+from .cli import unusable
+from .config import SampleConfig, saved
+from .pipeline import Result
+from .plan import Note, Plan
+
+PATHS = {option.name for option in fields(SampleConfig) if option.metadata.get("path")}  # kept out of pictures
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """List what makes the pictures of a plan: configuration, files of weights, pictures, versions."""
+    root = plan.files.root
+    files = [_file(path, path.relative_to(root).as_posix()) for path in weight_files(plan.files)]
+    files += [{**_file(lora.path, lora.path.name), "strength": strength} for lora, strength in plan.loras]
+    versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
+    versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    versions["gpu"] = torch.cuda.get_device_name() if plan.config.device == "cuda" else None
+    used = [(panel, "kept", source) for panel, source in plan.kept.items()]
+    used = sorted(used + [(panel, "draft", source) for panel, source in plan.drafts.items()], key=lambda use: use[0])
+    used += [(None, "reference", source) for source in plan.references]
+    return {
+        "config": saved(replay(plan)),
+        "model": {"name": plan.files.name, "defaults": plan.defaults.name, "files": files},
+        "inputs": [
+            {"panel": panel, "use": use, "file": source.path, "sha256": source.sha256} for panel, use, source in used
+        ],
+        "versions": versions,
+    }
+
+
+def replay(plan: Plan) -> SampleConfig:
+    """Write the configuration that makes the same pictures from anywhere: nothing left open, paths absolute."""
+    config = plan.config
+    return replace(
+        config,
+        mask=",".join(map(str, plan.generated)),
+        panels=_absolute(config.panels),
+        set=config.set and os.path.abspath(config.set),
+        ref=_absolute(config.ref),
+        lora=tuple(f"{os.path.abspath(lora.path)}:{strength:g}" for lora, strength in plan.loras if config.lora),
+        prompt=plan.caption,
+        panel_prompt=(),
+        model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),
+    )
+
+
+def _absolute(items: tuple) -> tuple[str, ...]:
+    return tuple(os.path.abspath(item) if isinstance(item, str | Path) else "a PIL image" for item in items)
+
+
+def _file(path: Path, name: str) -> dict[str, Any]:
+    return {"file": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def write_new(path: Path, data: bytes | str) -> None:
+    """Write a file whole or not at all. Errors: FileExistsError if the name is taken; ValueError if it cannot be"""
+    try:
+        write_atomic(path, data, overwrite=False)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot write {path}: {reason}; free space there or choose another --out") from error
+
+
+def compare(record: dict[str, Any], old: dict[str, Any], name: str, note: Note) -> None:
+    """Note where a replay starts from other pictures, weights or versions than the recorded run."""
+
+    def hashes(record: dict[str, Any]) -> list[tuple]:
+        return [(entry["panel"], entry["sha256"]) for entry in record["inputs"]]
+
+    try:
+        others = {
+            "pictures": hashes(old) != hashes(record),
+            "weights": old["model"]["files"] != record["model"]["files"],
+            "versions or threads": old["versions"] != record["versions"],
+        }
+    except (KeyError, TypeError, AttributeError):
+        others = {"things, as it is not a whole record": True}
+    if changed := [what for what, differs in others.items() if differs]:
+        note(f"the result may differ from {name}, which was made with other {' and other '.join(changed)}")
+
+
+def save(result: Result, record: dict[str, Any], folder: Path) -> list[Path]:
+    """Save one set under the next free number: composite, generated panels, JSON; all of them or none.
+
+    Returns the paths
+    Errors: ValueError if the folder cannot be written
+    """
+    record = {**record, "config": {**record["config"], "seed": result.seed, "num": 1}, "seconds": dict(result.seconds)}
+    for number in count(next_number(folder)):
+        try:
+            return save_as(f"{number:04d}", result, record, folder)
+        except FileExistsError:  # another process was faster
+            continue
+    raise ValueError(f"{folder} has no free number")
+
+
+def next_number(folder: Path) -> int:
+    """Make the folder and give the number behind the largest in it. Errors: ValueError if the system does not let us"""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = os.listdir(folder)
+    except OSError as error:
+        raise unusable(folder, error) from None
+    return 1 + max((int(match[1]) for name in names if (match := re.match(r"(\d{4,9})[.-]", name))), default=0)
+
+
+def save_as(stem: str, result: Result, record: dict[str, Any], folder: Path) -> list[Path]:
+    """Save one set under a given number. The composite is first, so it reserves the number.
+
+    Errors: FileExistsError if a name is taken, ValueError if the folder cannot be written; no file is left then
+    """
+    paths = {f"{stem}.png": result.composite}
+    paths |= {f"{stem}-panel-{panel}.png": picture for panel, picture in result.panels.items()}
+    config = {name: value for name, value in record["config"].items() if name not in PATHS}
+    text = {"prompt": config["prompt"], "config": json.dumps({"model": record["model"]["name"], **config})}
+    names = {panel: f"{stem}-panel-{panel}.png" for panel in result.panels}
+    record = {**record, "outputs": {"composite": f"{stem}.png", "panels": names}}
+    written: list[Path] = []
+    try:
+        for name, picture in paths.items():
+            write_new(folder / name, to_png(picture, text))
+            written.append(folder / name)
+        write_new(folder / f"{stem}.json", json.dumps(record, indent=2) + "\n")
+        return [*written, folder / f"{stem}.json"]
+    except BaseException:  # Ctrl-C included
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def save_sheet(composites: list[Image.Image], folder: Path) -> Path:
+    """Save all pictures of a job on one contact sheet, under the next free number. Returns its path"""
+    size = max(picture.width for picture in composites), max(picture.height for picture in composites)
+    cols = math.ceil(math.sqrt(len(composites)))
+    sheet = Image.new("RGB", (cols * size[0], math.ceil(len(composites) / cols) * size[1]), "white")
+    for place, picture in enumerate(composites):
+        sheet.paste(picture, (place % cols * size[0], place // cols * size[1]))
+    path = folder / f"{next_number(folder):04d}-sheet.png"
+    write_new(path, to_png(sheet))
+    return path
