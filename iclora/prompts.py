@@ -72,7 +72,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def preset(name: str) -> Task:
-    """Finds a published task by name.
+    """Find a published task by name.
 
     Errors: ValueError with the nearest name and all choices
     """
@@ -83,7 +83,7 @@ def preset(name: str) -> Task:
 
 
 def markers_for(kind: str, rows: int, cols: int) -> tuple[str, ...]:
-    """Names the panels of a grid in reading order.
+    """Name the panels of a grid in reading order.
 
     kind: "image" ([IMAGE1]...), "scene" ([SCENE-1]...) or "position" ([TOP-LEFT]...)
     Errors: ValueError for another kind, or a grid whose panels have no position names
@@ -106,7 +106,7 @@ def has_markers(prompt: str) -> bool:
 
 
 def build(summary: str, panels: Sequence[str], markers: Sequence[str], tag: str = "") -> str:
-    """Joins a summary and panel instructions into one caption.
+    """Join a summary and panel instructions into one caption.
 
     summary: about the whole set; may be empty
     panels: one instruction for each panel, kept ones too, in reading order
@@ -121,7 +121,7 @@ def build(summary: str, panels: Sequence[str], markers: Sequence[str], tag: str 
 
 
 def clean(prompt: str) -> str:
-    """Checks that a prompt is text and makes it one paragraph with single spaces.
+    """Check that a prompt is text and make it one paragraph with single spaces.
 
     Errors: ValueError for control characters, undecodable bytes, or more than MAX_CHARACTERS
     """
@@ -139,50 +139,51 @@ def clean(prompt: str) -> str:
 
 
 def lint(prompt: str, rows: int, cols: int, kind: str = "image") -> list[str]:
-    """Says where a joint caption does not match its grid, one line a finding; nothing if all is well.
+    """Say where a joint caption does not match its grid, one line a finding; nothing if all is well.
 
     Tags such as [MOVIE-SHOTS] and names such as <Anna> are not markers.
+
+    kind: of markers to advise where there are none, as for markers_for
     """
     if not prompt.strip():
         return ["the prompt is empty; the model will draw what it likes"]
-    found = [(match, *_canonical(match)) for match in _MARKER.finditer(prompt)]
-    if not found:
-        names = [f"[IMAGE{number}]" for number in (1, rows * cols)]
-        return (
-            []
-            if rows * cols == 1
-            else [
-                f"no markers for the {rows * cols} panels of the {rows}x{cols} grid; "
-                f"introduce each panel by its own, {names[0]} to {names[1]}"
-            ]
-        )
+    matches = list(_MARKER.finditer(prompt))
+    if not matches:
+        return [] if rows * cols == 1 else [_advise_markers(rows, cols, kind)]
+    names, kinds = zip(*map(_canonical, matches), strict=True)
     findings = [
         f"{' '.join(match[0].split())} is not how the marker is written; write {name}"
-        for match, name, _ in found
+        for match, name in zip(matches, names, strict=True)
         if match[0] != name
     ]
-    kinds = sorted({kind for _, _, kind in found})
-    if len(kinds) > 1:
-        return [*findings, f"{' and '.join(kinds)} markers are mixed; use one kind"]
-    if kinds == ["position"] and (rows, cols) not in POSITIONS:
+    if len(set(kinds)) > 1:
+        return [*findings, f"{' and '.join(sorted(set(kinds)))} markers are mixed; use one kind"]
+    if kinds[0] == "position" and (rows, cols) not in POSITIONS:
         return [*findings, f"a {rows}x{cols} grid has no position markers; use [IMAGE1] to [IMAGE{rows * cols}]"]
-    names = [name for _, name, _ in found]
-    findings += _compare(names, markers_for(kinds[0], rows, cols), f"{rows}x{cols}")
-    ends = [match.start() for match, _, _ in found[1:]] + [len(prompt)]
-    for (match, name, _), end in zip(found, ends, strict=True):
+    if names != (expected := markers_for(kinds[0], rows, cols)):
+        findings += _compare(names, expected, f"{rows}x{cols}")
+    ends = [match.start() for match in matches[1:]] + [len(prompt)]
+    for match, name, end in zip(matches, names, ends, strict=True):
         if not any(character.isalnum() for character in prompt[match.end() : end]):
             findings.append(f"{name} has no text after it; say what its panel shows")
     return findings
 
 
-def texts_of(prompt: str, rows: int, cols: int, text: str) -> list[str]:
-    """Says what the text encoders read of a caption.
+def _advise_markers(rows: int, cols: int, kind: str) -> str:
+    """Say which markers a caption without any should have."""
+    markers = markers_for("image" if kind == "position" and (rows, cols) not in POSITIONS else kind, rows, cols)
+    panels = f"the {rows * cols} panels of the {rows}x{cols} grid"
+    return f"no markers for {panels}; introduce each panel by its own, {markers[0]} to {markers[-1]}"
 
-    text: "joint" for the caption as it is, "panel" if every panel reads a text of its own
-    returns: the caption alone; or what stands before its first marker, then for each panel the same and its own part
+
+def texts_of(prompt: str, rows: int, cols: int, text_mode: str) -> list[str]:
+    """Say what the text encoders read of a caption.
+
+    text_mode: "joint" for the caption as it is, "panel" if every panel reads a text of its own
+    Returns the caption alone; or what stands before its first marker, then for each panel the same and its own part
     Errors: ValueError if panels read their own parts, but the markers are not those of the grid, each once and in order
     """
-    if text == "joint":
+    if text_mode == "joint":
         return [prompt]
     if not prompt:  # left out, as training does now and then
         return [""] * (1 + rows * cols)
@@ -198,7 +199,7 @@ def texts_of(prompt: str, rows: int, cols: int, text: str) -> list[str]:
 
 
 def _canonical(match: re.Match) -> tuple[str, str]:
-    """Gives a marker's proper spelling and its kind."""
+    """Give a marker's proper spelling and its kind."""
     if match["place"]:
         place = "-".join(re.split(r"[\s_-]+", match["place"].upper()))
         return f"[{place}]", "position"
@@ -207,7 +208,7 @@ def _canonical(match: re.Match) -> tuple[str, str]:
 
 
 def _compare(names: Sequence[str], expected: Sequence[str], grid: str) -> list[str]:
-    """Compares the markers of a prompt, in order, with those of its grid."""
+    """Compare the markers of a prompt, in order, with those of its grid."""
     findings, counts = [], Counter(names)
     if len(counts) != len(expected):
         findings.append(f"{len(counts)} markers, but the {grid} grid has {len(expected)} panels")
