@@ -69,7 +69,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     files = find_model(config.model)
     defaults = model_defaults(files.flux.config)
     config = drop_void(config, files.name, defaults, note)
-    loras = choose_loras(config, files, note)
+    loras = choose_loras(config, files, note) if config.lora or config.ref else ()
     config = follow_loras(config, [lora for lora, _ in loras])
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
@@ -83,12 +83,11 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     panels = find_panels(config, layout, generated, note)
     caption = joint_caption(config, layout, task, panels, note)
     kept, drafts = read_panels(config, layout, generated, panels, note)
-    layout, references = read_references(config, layout, files)
-    modes = tuple(mode_of(loras, name, *values) for name, values in MODES.items())
+    layout, references = read_references(config, layout, files) if config.ref else (layout, ())
+    modes = [mode_of(loras, name, *values) for name, values in MODES.items()]
     if references and modes[-1] == "panel":
         raise ValueError("a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out")
     texts_of(caption, layout.rows, layout.cols, modes[-1])  # refuses a caption that cannot be taken apart
-    note_other_modes(loras, dict(zip(MODES, modes, strict=True)), note)
     return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes)
 
 
@@ -130,6 +129,8 @@ def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> Loras:
             linears = shapes(Flux(files.flux.config))
         for lora, _ in loras:
             check_lora(lora, linears)
+    modes = {name: mode_of(loras, name, *values) for name, values in MODES.items()}
+    note_other_modes([lora for lora, _ in loras], modes, note)
     return loras
 
 
@@ -138,12 +139,12 @@ def mode_of(loras: Loras, name: str, plain: str, other: str) -> str:
     return other if any(lora.metadata.get(f"iclora.{name}") == other for lora, _ in loras) else plain
 
 
-def note_other_modes(loras: Loras, modes: Mapping[str, str], note: Note) -> None:
+def note_other_modes(loras: Sequence[LoraFile], modes: Mapping[str, str], note: Note) -> None:
     """Tell of LoRAs that were trained in other modes than they are used in, which is possible, but seldom meant.
 
     modes: condition, concat and text, as for TrainConfig
     """
-    for lora, _ in loras:
+    for lora in loras:
         for name, value in modes.items():
             if (trained := lora.metadata.get(f"iclora.{name}", value)) != value:
                 note(f"{lora.path.name} was trained with {flag(name)} {trained}; now it is used with {value}")
@@ -306,8 +307,6 @@ def read_references(config: SampleConfig, layout: Layout, files: ModelFiles) -> 
 
     Errors: ValueError in one line if one cannot be read or is too narrow, or memory does not hold them all
     """
-    if not config.ref:
-        return layout, ()
     sizes = [item.size if isinstance(item, Image.Image) else picture_size(item) for item in config.ref]
     shapes = tuple(fitted(size, config.ref_size, _name(item)) for size, item in zip(sizes, config.ref, strict=True))
     check_memory(config, replace(layout, references=shapes), files.flux)
