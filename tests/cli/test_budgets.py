@@ -1,0 +1,76 @@
+"""The two enforced budgets, counted without docstrings, comments and blank lines: what the first command enters, and
+what there is to read. They go down, not up.
+"""
+
+import ast
+import io
+import json
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENTERED, READING = 1050, 3200
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+TRACE = """
+import json, sys
+calls = set()
+def profile(frame, event, argument):
+    if event == "call":
+        calls.add((frame.f_code.co_filename, frame.f_code.co_firstlineno, frame.f_code.co_name))
+sys.setprofile(profile)
+import sample
+status = sample.main(sys.argv[1:])
+sys.setprofile(None)
+print(json.dumps([status, sorted(calls)]))
+"""
+
+
+def code_lines(source):
+    """The numbers of the lines that hold code."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NO_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def entered(path, calls):
+    """The code lines of the functions of a file that were called, each once, from decorator to end."""
+    lines = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if {(first, node.name), (node.lineno, node.name)} & calls:
+                lines |= set(range(first, node.end_lineno + 1))
+    return lines & code_lines(path.read_text())
+
+
+def test_the_first_command_enters_few_lines(tmp_path):
+    command = [sys.executable, "-c", TRACE, "--grid", "2x2", "--mask", "3", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    status, calls = json.loads(done.stdout.splitlines()[-1])
+    assert status == 0
+    counts = {}
+    for name in {file for file, _, _ in calls if Path(file).is_relative_to(ROOT)}:
+        called = {(line, function) for file, line, function in calls if file == name}
+        counts[str(Path(name).relative_to(ROOT))] = len(entered(Path(name), called))
+    shown = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count)
+    assert 500 < sum(counts.values()) <= ENTERED, shown
+    assert not [name for name in counts if name.startswith("lab/")]
+
+
+def test_the_reading_matter_is_short_enough_to_read():
+    paths = [path for folder in ("model", "sampling", "iclora") for path in (ROOT / folder).glob("*.py")]
+    counts = {path.name: len(code_lines(path.read_text())) for path in [*paths, ROOT / "sample.py", ROOT / "train.py"]}
+    shown = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    assert sum(counts.values()) <= READING, shown
+
+
+def test_docstrings_comments_and_blank_lines_do_not_count():
+    source = '"""Doc."""\n\n# why\ndef f(x):\n    """Doc.\n\n    x: (B,)\n    """\n    return x  # trap\n'
+    assert code_lines(source) == {4, 9}
