@@ -72,7 +72,7 @@ def test_libraries_do_not_print(path):
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_files_and_functions_stay_readable(path):
     text = path.read_text()
-    assert text.isascii() and "# fmt: skip" not in text
+    assert text.isascii() and ("# fmt: skip" not in text or name(path).startswith("lab/"))
     if name(path) not in LONG_FILES:
         assert text.count("\n") <= 360, "over the budget of 300 lines and some; split it or say why in LONG_FILES"
     for node in ast.walk(ast.parse(text)):
