@@ -72,7 +72,7 @@ def describe(plan: "Plan") -> dict[str, Any]:
     """Lists what made the pictures besides the configuration, to be compared on replay."""
     import torch
 
-    from model.lora_files import lora_file
+    from model.lora_formats import lora_file
 
     files = [fingerprint(path, plan.files.root) for path in plan.weights]
     for path, strength in plan.loras:

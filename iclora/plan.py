@@ -11,7 +11,7 @@ from PIL import Image
 
 from model.flux import Flux, FluxConfig
 from model.lora import shapes
-from model.lora_files import read_deltas, read_lora
+from model.lora_formats import read_deltas, read_lora
 from model.weights import ModelFiles, examples_folder, find_model, read_flux_config, weight_files
 from sampling.flow import times
 from sampling.inpaint import drafted_start

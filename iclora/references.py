@@ -19,7 +19,7 @@ from torch import Tensor
 from model.autoencoder import AutoEncoder
 from model.checkpoint import open_checkpoint, read_header
 from model.flux import FluxConfig
-from model.lora_files import lora_file
+from model.lora_formats import lora_file
 from model.position import grid_ids, reference_ids
 from sampling.images import open_picture, picture_size, to_tensor
 from sampling.latents import TOKEN, pack
