@@ -14,7 +14,7 @@ import torch
 
 from model.flux import Flux, FluxConfig
 from model.lora import shapes
-from model.lora_files import LoraFile, describe, read_deltas, read_lora
+from model.lora_formats import LoraFile, describe, read_deltas, read_lora
 from model.lora_names import template
 from model.lora_write import DIALECTS, write_lora
 from model.weights import find_model, read_flux_config

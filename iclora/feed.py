@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.checkpoint import open_checkpoint
 from model.flux import FluxConfig
-from model.lora_files import lora_file
+from model.lora_formats import lora_file
 from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 

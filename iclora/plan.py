@@ -12,7 +12,7 @@ from PIL import Image
 
 from model.flux import Flux
 from model.lora import shapes
-from model.lora_formats import LoraFile, check_lora, read_lora
+from model.lora_formats import LoraFile, check_shapes, read_lora
 from model.weights import ModelFiles, examples_folder, find_model
 from sampling.flow import times
 from sampling.images import fit, open_picture, picture_size
@@ -128,7 +128,7 @@ def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> Loras:
         with torch.device("meta"):
             linears = shapes(Flux(files.flux.config))
         for lora, _ in loras:
-            check_lora(lora, linears)
+            check_shapes(lora, linears)
     modes = {name: mode_of(loras, name, *values) for name, values in MODES.items()}
     note_other_modes([lora for lora, _ in loras], modes, note)
     return loras

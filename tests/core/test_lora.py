@@ -13,9 +13,9 @@ import model.lora as lora
 from golden import EXACT, FLUX, GOLDEN, WHOLE, case, far
 from model.flux import Flux, FluxConfig
 from model.lora import TARGETS, LoraLinear, attach, detach, load_lora, merge, save_lora, trainable
-from model.lora_files import Delta, lora_file
-from model.lora_names import DIFFUSERS, locate, names_in
-from model.lora_write import write_lora
+from model.lora_formats import Delta, lora_file
+from model.lora_formats import DIFFUSERS, locate, names_in
+from model.lora_formats import write_lora
 from model.position import grid_ids, reference_ids
 from model.weights import load_flux
 from sampling.latents import pack
@@ -81,7 +81,7 @@ def renamed(tmp_path, rename, source=PLAIN, metadata=None):
 def test_every_dialect_gives_the_official_output_attached_and_merged(flux, name):
     report = load_lora(flux, FILES / f"{name}.safetensors")
     assert far(run(flux), EXPECTED[name]) < WHOLE
-    assert report.unused == () and report.skipped == ()
+    assert report.skipped == ()
     merge(flux)
     assert far(run(flux), EXPECTED[name]) < WHOLE
 
@@ -111,8 +111,8 @@ def test_the_report_tells_dialect_modules_rank_and_scale(flux, name, line):
 def test_the_uno_file_is_read_like_xlabs(flux):
     report = load_lora(flux, GOLDEN / "uno" / "dit_lora.safetensors")
     assert (report.dialect, report.modules) == ("xlabs", 14)
-    part = flux.single_blocks[0].linear1.parts[0]
-    assert (part.start, part.stop) == (0, 192), "the qkv rows of linear1 and not the MLP's"
+    part = flux.single_blocks[0].linear1.adapters[0]
+    assert (part.rows.start, part.rows.stop) == (0, 192), "the qkv rows of linear1 and not the MLP's"
 
 
 @pytest.mark.parametrize("references", [0, 1, 2, 3])
@@ -206,7 +206,7 @@ def peft(**values):
 def test_alpha_patterns_count_as_peft_counts_them(flux, tmp_path):
     patterns = {"transformer_blocks.0.attn.to_q": 8, "proj_out": 2, r"^transformer_blocks\.1\.norm1\.linear": 12}
     load_lora(flux, changed(tmp_path, metadata=peft(alpha_pattern=patterns)))
-    scales = {(name, part.start): part.scale for name, layer in lora.layers(flux).items() for part in layer.parts}
+    scales = {(name, part.start): part.scale for name, layer in lora.layers(flux).items() for part in layer.adapters}
     assert scales.pop((QKV, 0)) == 2
     assert [scales.pop((f"single_blocks.{i}.linear2", 0)) for i in range(3)] == [0.5] * 3, "by the end of the name"
     assert scales.pop(("double_blocks.1.img_mod.lin", 0)) == 3
@@ -219,7 +219,7 @@ def test_alpha_patterns_count_as_peft_counts_them(flux, tmp_path):
 def test_of_patterns_that_overlap_the_first_counts(flux, tmp_path, patterns, scale):
     """As in PEFT 0.21.2, get_pattern_key."""
     load_lora(flux, changed(tmp_path, metadata=peft(alpha_pattern=patterns)))
-    assert [part.scale for part in lora.layers(flux)[QKV].parts if part.start == 0] == [scale]
+    assert [part.scale for part in lora.layers(flux)[QKV].adapters if part.start == 0] == [scale]
 
 
 def test_rank_patterns_and_rank_stabilised_scales_are_read(flux, tmp_path):
@@ -405,7 +405,7 @@ def test_a_file_for_text_encoders_alone_is_refused(flux, tmp_path):
 # the layer
 
 
-@pytest.mark.parametrize("targets", [*TARGETS, "img_in,final_layer.*,*.out_layer", ["attn", "txt_in"]])
+@pytest.mark.parametrize("targets", [*TARGETS, "img_in,final_layer.*,*.out_layer", "attn, txt_in"])
 def test_a_fresh_adapter_changes_nothing_to_the_bit(flux, targets):
     before = run(flux)
     attach(flux, targets, rank=4, alpha=7, generator=torch.Generator().manual_seed(0))
@@ -427,7 +427,7 @@ def test_a_seed_fixes_a_fresh_adapter():
         attach(flux, "attn", 4, generator=torch.Generator().manual_seed(seed))
         states.append(lora.adapter_state(flux))
     assert same(states[0], states[1]) and not same(states[0], states[2])
-    down = states[0][f"{QKV}.parts.0.down"]
+    down = states[0][f"{QKV}.adapters.0.down"]
     assert down.abs().max() <= 64**-0.5 and down.std() > 0.04, "uniform between the roots of 1 / inputs"
 
 
@@ -462,7 +462,7 @@ def test_all_linear_on_the_large_model_is_as_large_as_the_published_files():
 
 def test_all_linear_attaches_what_the_published_files_hold(flux):
     def where(model):
-        return {(n, p.start, p.stop) for n, layer in lora.layers(model).items() for p in layer.parts}
+        return {(n, p.rows.start, p.rows.stop) for n, layer in lora.layers(model).items() for p in layer.adapters}
 
     attach(flux, "all-linear", rank=4)
     other = fresh()
@@ -507,13 +507,13 @@ def test_only_adapters_learn_and_gradients_equal_those_of_the_merged_weight(flux
     probe = torch.randn(2, 5, 192)
     (layer(x) * probe).sum().backward()
     weight = layer.weight.clone()
-    for part in layer.parts:
-        weight[part.start : part.stop] += part.factor * part.up.detach() @ part.down.detach()
+    for part in layer.adapters:
+        weight[part.rows] += part.scale * part.up.detach() @ part.down.detach()
     assert far(x.grad, probe @ weight) < WHOLE
-    part = layer.parts[1]
+    part = layer.adapters[1]
     part.zero_grad()
     (layer(x) * probe).sum().backward()
-    want = part.factor * torch.einsum("bto,bti->oi", probe, x.detach())[part.start : part.stop]
+    want = part.scale * torch.einsum("bto,bti->oi", probe, x.detach())[part.rows]
     assert far(part.up.grad, want @ part.down.detach().T) < 1e-4
     assert far(part.down.grad, part.up.detach().T @ want) < 1e-4
 
@@ -523,13 +523,13 @@ def test_gradients_of_parts_that_overlap_are_those_of_the_formula():
     for start, stop, rank, bias in ((0, 5, 2, True), (1, 3, 1, False), (2, 5, 1, False)):
         down, up = torch.randn(rank, 3).double(), torch.randn(stop - start, rank).double()
         delta = Delta("", start, stop, down, up, 0.5, torch.randn(5).double() if bias else None)
-        layer.parts.append(lora.Part(delta, 1.5))
+        layer.adapters.append(lora.Adapter(delta, 1.5))
     wide = torch.randn(2, 8, 3).double()
     for x in (wide, wide[:, ::4], wide[0], wide[:, :0]):
         x = x.detach().requires_grad_()
-        assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *layer.parts.parameters()))
+        assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *layer.adapters.parameters()))
         want = layer.base(x)
-        for part in layer.parts:
+        for part in layer.adapters:
             change = x @ part.down.T @ part.up.T + (0 if part.bias is None else part.bias)
             want = want + 0.75 * torch.nn.functional.pad(change, (part.start, 5 - part.stop))
         assert torch.allclose(layer(x), want)

@@ -1,0 +1,480 @@
+"""LoRA files <-> the matrices in them: three dialects written, every plain one read, everything else refused by name.
+
+No network is needed, only the shapes of its Linears; the layers are in lora.py. Letter: r rank.
+A name holds at most one block number, written {} in the tables. Where the released model fuses several projections
+into one Linear and a dialect does not, the dialect's Linear stands for a part of the fused output's rows.
+Source: the conventions of diffusers and PEFT, kohya's sd-scripts, ai-toolkit, ComfyUI, OneTrainer, XLabs' x-flux
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checkpoint import FLOATS, WANTED, Stored, file_in, kind, read_header, read_json, save_safetensors
+
+# diffusers' name -> the released name, and which part of its output
+DIFFUSERS = {
+    "x_embedder": ("img_in", "all"),
+    "context_embedder": ("txt_in", "all"),
+    "time_text_embed.timestep_embedder.linear_1": ("time_in.in_layer", "all"),
+    "time_text_embed.timestep_embedder.linear_2": ("time_in.out_layer", "all"),
+    "time_text_embed.guidance_embedder.linear_1": ("guidance_in.in_layer", "all"),
+    "time_text_embed.guidance_embedder.linear_2": ("guidance_in.out_layer", "all"),
+    "time_text_embed.text_embedder.linear_1": ("vector_in.in_layer", "all"),
+    "time_text_embed.text_embedder.linear_2": ("vector_in.out_layer", "all"),
+    "transformer_blocks.{}.norm1.linear": ("double_blocks.{}.img_mod.lin", "all"),
+    "transformer_blocks.{}.norm1_context.linear": ("double_blocks.{}.txt_mod.lin", "all"),
+    "transformer_blocks.{}.attn.to_out.0": ("double_blocks.{}.img_attn.proj", "all"),
+    "transformer_blocks.{}.attn.to_add_out": ("double_blocks.{}.txt_attn.proj", "all"),
+    "transformer_blocks.{}.ff.net.0.proj": ("double_blocks.{}.img_mlp.0", "all"),
+    "transformer_blocks.{}.ff.net.2": ("double_blocks.{}.img_mlp.2", "all"),
+    "transformer_blocks.{}.ff_context.net.0.proj": ("double_blocks.{}.txt_mlp.0", "all"),
+    "transformer_blocks.{}.ff_context.net.2": ("double_blocks.{}.txt_mlp.2", "all"),
+    "single_transformer_blocks.{}.norm.linear": ("single_blocks.{}.modulation.lin", "all"),
+    "single_transformer_blocks.{}.proj_mlp": ("single_blocks.{}.linear1", "mlp"),
+    "single_transformer_blocks.{}.proj_out": ("single_blocks.{}.linear2", "all"),
+    "norm_out.linear": ("final_layer.adaLN_modulation.1", "swapped"),  # diffusers: scale first; here: shift first
+    "proj_out": ("final_layer.linear", "all"),
+}
+for letter in "qkv":  # one by one there, fused here
+    DIFFUSERS[f"transformer_blocks.{{}}.attn.to_{letter}"] = ("double_blocks.{}.img_attn.qkv", letter)
+    DIFFUSERS[f"transformer_blocks.{{}}.attn.add_{letter}_proj"] = ("double_blocks.{}.txt_attn.qkv", letter)
+    DIFFUSERS[f"single_transformer_blocks.{{}}.attn.to_{letter}"] = ("single_blocks.{}.linear1", letter)
+# XLabs' x-flux, UNO and USO: 1 is the image stream, 2 the text stream
+XLABS = {
+    "double_blocks.{}.processor.qkv_lora1": ("double_blocks.{}.img_attn.qkv", "all"),
+    "double_blocks.{}.processor.qkv_lora2": ("double_blocks.{}.txt_attn.qkv", "all"),
+    "double_blocks.{}.processor.proj_lora1": ("double_blocks.{}.img_attn.proj", "all"),
+    "double_blocks.{}.processor.proj_lora2": ("double_blocks.{}.txt_attn.proj", "all"),
+    "single_blocks.{}.processor.qkv_lora": ("single_blocks.{}.linear1", "qkv"),
+    "single_blocks.{}.processor.proj_lora": ("single_blocks.{}.linear2", "all"),
+}
+OFFICIAL = {official: (official, "all") for official, _ in DIFFUSERS.values()}
+OFFICIAL["single_blocks.{}.linear1_qkv"] = ("single_blocks.{}.linear1", "qkv")  # ComfyUI's
+NAMES = {"diffusers": DIFFUSERS, "official": OFFICIAL, "xlabs": XLABS}
+UNDERSCORED = {name.replace(".", "_"): name for name in (*DIFFUSERS, *OFFICIAL)}  # looked up, never guessed
+# kohya's: those of blocks only, as diffusers drops the others without a word
+KOHYA = {f"lora_unet_{name}".replace(".", "_"): (name, "all") for name, _ in DIFFUSERS.values() if "_blocks." in name}
+NUMBER = re.compile(r"(?<=blocks[._])(0|[1-9]\d{0,3})(?=[._])")
+
+# What may stand before a name, and how the dialect is then called ("" as by the name); after _ come no dots
+PREFIXES = {"base_model.model.": "PEFT", "model.diffusion_model.": "ComfyUI", "diffusion_model.": "ComfyUI"}
+PREFIXES |= {"transformer.": "", "unet.": ""}
+PREFIXES |= {"lora_unet_": "kohya", "lora_transformer_": "OneTrainer", "lycoris_": "LyCORIS"}
+ROLES = re.compile(
+    r"\.(?:(?P<down>lora_A(\.default)?(\.weight)?|lora_down(\.weight)?|(lora\.|lora_linear_layer\.)?down\.weight)"
+    r"|(?P<up>lora_B(\.default)?(\.weight)?|lora_up(\.weight)?|(lora\.|lora_linear_layer\.)?up\.weight)"
+    r"|(?P<bias>lora_B(\.default)?\.bias)|(?P<alpha>alpha))$"
+)
+TEXT_ENCODER = re.compile(
+    r"^(text_encoders?(_\d)?\.|lora_te\d?_|lycoris_text_|clip_[lg]\.|t5xxl\.|(base_model\.model\.)?text_model\.)"
+)
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways of PEFT's to start a LoRA
+REFUSED = (
+    ("DoRA magnitudes", r"dora_scale|lora_magnitude_vector"),
+    ("LoKr factors", r"lokr_"),
+    ("LoHa factors", r"hada_"),
+    ("OFT blocks", r"oft_blocks|\boft_|\.rescale$"),
+    ("GLoRA matrices", r"\.[ab][12]\.(weight|bias)$|\.bm\.weight$"),
+    ("whole weights to add", r"\.diff(_b)?$"),
+    ("whole weights to set", r"\.set_weight$"),
+    ("a change of shape", r"\.reshape_weight$"),
+    ("norms", r"\.[wb]_norm$|norm\.(query|key)_norm\.|\.norm_(added_)?[qk]\."),
+    ("a third matrix", r"lora_mid"),
+    ("IA3 vectors", r"\.on_input$"),
+)
+
+# The dialects that are written: what they call the Linears and the halves
+DIALECTS = {
+    "diffusers": ({f"transformer.{name}": place for name, place in DIFFUSERS.items()}, "lora_A", "lora_B"),
+    "kohya": (KOHYA, "lora_down", "lora_up"),
+    "xlabs": (XLABS, "down", "up"),
+}
+Shapes = dict[str, tuple[int, int]]  # outputs and inputs of every Linear, by released name
+STALE = ("format", "lora_adapter_metadata", "ss_network_dim", "ss_network_alpha", "sshs_")  # true of the old file only
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A low-rank change of some rows of one Linear's output, scale * (up (down x) + bias)."""
+
+    module: str  # the released name
+    rows: slice
+    down: Tensor  # (r, inputs)
+    up: Tensor  # (rows, r)
+    scale: float  # alpha / r
+    bias: Tensor | None = None  # (rows,)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter in a file, not read yet: where it belongs and the keys of its tensors."""
+
+    module: str  # the released name
+    part: str  # see slice_of
+    name: str  # the dialect's, with dots and without prefix
+    dialect: str
+    keys: dict[str, str] = field(default_factory=dict)  # by role: down, up, alpha, bias
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a LoRA file says before its data is read."""
+
+    path: Path
+    tensors: dict[str, Stored]
+    entries: list[Entry]
+    settings: dict  # PEFT's r, lora_alpha, ...; empty if the file has none
+    metadata: dict[str, str]
+    skipped: tuple[str, ...]  # keys of text encoders
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What was loaded; print it. A key that is not used is an error, so there is none."""
+
+    path: str
+    dialect: str
+    modules: int  # as the dialect counts them
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    metadata: dict[str, str]
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        ranks, scales = "-".join(map(str, self.ranks)), "-".join(f"{scale:.4g}" for scale in self.scales)
+        skipped = f", {len(self.skipped)} of text encoders skipped" if self.skipped else ""
+        numbers = f"{self.modules} modules, rank {ranks}, scale {scales}, 0 keys unused{skipped}"
+        return f"{Path(self.path).name}: {self.dialect} names, {numbers}"
+
+
+# names
+
+
+def template(name: str) -> tuple[str, str]:
+    """Take the block number out of a name: double_blocks.7.img_mod.lin -> double_blocks.{}.img_mod.lin, 7."""
+    number = NUMBER.search(name)
+    return (NUMBER.sub("{}", name, count=1), number[0]) if number else (name, "")
+
+
+def locate(name: str) -> Entry | None:
+    """Find the Linear that any dialect's name means, or None."""
+    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+    pattern, number = template(name.removeprefix(prefix))
+    if prefix.endswith("_"):
+        pattern = UNDERSCORED.get(pattern, "")
+    for dialect, names in NAMES.items():
+        if pattern in names:
+            module, part = names[pattern]
+            dialect = dialect if dialect == "xlabs" else PREFIXES.get(prefix) or dialect
+            return Entry(module.format(number), part, pattern.format(number), dialect)
+    return None
+
+
+def names_in(dialect: str, module: str) -> list[tuple[str, str]]:
+    """List the names that a dialect which is written has for one Linear, each with its part."""
+    pattern, number = template(module)
+    return [
+        (name.format(number), part) for name, (official, part) in DIALECTS[dialect][0].items() if official == pattern
+    ]
+
+
+def slice_of(part: str, shape: tuple[int, int]) -> slice:
+    """Give the rows of a part of a Linear's output.
+
+    part: all, swapped (all, the two halves exchanged), or of a fused projection q, k, v, qkv, mlp
+    shape: outputs, inputs of the Linear; a fused projection's inputs are the model's width
+    """
+    outputs, width = shape
+    starts = {"k": width, "v": 2 * width, "mlp": 3 * width}
+    stops = {"q": width, "k": 2 * width, "v": 3 * width, "qkv": 3 * width}
+    return slice(starts.get(part, 0), stops.get(part, outputs))
+
+
+def swap(halves: Tensor) -> Tensor:
+    """Exchange the two halves of the rows."""
+    return torch.cat(halves.chunk(2)[::-1])
+
+
+# reading
+
+
+def lora_file(path: str | Path) -> Path:
+    """Find the file of a LoRA in a folder, PEFT's or a run's; a file is itself. Errors: ValueError if there is none"""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    names = ("adapter_model.safetensors", "lora.safetensors")  # PEFT's, and that of our runs, beside a checkpoint
+    known = next((path / name for name in names if (path / name).is_file()), None)
+    if not (file := known or file_in(path, "*.safetensors")):
+        raise ValueError(f"{path} holds no LoRA, no .safetensors file; name the file")
+    return file
+
+
+def read_lora(path: str | Path, skip_text_encoder: bool = False) -> LoraFile:
+    """Read the header of a LoRA in any dialect and find out where each adapter belongs.
+
+    path: a safetensors file, or a folder as PEFT saves it (adapter_model.safetensors, adapter_config.json)
+    skip_text_encoder: leave out what belongs to CLIP or T5, instead of refusing the file
+    Errors: ValueError that names the key, for whatever is damaged, no LoRA, no plain LoRA or not for FLUX.1
+    """
+    path = lora_file(path)
+    tensors, metadata = read_header(path)
+    if (holds := kind(tensors)) != "LoRA weights":
+        what = WANTED[holds][0] if holds in WANTED else holds
+        raise ValueError(f"{path} holds {what}, not a LoRA for FLUX.1; give a LoRA here and a model to --model")
+    skipped = tuple(filter(TEXT_ENCODER.search, tensors))
+    if skipped and not skip_text_encoder:
+        raise ValueError(
+            f"{path} has {len(skipped)} keys of text encoders ({skipped[0]}, ...), which are not applied here; skip "
+            "them with `python -m iclora.convert` (--skip-text-encoder)"
+        )
+    tensors = {key: stored for key, stored in tensors.items() if not TEXT_ENCODER.search(key)}
+    for what, pattern in REFUSED:
+        if key := next(filter(re.compile(pattern).search, tensors), None):
+            raise ValueError(f"{path} has {what} ({key}), so it is no plain LoRA and is not applied")
+    entries: dict[tuple[str, str], Entry] = {}
+    for key in tensors:
+        role = ROLES.search(key)
+        entry = locate(key[: role.start()]) if role else None
+        if entry is None:
+            raise ValueError(f"{path} has {key}, which belongs to no Linear of FLUX.1; is it a LoRA of another model?")
+        keys = entries.setdefault((entry.module, entry.part), entry).keys
+        if other := keys.get(role.lastgroup):
+            raise ValueError(f"{path} has both {other} and {key}, which mean the same; remove one")
+        keys[role.lastgroup] = key
+    for entry in entries.values():
+        for half, other in (("down", "lora_A"), ("up", "lora_B")):
+            if half not in entry.keys:
+                key = next(iter(entry.keys.values()))
+                raise ValueError(f"{path} has {key} without its {other} ({half}) half; it is damaged")
+    if not entries:
+        raise ValueError(f"{path} has no adapter for the FLUX.1 transformer")
+    return LoraFile(path, tensors, list(entries.values()), _settings(path, metadata), metadata, skipped)
+
+
+def _settings(path: Path, metadata: dict[str, str]) -> dict:
+    """PEFT's configuration, from the header or from the file beside. Errors: ValueError if it is damaged or DoRA"""
+    config = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and config.is_file():
+        settings = read_json(config)
+    elif "lora_adapter_metadata" in metadata:
+        try:
+            flat = json.loads(metadata["lora_adapter_metadata"])
+            settings = {k.removeprefix("transformer."): v for k, v in flat.items() if k.startswith("transformer.")}
+        except (TypeError, ValueError, AttributeError, RecursionError):
+            raise ValueError(f"{path} has a damaged lora_adapter_metadata in its header") from None
+    else:
+        return {}
+    odd = [name for name in ("use_dora", "use_qalora") if settings.get(name)]
+    odd += [f"peft_type {settings['peft_type']}"] if settings.get("peft_type", "LORA") != "LORA" else []
+    if odd:
+        raise ValueError(f"{path} is configured with {odd[0]}, so it is no plain LoRA and is not applied")
+    if (start := str(settings.get("init_lora_weights")).lower()).startswith(CHANGES_BASE):
+        raise ValueError(
+            f"{path} was trained beside a base that {start} changed, which the file does not hold; convert it to a "
+            "plain LoRA in PEFT"
+        )
+    return settings | {name: _patterns(path, settings, name) for name in ("rank_pattern", "alpha_pattern")}
+
+
+def _patterns(path: Path, settings: dict, name: str) -> dict[str, tuple[int, object]]:
+    """PEFT's patterns, rewritten for fnmatch with ^ kept, as no regular expression of a file is run; each with its
+    number, as the first match counts. Errors: ValueError for what is no such table"""
+    table: dict[str, tuple[int, object]] = {}
+    patterns = settings.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path} has a damaged rank_pattern or alpha_pattern in its PEFT configuration")
+    for number, (pattern, value) in enumerate(patterns.items()):
+        glob = pattern.removesuffix("$").replace(r"\.", ".").replace(".*", "*")
+        if not re.fullmatch(r"\^?[\w.*-]+", glob):
+            raise ValueError(f"{path} has {pattern[:80]!r} in its {name}, no valid pattern; names with .* are")
+        table.setdefault(glob, (number, value))
+    return table
+
+
+def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> float:
+    """alpha / rank: alpha from the adapter's own tensor, else PEFT's configuration, else equal to the rank.
+
+    Errors: ValueError if both are there, or the configuration does not fit
+    """
+    if alpha is not None and file.settings:
+        raise ValueError(f"{file.path} has {entry.keys['alpha']} and a PEFT configuration; nobody knows which counts")
+    if not file.settings:
+        return 1.0 if alpha is None else alpha / rank
+    words = entry.name.split(".")
+    endings = ["^" + entry.name, *(".".join(words[i:]) for i in range(len(words)))]  # a pattern means one of these
+    values = {}
+    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        table = file.settings[patterns]
+        hits = [table[ending] for ending in endings if ending in table]
+        hits += [table[glob] for glob in table if "*" in glob and any(fnmatchcase(end, glob) for end in endings)]
+        value = min(hits, key=lambda hit: hit[0])[1] if hits else file.settings.get(name)
+        if not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise ValueError(f"{file.path} gives {entry.name} the {name} {str(value)[:40]}, no positive number")
+        values[name] = value
+    if values["r"] != rank:
+        raise ValueError(
+            f"{file.path} says rank {values['r']} for {entry.name}, but {entry.keys['down']} has rank {rank}"
+        )
+    return values["lora_alpha"] / (rank**0.5 if file.settings.get("use_rslora") else rank)
+
+
+def check_shapes(file: LoraFile, shapes: Shapes) -> list[slice]:
+    """Check a file against a model, without reading its data.
+
+    shapes: outputs and inputs of every Linear, by released name
+    Returns the rows that each entry changes
+    Errors: ValueError that names the key, for blocks the model lacks, wrong shapes and odd dtypes
+    """
+    slices = []
+    for entry in file.entries:
+        key, shape = entry.keys["down"], file.tensors[entry.keys["down"]].shape
+        if entry.module not in shapes:
+            raise ValueError(f"{file.path} has {key}, but this model has no {entry.module}; it is for another")
+        if not shape or not shape[0]:
+            raise ValueError(f"{file.path} has {key} of shape {shape}, so of rank 0")
+        rows = slice_of(entry.part, shapes[entry.module])
+        outputs, rank = rows.stop - rows.start, shape[0]
+        wanted = {"down": (rank, shapes[entry.module][1]), "up": (outputs, rank), "bias": (outputs,), "alpha": ()}
+        for role, key in entry.keys.items():
+            shape, dtype = file.tensors[key].shape, file.tensors[key].dtype
+            if shape != wanted[role] and (role, shape) != ("alpha", (1,)):
+                right = wanted[role] or "one number"
+                raise ValueError(f"{file.path} has {key} of shape {shape}; {entry.module} of this model needs {right}")
+            if dtype not in FLOATS:
+                raise ValueError(f"{file.path} has {key} in {dtype}; a LoRA must be in floats of 16 bits or more")
+        slices.append(rows)
+    return slices
+
+
+def read_deltas(file: LoraFile, shapes: Shapes) -> list[Delta]:
+    """Read the tensors, in the dtype of the file, and check them against the model.
+
+    shapes: outputs and inputs of every Linear, by released name
+    Errors: ValueError that names the key, for what check_shapes refuses and values that are not finite
+    """
+    slices, deltas = check_shapes(file, shapes), []
+    try:
+        data = safe_open(file.path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file.path} has a damaged header ({error}); download it again") from None
+    with data:
+        for entry, rows in zip(file.entries, slices, strict=True):
+            tensors = {role: data.get_tensor(key) for role, key in entry.keys.items()}
+            for role, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{file.path} has values in {entry.keys[role]} that are not finite")
+            alpha = float(tensors.pop("alpha")) if "alpha" in tensors else None
+            if entry.part == "swapped":
+                tensors = {role: tensor if role == "down" else swap(tensor) for role, tensor in tensors.items()}
+            scale = _scale(file, entry, len(tensors["down"]), alpha)
+            deltas.append(Delta(entry.module, rows, **tensors, scale=scale))
+    return deltas
+
+
+def describe(file: LoraFile, deltas: list[Delta]) -> LoraReport:
+    """Sum up what was read."""
+    ranks = tuple(sorted({len(delta.down) for delta in deltas}))
+    scales = tuple(sorted({delta.scale for delta in deltas}))
+    dialect = " and ".join(sorted({entry.dialect for entry in file.entries}))
+    return LoraReport(str(file.path), dialect, len(deltas), ranks, scales, file.metadata, file.skipped)
+
+
+# writing
+
+
+def write_lora(
+    deltas: list[Delta], shapes: Shapes, path: str | Path, dialect: str, metadata: dict[str, str], dtype: torch.dtype
+) -> None:
+    """Write a LoRA file.
+
+    deltas: several for the same rows are joined into one of the summed rank
+    dialect: diffusers, with the scale folded into B, which diffusers and ComfyUI load; kohya, fused and with alpha,
+        for kohya, ComfyUI and diffusers; xlabs, fused and without alpha, for XLabs and UNO
+    metadata: text for the header; what was true of an older file only, such as its alpha, is left out
+    Errors: ValueError naming what the dialect has no place for, or what does not fit the dtype; OSError
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"the LoRA dialect {dialect!r} cannot be written; choose one of {', '.join(DIALECTS)}")
+    if not deltas:
+        raise ValueError("there is no LoRA to write; attach or load one first")
+    modules: dict[str, list[Delta]] = {}
+    for delta in map(_trim, deltas):
+        check_named(dialect, delta.module, shapes[delta.module], delta.rows, delta.bias is not None)
+        modules.setdefault(delta.module, []).append(delta)
+    tensors: dict[str, Tensor] = {}
+    for module, changes in modules.items():
+        for name, part in names_in(dialect, module):
+            rows = slice_of(part, shapes[module])
+            if inside := [d for d in changes if d.rows.start < rows.stop and rows.start < d.rows.stop]:
+                tensors |= _tensors(dialect, name, part, _join(inside, rows))
+    # Where ranks differ, diffusers takes the first for everybody's alpha, so each says its own.
+    # Source: huggingface/diffusers utils/peft_utils.py get_peft_kwargs
+    ranks = {key: len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_A.weight")}
+    if len({*ranks.values()}) > 1:
+        tensors |= {key.replace(".lora_A.weight", ".alpha"): torch.tensor(float(r)) for key, r in ranks.items()}
+    tensors = {key: t if key.endswith(".alpha") else t.to(dtype, copy=True) for key, t in tensors.items()}
+    if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise ValueError(f"{bad} holds values that are not finite in {dtype}; write it as float32")
+    save_safetensors(tensors, path, {k: str(v) for k, v in metadata.items() if not k.startswith(STALE)})
+
+
+def check_named(dialect: str, module: str, shape: tuple[int, int], rows: slice, biased: bool) -> None:
+    """Refuse a change of some rows of a Linear that a dialect has no name for. Errors: ValueError"""
+    named = [slice_of(part, shape) for _, part in names_in(dialect, module)]
+    if dialect == "diffusers" or (not biased and any(n.start <= rows.start and rows.stop <= n.stop for n in named)):
+        return  # diffusers names every row
+    what = f"rows {rows.start} to {rows.stop} of {module}{' with a bias' if biased else ''}"
+    raise ValueError(f"the {dialect} dialect has no place for {what}; write the LoRA as diffusers")
+
+
+def _trim(delta: Delta) -> Delta:
+    """Leave out first and last rows that stay as they are, as in a fused up; a fresh adapter keeps all."""
+    used = delta.up.any(dim=1).nonzero().flatten().tolist()
+    if delta.bias is not None or not used:
+        return delta
+    start, stop = used[0], used[-1] + 1
+    return replace(delta, rows=slice(delta.rows.start + start, delta.rows.start + stop), up=delta.up[start:stop])
+
+
+def _join(deltas: list[Delta], rows: slice) -> Delta:
+    """Make one change of some rows, in float32: downs below each other, ups beside each other.
+
+    A down that comes twice, as where a fused adapter was split, is used once; a rank that changes none of these
+    rows, as in a block-sparse up, is dropped. So converting to and fro does not raise the rank.
+    Scales that differ are folded in.
+    """
+    common = len({delta.scale for delta in deltas}) == 1
+    pairs: dict[bytes, tuple[Tensor, Tensor]] = {}
+    bias = None
+    for delta in deltas:
+        factor = 1.0 if common else delta.scale
+        edges = (delta.rows.start - rows.start, rows.stop - delta.rows.stop)  # to add, or to cut if negative
+        down, up = delta.down.float(), F.pad(factor * delta.up.float(), (0, 0, *edges))
+        key = down.numpy().tobytes()
+        pairs[key] = (down, up + pairs[key][1] if key in pairs else up)
+        if delta.bias is not None:
+            bias = F.pad(factor * delta.bias.float(), edges) + (0 if bias is None else bias)
+    down, up = torch.cat([down for down, _ in pairs.values()]), torch.cat([up for _, up in pairs.values()], dim=1)
+    if (used := up.any(dim=0)).any():  # else it is fresh and keeps its rank
+        down, up = down[used], up[:, used]
+    return Delta(deltas[0].module, rows, down, up, deltas[0].scale if common else 1.0, bias)
+
+
+def _tensors(dialect: str, name: str, part: str, delta: Delta) -> dict[str, Tensor]:
+    """Name the tensors of one adapter."""
+    _, a, b = DIALECTS[dialect]
+    if dialect == "kohya":
+        alpha = torch.tensor(delta.scale * len(delta.down))
+        return {f"{name}.{a}.weight": delta.down, f"{name}.{b}.weight": delta.up, f"{name}.alpha": alpha}
+    tensors = {f"{name}.{b}.weight": delta.up} | ({} if delta.bias is None else {f"{name}.{b}.bias": delta.bias})
+    tensors = {key: delta.scale * (swap(tensor) if part == "swapped" else tensor) for key, tensor in tensors.items()}
+    return {f"{name}.{a}.weight": delta.down} | tensors
