@@ -1,6 +1,7 @@
 """One frozen dataclass <-> one command line; the only place that knows argparse. And what both scripts say and draw."""
 
 import argparse
+import io
 import json
 import os
 import re
@@ -11,9 +12,12 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
+from tqdm import tqdm
+
 from .knobs import flag, nearest
 
 Config = TypeVar("Config")
+INTERRUPTED = 130  # exit status
 MAX_RECORD = 10_000_000  # bytes of a JSON to replay
 NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
 KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
@@ -61,9 +65,23 @@ def plain(text: str) -> str:
 
 
 def complain(line: str, status: int) -> int:
-    """Writes one line and gives the exit status."""
-    sys.stderr.write(f"error: {plain(line)}\n")
+    """Writes one line and gives the exit status; 130, an interruption, is no error."""
+    sys.stderr.write(f"{'' if status == INTERRUPTED else 'error: '}{plain(line)}\n")
     return status
+
+
+def as_flags(config: Any) -> list[str]:
+    """Writes a configuration as the flags that make it, those with their defaults left out."""
+    words = []
+    for field in fields(config):
+        value, name = getattr(config, field.name), flag(field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            words += [name, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
 
 
 def check_folder(folder: Path) -> None:
@@ -95,36 +113,37 @@ class Bar:
     label: what is being done
     before: steps that were done before, which tell nothing of the pace
     every: elsewhere, such as in a log, a line is written every so many steps and at the end; 0 writes none
+    total: steps in all; a bar that knows them is there before the first one is done
     """
 
-    WIDTH = 24
-
-    def __init__(self, label: str, before: int = 0, every: int = 0):
-        self.label, self.before, self.every = label, before, every
-        self.drawn = False
+    def __init__(self, label: str, before: int = 0, every: int = 0, total: int | None = None):
+        self.label, self.before, self.every, self.total = label, before, every, total
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> "Bar":
-        self.start = time.perf_counter()
+        self.shown, self.start = sys.stderr.isatty(), time.time()
+        if self.total is not None:
+            self._open(self.total)
         return self
 
     def __call__(self, done: int, total: int, more: str = "") -> None:
-        """Draws the bar. more: is said behind the steps, such as the loss"""
-        each = (time.perf_counter() - self.start) / (done - self.before)
-        pace = f"{each:.2f} s a step" if each >= 1 else f"{1 / max(each, 1e-9):.2f} steps a second"
-        left = round(each * (total - done))
-        time_left = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        filled = "#" * (self.WIDTH * done // total)
-        line = f"{self.label} [{filled:.<{self.WIDTH}}] step {done}/{total}{more}, {pace}, {time_left} left"
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{line}\x1b[K")
-            sys.stderr.flush()
-            self.drawn = True
-        elif self.every and (done % self.every == 0 or done == total):
-            sys.stderr.write(f"{line}\n")
+        """Show a step. more: is said behind the steps, such as the loss"""
+        bar = self.bar or self._open(total)
+        bar.set_postfix_str(more, refresh=False)
+        bar.update(done - bar.n)
+        if not self.shown and self.every and (done % self.every == 0 or done == total):
+            sys.stderr.write(f"{bar}\n")
 
     def __exit__(self, *_: object) -> None:
-        if self.drawn:
-            sys.stderr.write("\n")
+        if self.bar is not None:
+            self.bar.close()
+
+    def _open(self, total: int) -> tqdm:
+        file = sys.stderr if self.shown else io.StringIO()  # a log gets whole lines, which no bar has written over
+        options = {"ascii": True, "unit": " steps", "miniters": 1, "dynamic_ncols": self.shown}
+        self.bar = tqdm(desc=self.label, total=total, initial=self.before, file=file, **options)
+        self.bar.start_t = self.start  # the first step counts too
+        return self.bar
 
 
 class _Parser(argparse.ArgumentParser):

@@ -278,6 +278,9 @@ class TrainConfig:
     holdout: float = knob(0.1, "share of the sets kept for the validation loss, at most 32 in all", valid=(0, 0.9))
     save_every: int = knob(250, "steps between checkpoints", valid=(1, 10_000_000))
     sample_every: int = knob(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
+    sample_prompt: tuple[str, ...] = knob(
+        (), "also show on every sheet what these texts give, in the grid of the first sets", metavar="TEXT"
+    )
     checkpointing: bool | None = knob(None, "less memory, a third slower (default: yes; tiny no)", follows=("model",))
     seed: int = knob(0, "of everything that is drawn", valid=(0, LAST_SEED))
     device: str = knob("auto", "auto is cuda if there is one, else cpu", choices=("auto", "cpu", "cuda", "mps"))

@@ -26,10 +26,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import iclora.cache
+import iclora.checkpoint
 import iclora.feed
 import iclora.monitor
 import iclora.references
-import iclora.restart
 import iclora.training
 import model.lora
 import sample
@@ -52,8 +52,8 @@ ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text --ref-size "
     "--offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup --decay "
-    "--ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
-    "--dtype --tensorboard --out --config"
+    "--ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --sample-prompt --checkpointing "
+    "--seed --device --dtype --tensorboard --out --config"
 )
 KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -160,6 +160,13 @@ def refused(capsys):
     *before, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and not any("Traceback" in other or "error" in other for other in before)
     return line
+
+
+def last_line(capsys):
+    """The last line on stderr of an interruption, which is no error."""
+    err = capsys.readouterr().err
+    assert "error" not in err and "Traceback" not in err
+    return err.splitlines()[-1]
 
 
 # the command line
@@ -401,11 +408,11 @@ def no_memory(*_):
 
 
 def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
-    monkeypatch.setattr(train.Run, "draw_sheet", killing(train.Run.draw_sheet, 1))
+    monkeypatch.setattr(iclora.monitor.Monitor, "draw_sheet", killing(iclora.monitor.Monitor.draw_sheet, 1))
     with pytest.raises(Killed):
         go(world, out, "--sample-every", "2", steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(iclora.monitor, "sheet", no_memory)
+        patch.setattr(iclora.monitor, "sheet_columns", no_memory)
         assert go(world, out, "--sample-every", "2", steps=2) == 0, "one that fails is left out, on resume"
         assert go(world, beside(out, "new"), "--sample-every", "1", steps=2) == 0, "and while training"
     assert not [*out.glob("sheet-*"), *beside(out, "new").glob("sheet-*")]
@@ -503,10 +510,10 @@ def killing(real, when):
 PLACES = {
     "in a step": (iclora.training, "flow_loss", 4),
     "before the first checkpoint": (iclora.training, "flow_loss", 2),
-    "before anything": (iclora.restart, "write_whole", 1),
+    "before anything": (iclora.checkpoint, "write_atomic", 1),
     "while the checkpoint gets its name": (os, "replace", 4),
-    "after the checkpoint": (model.lora, "save_lora", 2),
-    "in the last lora": (model.lora, "save_lora", 3),
+    "after the checkpoint": (iclora.monitor, "save_lora", 2),
+    "in the last lora": (iclora.monitor, "save_lora", 3),
     "while the curve is drawn": (iclora.monitor, "draw_curve", 2),
     "between the moments and the average": (torch, "_foreach_lerp_", 4),
 }
@@ -583,9 +590,9 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bytes(world, whole, out,
     with monkeypatch.context() as patch:
         patch.setattr(iclora.training, "flow_loss", stopped)
         assert go(world, out) == 130
-    assert refused(capsys) == "error: stopped after step 3 of 6; the same command goes on there"
+    assert last_line(capsys) == "stopped after step 3 of 6; the same command goes on there"
     assert signal.getsignal(number) is handler
-    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 3 and steps_of(out) == [1, 2, 3]
+    assert iclora.checkpoint.read_checkpoint(out / "checkpoint.safetensors")[2] == 3 and steps_of(out) == [1, 2, 3]
     assert go(world, out) == 0
     assert files(out) == files(whole)
 
@@ -603,8 +610,8 @@ def test_a_second_interruption_stops_at_once_and_keeps_the_last_checkpoint(world
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_foreach_lerp_", stopped)
         assert go(world, out) == 130
-    assert refused(capsys) == "error: interrupted; the same command goes on from the last checkpoint"
-    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert last_line(capsys) == "interrupted; the same command goes on from the last checkpoint"
+    assert iclora.checkpoint.read_checkpoint(out / "checkpoint.safetensors")[2] == 2
     assert go(world, out) == 0
     assert files(out) == files(whole)
 
@@ -622,7 +629,7 @@ def test_a_full_disk_is_one_line_and_loses_no_earlier_checkpoint(world, whole, o
         patch.setattr(os, "replace", full)
         assert go(world, out) == 2
     assert "No space left on device" in refused(capsys)
-    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert iclora.checkpoint.read_checkpoint(out / "checkpoint.safetensors")[2] == 2
     assert not [name for name in files(out) if name.startswith(".")]
     assert go(world, out) == 0
     assert files(out) == files(whole)
@@ -668,12 +675,12 @@ def test_killed_processes_end_in_the_same_bytes_and_one_that_is_stopped_too(worl
     for code in codes:
         process = start(world, folder, *LONG, steps=40, code=code)
         said.append((process.communicate()[1].splitlines()[-1], process.returncode))
-        steps.append((iclora.restart.read_about(folder / "checkpoint.safetensors")[2], steps_of(folder)[-1]))
+        steps.append((iclora.checkpoint.read_checkpoint(folder / "checkpoint.safetensors")[2], steps_of(folder)[-1]))
         scraps = [name.split(".")[1] for name in files(folder) if name.endswith(".tmp")]
         assert scraps == (["checkpoint"] if code is codes[0] else []), "the second one was not named yet"
     assert [status for _, status in said] == [-signal.SIGKILL, -signal.SIGKILL, 130]
     assert steps == [(10, 20), (20, 21), (24, 24)]
-    assert said[2][0] == "error: stopped after step 24 of 40; the same command goes on there"
+    assert said[2][0] == "stopped after step 24 of 40; the same command goes on there"
     assert go(world, folder, *LONG, steps=40) == 0
     assert files(folder) == files(beside(out, "whole"))
 
@@ -742,7 +749,7 @@ def test_two_processes_equal_one_stop_together_and_their_checkpoint_resumes_on_o
     interrupted = hit("iclora.training.flow_loss", 3, 2)  # the second process alone, and in its third step
     status, said = together(world, out, codes=(TRAIN, interrupted))
     assert status == [130, 130] and said[0] == said[1], said
-    assert said[0] == ["error: stopped after step 3 of 6; the same command goes on there"]
+    assert said[0] == ["stopped after step 3 of 6; the same command goes on there"]
     assert steps_of(out) == [1, 2, 3]
     assert go(world, beside(out, "one"), steps=3) == 0
     assert compare(out, beside(out, "one")) < 1e-5
@@ -814,10 +821,24 @@ def pipeline(world, *loras, **more):
     return Pipeline(resolve(config, said.append), said.append), said
 
 
+def steps_of_sampling(networks):
+    """What the transformer gets and gives in every step: points (steps, I, 64), velocities (steps, I, 64)."""
+    points, velocities, real = [], [], networks.flux.velocity
+
+    def spy(x, *more):
+        points.append(x.clone())
+        velocities.append(real(x, *more))
+        return velocities[-1]
+
+    networks.flux.velocity = spy
+    networks.sample(0, lambda *_: None)
+    networks.flux.velocity = real
+    return torch.cat(points), torch.cat(velocities)
+
+
 def velocity(networks):
-    x = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return networks.velocity(networks.encode_references(0))(x, 0.5)
+    """What the transformer gives in the first step, from the noise of seed 0."""
+    return steps_of_sampling(networks)[1][:1]
 
 
 def test_the_lora_changes_the_sampler_by_its_strength(world, whole):
@@ -836,19 +857,11 @@ def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
     assert given.keys() == base.keys() and all(torch.equal(given[name], base[name]) for name in base)
 
 
-def inputs_of(networks):
-    """What the transformer gets in every step: (steps, I, 64)."""
-    seen, real = [], networks.flux.predict
-    networks.flux.predict = lambda x, *more: seen.append(x.clone()) or real(x, *more)
-    networks.sample(0, lambda *_: None)
-    return torch.cat(seen)
-
-
 def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, clean, whole):
     panel = str(world / "sets" / "0" / "1.png")
     for path, stays in ((clean, True), (whole / "lora.safetensors", False)):
         networks, _ = pipeline(world, path, mask="2", panels=(panel,))
-        seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+        seen, kept = steps_of_sampling(networks)[0], ~networks.mask[0, :, 0].bool()
         same = [torch.equal(x[kept], networks.data[0, kept]) for x in seen]
         assert len(same) == 3 and all(same) == stays and any(same) == stays
         assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
@@ -857,7 +870,7 @@ def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, c
 def test_kept_panels_stay_clean_beside_drafts(world, clean):
     panels = tuple(str(world / "sets" / "0" / f"{number}.png") for number in (1, 2))
     networks, _ = pipeline(world, clean, mask="2", panels=panels, strength=0.7)
-    seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+    seen, kept = steps_of_sampling(networks)[0], ~networks.mask[0, :, 0].bool()
     assert len(seen) and all(torch.equal(x[kept], networks.data[0, kept]) for x in seen)
     assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
 
@@ -891,8 +904,8 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     assert torch.equal(networks.data[:, kept], pack(sets.known)[:, kept])
     assert networks.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(networks.vec, plain.vec)
     assert not torch.equal(networks.data, plain.data), "encoded by itself"
-    masks, real = [], networks.flux.prepare
-    networks.flux.prepare = lambda *given: masks.append(given[4]) or real(*given)
+    masks, real = [], networks.flux.prefill
+    networks.flux.prefill = lambda *given: masks.append(given[3]) or real(*given)
     networks.sample(0, lambda *_: None)
     assert len(masks) == 1 and torch.equal(masks[0], sets.mask)
 
@@ -970,18 +983,12 @@ def shown(world, *loras, **more):
     return pipeline(world, *loras, ref=(reference,), grid="1x1", prompt="picture 1", **more)
 
 
-def velocity_of(networks):
-    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return networks.velocity(networks.encode_references(0))(x, 0.5)
-
-
 def test_the_sampler_follows_how_uno_was_trained_and_an_untrained_file_changes_nothing(world, referred, out):
     config = shown(world, referred / "lora.safetensors")[0].plan.config
     assert (config.offset, config.ref_size, config.posterior, config.guidance) == ("w", 32, "sample", 4.0)
     assert uno(world, out, "--lr", "0", steps=1) == 0
     base, fresh, trained = (
-        velocity_of(shown(world, *lora, ref_size=32, offset="w")[0])
+        velocity(shown(world, *lora, ref_size=32, offset="w")[0])
         for lora in ([], [out / "lora.safetensors"], [referred / "lora.safetensors"])
     )
     assert torch.equal(fresh, base) and (trained - base).abs().max() > 1e-4
@@ -998,10 +1005,10 @@ def test_the_sampler_feeds_the_references_and_places_that_training_fed(world, re
     networks.plan = pipeline_plan(world, referred, tuple(map(str, example.references)))
     with torch.inference_mode():
         assert torch.allclose(networks.encode_references(0), sets.references, atol=1e-6)
-    given, real = [], networks.flux.prepare
-    networks.flux.prepare = lambda ids, *more: given.append(ids) or real(ids, *more)
-    velocity_of(networks)
-    assert torch.equal(given[0], sets.ids)
+    given, real = [], networks.flux.prefill
+    networks.flux.prefill = lambda ids, *more: given.append(ids) or real(ids, *more)
+    velocity(networks)
+    assert torch.equal(given[0][:, networks.txt.shape[1] :], sets.ids)
 
 
 def pipeline_plan(world, run, ref):
@@ -1039,15 +1046,15 @@ def test_references_alone_are_trained_and_followed_by_the_sampler_and_the_second
     assert len(told) >= 2 and all(sets.alone for sets in told) and (out / "sheet-000002.png").exists()
     shutil.copy(out / "lora.safetensors", world / "alone.safetensors")
     networks, _ = shown(world, world / "alone.safetensors")
-    config, sampled = networks.plan.config, velocity_of(networks)
-    x, references = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)), networks.encode_references(0)
+    config, (points, velocities) = networks.plan.config, steps_of_sampling(networks)
+    x, sampled, references = points[:1], velocities[:1], networks.encode_references(0)
     ids, txt_ids = place(networks.plan.layout, "w", 1.0), torch.zeros(1, networks.txt.shape[1], 3)
-    given = (x, ids, networks.txt, txt_ids, torch.tensor([0.5]), networks.vec, torch.tensor([4.0]), None, references)
+    given = (x, ids, networks.txt, txt_ids, torch.ones(1), networks.vec, torch.tensor([4.0]), None, references)
     with torch.inference_mode():
         trained, joint = (networks.flux(*given, alone) for alone in (True, False))
     assert config.reference_attention == "alone" and torch.equal(sampled, trained), "what flow_loss calls"
     assert (sampled - joint).abs().max() > 1e-4
-    assert torch.equal(velocity_of(shown(world, world / "alone.safetensors", reference_attention="joint")[0]), joint)
+    assert torch.equal(velocity(shown(world, world / "alone.safetensors", reference_attention="joint")[0]), joint)
     flags = ["--method", "uno", "--data", str(world / "pairs.json"), "--stage", "2"]
     assert go(world, beside(out, "two"), *flags, "--init-lora", str(world / "alone.safetensors"), steps=1) == 0
     assert read_header(beside(out, "two") / "lora.safetensors")[1]["iclora.reference_attention"] == "alone"
