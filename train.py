@@ -17,11 +17,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iclora.cli import INTERRUPTED, NO_MEMORY, Bar, check_folder, complain, parse, plain
+from iclora.cli import INTERRUPTED, NO_MEMORY, check_folder, complain, parse, plain
 from iclora.config import TrainConfig
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
@@ -54,76 +54,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: TrainConfig) -> None:
     """Check all that can be checked without a network, read the data, train, and write the LoRA."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = Path(config.out)
-    check_folder(folder)
-    if folder.resolve().is_relative_to(Path(config.data).resolve()):
-        raise ValueError(f"--out {folder} lies in --data, where the next run would read it; choose one outside")
-    import torch
+    check_folder(Path(config.out))
+    if Path(config.out).resolve().is_relative_to(Path(config.data).resolve()):
+        raise ValueError(f"--out {config.out} lies in --data, where the next run would read it; choose one outside")
+    from iclora.monitor import Monitor
+    from iclora.training import leave_processes, plan_training, start_training, try_command
 
-    from iclora.checkpoint import CHECKPOINT, RESULT, load_checkpoint, new_state
-    from iclora.feed import prepare
-    from iclora.monitor import Monitor, board_writer
-    from iclora.training import (
-        add_adapters,
-        checkpoint_blocks,
-        in_turn,
-        join_processes,
-        note_doubts,
-        plan_training,
-        sample_command,
-    )
-    from model.lora import trainable
-    from model.weights import load_flux
-
-    if config.tensorboard:
-        board_writer()  # refuses what is not installed
+    rank, world_size = processes()
     tell = note if rank == 0 else lambda line: None
     plan = plan_training(config, world_size, tell)
-    config = plan.config
-    if world_size > 1:
-        join_processes(config.device)
-    loader = in_turn(
-        rank,
-        world_size,
-        lambda: prepare(config, plan.examples, plan.files, plan.shape, tell, lambda label: Bar(label, every=50)),
-    )
-    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
-    report = add_adapters(flux, config)
-    if config.checkpointing:
-        checkpoint_blocks(flux)
-    state, monitor = new_state(trainable(flux)), None
-    if (folder / CHECKPOINT).exists():
-        load_checkpoint(folder / CHECKPOINT, state)
-        report = f"going on from step {state.step}" if state.step < config.steps else plan.finished
-    if rank == 0:
-        note(report)
-        note_doubts(config, loader.layouts, note)
-        monitor = Monitor(plan, loader, flux, state, note)
-        monitor.start()
-    with stop_between_steps() as signals, monitor.bar if monitor else contextlib.nullcontext():
-        train(config, flux, loader, state, monitor, lambda: bool(signals))
-    if world_size > 1:
-        torch.distributed.barrier()  # the others wait for what the first one writes
-        torch.distributed.destroy_process_group()
-    if state.step < config.steps:
-        raise KeyboardInterrupt(f"stopped after step {state.step} of {config.steps}; the same command goes on there")
-    tell(f"wrote {folder / RESULT}; try it with `{sample_command(config, loader.layouts[0])}`")
+    loader, flux, state = start_training(plan, rank, world_size, tell)
+    with Monitor(plan, loader, flux, state, note) if rank == 0 else contextlib.nullcontext() as monitor:
+        train(plan.config, flux, loader, state, monitor)
+    leave_processes(world_size)
+    steps = plan.config.steps
+    if state.step < steps:
+        raise KeyboardInterrupt(f"stopped after step {state.step} of {steps}; the same command goes on there")
+    tell(try_command(config, loader.layouts[0]))
 
 
-def train(
-    config: TrainConfig,
-    flux: "Flux",
-    loader: "Feed",
-    state: "State",
-    monitor: "Monitor | None" = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> None:
+def train(config: TrainConfig, flux: "Flux", loader: "Feed", state: "State", monitor: "Monitor | None") -> None:
     """Train to config.steps from wherever the state is: THE training loop.
+
+    Ctrl-C in any process makes the step under way the last one in all of them.
 
     config: with nothing left undecided
     monitor: shows and saves, in the first process
-    stop: is asked once a step; when it says yes in any process, this step is the last one in all of them
     Errors: ValueError if the loss or its gradient is not finite; the state is that of the step before then
     """
     import torch
@@ -132,43 +88,44 @@ def train(
     from iclora.checkpoint import update_average
     from iclora.training import flow_loss, learning_rate, micro_batches, sample_step, sum_over_processes
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, (optimizer,), stopping = state.parameters[0].device, state.optimizers, False
-    while state.step < config.steps and not stopping:
-        layout, examples = loader.batch(state.step)
-        step_noise = sample_step(config, state.step, len(examples), layout)
+    (rank, world_size), (optimizer,), device = processes(), state.optimizers, state.parameters[0].device
+    with stop_between_steps() as signals:
+        stopping = False
+        while state.step < config.steps and not stopping:
+            layout, examples = loader.batch(state.step)
+            step_noise = sample_step(config, state.step, len(examples), layout)
 
-        loss = torch.zeros((), device=device)
-        for share in micro_batches(len(examples), rank, world_size, config.accumulate):
-            own = step_noise[share]
-            batch = to(loader.sets(layout, examples[share], own.kept, own.dropped).drawn(own.posterior), device)
-            part = flow_loss(flux, batch, own.noise.to(device), own.t.to(device)).sum() / len(examples)
-            part.backward()
-            loss += part.detach()
-        stopping = torch.full((), float(stop()), device=device)
-        sum_over_processes([loss, stopping, *(p.grad for p in state.parameters)], world_size)
-        norm = torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)
-        if not torch.isfinite(loss + norm):
-            raise ValueError(
-                f"training diverged: in step {state.step + 1} the loss is {float(loss):.4g}, its gradient "
-                f"{float(norm):.4g}; start anew with a lower --lr and another --out"
-            )
+            loss = torch.zeros((), device=device)
+            for share in micro_batches(len(examples), rank, world_size, config.accumulate):
+                own = step_noise[share]
+                batch = to(loader.sets(layout, examples[share], own.kept, own.dropped).drawn(own.posterior), device)
+                part = flow_loss(flux, batch, own.noise.to(device), own.t.to(device)).sum() / len(examples)
+                part.backward()
+                loss += part.detach()
+            stopping = torch.full((), float(len(signals)), device=device)
+            sum_over_processes([loss, stopping, *(p.grad for p in state.parameters)], world_size)
+            norm = torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)
+            if not torch.isfinite(loss + norm):
+                raise ValueError(
+                    f"training diverged: in step {state.step + 1} the loss is {float(loss):.4g}, its gradient "
+                    f"{float(norm):.4g}; start anew with a lower --lr and another --out"
+                )
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_average(state.average, state.parameters, config.ema, state.step)
-        state.step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, state.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update_average(state.average, state.parameters, config.ema, state.step)
+            state.step += 1
 
+            if monitor:
+                monitor.log(float(loss))
+                if monitor.due(config.save_every):
+                    monitor.save()
+                if monitor.due(config.sample_every):
+                    monitor.draw_sheet()
         if monitor:
-            monitor.log(float(loss))
-            if monitor.due(config.save_every):
-                monitor.save()
-            if monitor.due(config.sample_every):
-                monitor.draw_sheet()
-    if monitor:
-        monitor.save()
+            monitor.save()
 
 
 @contextlib.contextmanager
@@ -188,6 +145,11 @@ def stop_between_steps() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def processes() -> tuple[int, int]:
+    """Return the rank of this process, and how many share every batch, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def note(line: str) -> None:

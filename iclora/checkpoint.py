@@ -68,14 +68,13 @@ def update_average(average: list[Tensor], parameters: list[Tensor], ema: float, 
 @contextlib.contextmanager
 def averaged(state: State) -> Iterator[None]:
     """Put the averaged weights in place of the trained ones for a while."""
-    trained = [p.detach().clone() for p in state.parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(state.parameters, state.average)
+    weights = [p.detach() for p in state.parameters]  # the same memory
+    trained = [weight.clone() for weight in weights]
+    torch._foreach_copy_(weights, state.average)
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(state.parameters, trained)
+        torch._foreach_copy_(weights, trained)
 
 
 def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerprint: Mapping[str, str]) -> None:

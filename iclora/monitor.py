@@ -23,7 +23,7 @@ from sampling.denoise import denoise
 from sampling.flow import AfterStep, times
 from sampling.images import save_png, to_picture
 from sampling.inpaint import keep_clean
-from sampling.latents import CELL, TOKEN, noise, pack, unpack
+from sampling.latents import CELL, noise, pack, unpack
 
 from .batch import Feed, Sets, to
 from .checkpoint import CHECKPOINT, METRICS, RESULT, State, averaged, save_checkpoint, start_folder, write_atomic
@@ -34,14 +34,14 @@ from .knobs import saved
 from .layout import Layout, through, token_mask
 from .plan import Note
 from .references import TRAINED
-from .training import DIALECTS, TrainingPlan, validation_loss
+from .training import DIALECTS, TrainingPlan, board_writer, validation_loss
 
 Column = tuple[str, dict[str, Image.Image]]  # of a sheet: its caption, and pictures by the name of their row
 SAMPLES = 4  # sets on a sheet
 CURVE = (960, 420)  # pixels
 MARGIN = 56
 NEW = 0.05  # share of a new loss in the curve's running mean; of short runs more
-LEFT, TOP, GAP, NARROW = 64, 60, 6, 96  # of a sheet, pixels; NARROW is the least that a column's text gets
+LEFT, TOP, GAP, NARROW = 64, 64, 6, 96  # of a sheet, pixels; NARROW is the least that a column's text gets
 GLYPH = 6  # pixels of a letter in PIL's own font
 
 
@@ -58,15 +58,19 @@ class Monitor:
     state: State
     note: Note
 
-    def start(self) -> None:
+    def __enter__(self) -> "Monitor":
         """Begin or go on in the folder of the run; a sheet that a kill prevented is drawn."""
-        self.config, self.saved = self.plan.config, -1  # after which step
+        self.config, self.device, self.saved = self.plan.config, self.state.parameters[0].device, -1  # after which step
         self.folder = Path(self.config.out)
         start_folder(self.folder, self.config)
         self.metrics = Metrics(self.folder / METRICS, self.state.step, self.config.tensorboard)
-        self.bar = Bar("training", before=self.state.step, every=50, total=self.config.steps)
         if self.due(self.config.sample_every) and not self.sheet.exists():
             self.draw_sheet()
+        self.bar = Bar("training", before=self.state.step, every=50, total=self.config.steps).__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.__exit__()
 
     def due(self, every: int) -> bool:
         """Tell whether the step just taken is one of every so many, or the last; 0 is never."""
@@ -84,8 +88,7 @@ class Monitor:
         values = {"loss": loss}
         if self.due(self.config.save_every) and self.loader.held_out:
             with averaged(self.state):
-                device = self.state.parameters[0].device
-                values["validation"] = validation_loss(self.flux, self.loader, self.config.condition, device)
+                values["validation"] = validation_loss(self.flux, self.loader, self.config.condition, self.device)
         self.metrics.add(self.state.step, **values)
 
     def save(self) -> None:
@@ -142,28 +145,8 @@ class Metrics:
 
     def rows(self) -> list[dict[str, float]]:
         """Read what was written; a last line that a kill cut short does not count."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
-
-
-def board_writer() -> type:
-    """Find the class that writes events for TensorBoard, which is no requirement of ours.
-
-    Errors: ValueError if it is not installed
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        advice = "pip install tensorboard, or leave it out: metrics.jsonl and loss.png tell the same"
-        raise ValueError(f"--tensorboard needs a package that is not installed; {advice}") from None
-    return SummaryWriter
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
@@ -220,7 +203,7 @@ def sheet_columns(run: Monitor, autoencoder: AutoEncoder) -> list[Column]:
     columns = [data_column(run, autoencoder, *pair, seed) for seed, pair in enumerate(chosen[:SAMPLES])]
     layout = replace(run.loader.layouts[0], references=())
     for seed, prompt in enumerate(run.config.sample_prompt):
-        z = sample(run, layout, run.loader.prompt(prompt, layout), seed)
+        z = sample(run, layout, to(run.loader.prompt(prompt, layout), run.device), seed)
         columns.append((prompt, {"made": to_picture(through(autoencoder.decode, z, layout, run.config.concat))}))
     return columns
 
@@ -231,30 +214,23 @@ def data_column(run: Monitor, autoencoder: AutoEncoder, layout: Layout, example:
     If the run keeps panels clean, the first one is kept here instead of being made.
     """
     kept = (1,) if run.config.condition == "clean" and layout.panels > 1 else ()
-    batch = run.loader.sets(layout, [example], [kept], [False])
-    after_step = None
+    batch, after_step, images = to(run.loader.sets(layout, [example], [kept], [False]), run.device), None, {}
     if kept:
-        device = run.state.parameters[0].device
-        mask = token_mask(range(2, layout.panels + 1), layout).to(device)
-        after_step = keep_clean(pack(batch.known).to(device), mask)
-    pictures, start = {}, 0
-    for number, (wide, high) in enumerate(layout.references, 1):
-        end = start + wide // TOKEN * (high // TOKEN)
-        tokens = batch.references[:, start:end].to(run.config.device)
-        pictures[f"reference {number}"] = autoencoder.decode(unpack(tokens, high // CELL, wide // CELL))
-        start = end
-    for name, z in (("made", sample(run, layout, batch, seed, after_step)), ("target", batch.z.to(run.config.device))):
-        pictures[name] = through(autoencoder.decode, z, layout, run.config.concat)
-    return example.caption, {name: to_picture(image) for name, image in pictures.items()}
+        after_step = keep_clean(pack(batch.known), token_mask(range(2, layout.panels + 1), layout).to(run.device))
+    sizes = [(high // CELL, wide // CELL) for wide, high in layout.references]
+    tokens = [] if batch.references is None else batch.references.split([h * w // 4 for h, w in sizes], dim=1)
+    for number, (reference, size) in enumerate(zip(tokens, sizes, strict=True), 1):
+        images[f"reference {number}"] = autoencoder.decode(unpack(reference, *size))
+    for name, z in (("made", sample(run, layout, batch, seed, after_step)), ("target", batch.z)):
+        images[name] = through(autoencoder.decode, z, layout, run.config.concat)
+    return example.caption, {name: to_picture(image) for name, image in images.items()}
 
 
 def sample(run: Monitor, layout: Layout, batch: Sets, seed: int, after_step: AfterStep | None = None) -> Tensor:
     """Make latents from a batch of one text and its references, as sample.py does: (1, 16, h, w)."""
-    device, defaults = run.state.parameters[0].device, run.plan.defaults
-    batch = to(batch, device)
-    x = pack(noise(layout.height, layout.width, seed)).to(device)
+    defaults, x = run.plan.defaults, pack(noise(layout.height, layout.width, seed)).to(run.device)
     x = after_step(x, 1.0) if after_step else x
-    ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device) if batch.ids is None else batch.ids
+    ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(run.device) if batch.ids is None else batch.ids
     guidance = REFERENCE_GUIDANCE if layout.references and defaults.guidance is not None else defaults.guidance
     ts = times(defaults.steps, tokens=x.shape[1], shift=defaults.shift)
     conditions = batch.txt, batch.vec, guidance, batch.references, batch.mask, batch.alone

@@ -10,11 +10,11 @@ takes its share: a run gives the same on one process as on several, and goes on 
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,20 +23,20 @@ from torch.utils.checkpoint import checkpoint
 from model.flux import Flux, FluxConfig
 from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.position import grid_ids
-from model.weights import ModelFiles, find_model, read_flux_config
+from model.weights import ModelFiles, find_model, load_flux, read_flux_config
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
 from . import feed as feeds
 from .batch import Feed, Sets, to
-from .checkpoint import CHECKPOINT, RESULT, refuse_other_run, train_command
+from .checkpoint import CHECKPOINT, RESULT, State, load_checkpoint, new_state, refuse_other_run, train_command
+from .cli import Bar
 from .config import IN_CONTEXT, UNO, ModelRow, TrainConfig, model_row, settle_training
 from .examples import Example
 from .layout import Layout
 from .plan import Note, note_other_ways, pick_device
 from .references import as_trained, check_training_memory
 
-Result = TypeVar("Result")
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 DIALECTS = {IN_CONTEXT: "diffusers", UNO: "xlabs"}  # of the LoRA file, by method; the latter is the release's
@@ -60,12 +60,6 @@ class TrainingPlan:
     fingerprint: dict[str, str]
     train_on: str
 
-    @property
-    def finished(self) -> str:
-        """What to say of a run that has no steps left: those of a rate that has fallen to 0 cannot be more."""
-        way = f"to train on from it: {self.train_on}" if self.config.decay else "a larger --steps goes on from it"
-        return f"this run is finished; {way}"
-
 
 def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingPlan:
     """Decide what was left open, read the data, and refuse whatever cannot work.
@@ -79,6 +73,8 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
         config = as_trained(config, [Path(config.init_lora)])
     config = settle_training(config, defaults, pick_device(config.device, defaults, note))
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
+    if config.tensorboard:
+        board_writer()  # refuses what is not installed
     with torch.device("meta"):
         flux = Flux(shape)
     add_adapters(flux, config)  # refuses unknown targets, and a wrong --init-lora
@@ -90,10 +86,49 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     return TrainingPlan(config, files, shape, defaults, examples, fingerprint, command)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate: linear warm-up, then constant, then in a straight line to 0 behind the last step."""
-    left = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), left)
+def board_writer() -> type:
+    """Find the class that writes events for TensorBoard, which is no requirement of ours.
+
+    Errors: ValueError if it is not installed
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        advice = "pip install tensorboard, or leave it out: metrics.jsonl and loss.png tell the same"
+        raise ValueError(f"--tensorboard needs a package that is not installed; {advice}") from None
+    return SummaryWriter
+
+
+def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -> tuple[feeds.Feed, Flux, State]:
+    """Encode the data and load the transformer with what is trained, new or from the run's checkpoint."""
+    config, path = plan.config, Path(plan.config.out) / CHECKPOINT
+    if world_size > 1:
+        join_processes(config.device)
+    if rank > 0:
+        torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
+    bar = functools.partial(Bar, every=50)
+    loader = feeds.prepare(config, plan.examples, plan.files, plan.shape, note, bar)
+    if rank == 0 and world_size > 1:
+        torch.distributed.barrier()
+    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
+    report = add_adapters(flux, config)
+    if config.checkpointing:
+        checkpoint_blocks(flux)
+    state = new_state(trainable(flux))
+    if path.exists():
+        load_checkpoint(path, state)
+        further = f"to train on from it: {plan.train_on}" if config.decay else "a larger --steps goes on from it"
+        report = f"going on from step {state.step}" if state.step < config.steps else f"this run is finished; {further}"
+    note(report)
+    note_doubts(config, loader.layouts, note)
+    return loader, flux, state
+
+
+def try_command(config: TrainConfig, layout: Layout) -> str:
+    """Say where the LoRA is, and how to try it. layout: of the first sets"""
+    path, kept = Path(config.out) / RESULT, " --mask 2 --panels PICTURES" if config.condition == "clean" else ""
+    more = "--ref PICTURE" if config.method == UNO else f"--grid {layout.rows}x{layout.cols}{kept}"
+    return f"wrote {path}; try it with `python sample.py --lora {path} {more} --prompt TEXT`"
 
 
 # adapters
@@ -125,13 +160,6 @@ def checkpoint_blocks(flux: Flux) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def sample_command(config: TrainConfig, layout: Layout) -> str:
-    """Write a command that tries the LoRA of a run."""
-    kept = " --mask 2 --panels PICTURES" if config.condition == "clean" else ""
-    more = "--ref PICTURE" if config.method == UNO else f"--grid {layout.rows}x{layout.cols}{kept}"
-    return f"python sample.py --lora {Path(config.out) / RESULT} {more} --prompt TEXT"
-
-
 def note_doubts(config: TrainConfig, layouts: Sequence[Layout], note: Note) -> None:
     """Note what is possible, but seldom meant."""
     most = max(len(layout.references) for layout in layouts)
@@ -146,7 +174,7 @@ def note_doubts(config: TrainConfig, layouts: Sequence[Layout], note: Note) -> N
         note_other_ways([Path(config.init_lora)], ways, note)
 
 
-# noise and times
+# noise, times and the learning rate
 
 
 @dataclass(frozen=True)
@@ -166,8 +194,7 @@ class StepNoise:
     posterior: Tensor | None
 
     def __getitem__(self, share: slice) -> "StepNoise":
-        posterior = None if self.posterior is None else self.posterior[share]
-        return StepNoise(self.noise[share], self.t[share], self.kept[share], self.dropped[share], posterior)
+        return StepNoise(*(value if value is None else value[share] for value in vars(self).values()))
 
 
 def sample_step(config: TrainConfig, step: int, count: int, layout: Layout) -> StepNoise:
@@ -205,34 +232,40 @@ def sample_kept(panels: int, generator: torch.Generator) -> tuple[int, ...]:
     return tuple(sorted((torch.randperm(panels, generator=generator)[:number] + 1).tolist()))
 
 
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the rate: linear warm-up, then constant, then in a straight line to 0 behind the last step."""
+    left = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), left)
+
+
 # the loss
 
 
-def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
+def flow_loss(flux: Flux, batch: Sets, noise: Tensor, t: Tensor) -> Tensor:
     """Measure the squared error of the velocity; known panels and references stand clean in the input, as in sampling.
 
     noise: (B, I, 64), t: (B,)
     Returns (B,) its mean over the generated tokens of each example, float32
     """
-    data = pack(sets.z)
+    data = pack(batch.z)
     x = interpolate(data, noise, t[:, None, None])
-    if sets.known is not None:
-        x = x.where(sets.generated, pack(sets.known))
-    count, text = sets.txt.shape[:2]
-    ids = grid_ids(sets.z.shape[2] // 2, sets.z.shape[3] // 2).to(x.device) if sets.ids is None else sets.ids
+    if batch.known is not None:
+        x = x.where(batch.generated, pack(batch.known))
+    count, text = batch.txt.shape[:2]
+    ids = grid_ids(batch.z.shape[2] // 2, batch.z.shape[3] // 2).to(x.device) if batch.ids is None else batch.ids
     ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references, sets.alone)
+    v = flux(x, ids, batch.txt, txt_ids, t, batch.vec, guidance, batch.mask, batch.references, batch.alone)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
-    if sets.generated is None:
+    if batch.generated is None:
         return error.mean(dim=1)
-    weight = sets.generated[..., 0].float()
+    weight = batch.generated[..., 0].float()
     return (error * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 @torch.no_grad()
-def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device) -> float:
+def validation_loss(flux: Flux, loader: Feed, condition: str, device: torch.device) -> float:
     """The loss on held-out examples at fixed times, noise and kept panels; unlike that of training it can be compared.
 
     References are the mean of their posterior.
@@ -240,15 +273,13 @@ def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device
     condition: "clean" keeps panels as training does
     """
     losses = []
-    for number, (layout, examples) in enumerate(feed.held_out):
+    for number, (layout, examples) in enumerate(loader.held_out):
         generator = torch.Generator("cpu").manual_seed(number)
-        tokens = layout.tokens_high * layout.tokens_wide
-        for example in examples:
-            for time in VALIDATION_TIMES:
-                kept = sample_kept(layout.panels, generator) if condition == "clean" else ()
-                sets = to(feed.sets(layout, [example], [kept], [False]), device)
-                noise = torch.randn(1, tokens, 64, generator=generator).to(device)
-                losses.append(flow_loss(flux, sets, noise, torch.full((1,), time, device=device)))
+        for example, t in product(examples, VALIDATION_TIMES):
+            kept = sample_kept(layout.panels, generator) if condition == "clean" else ()
+            batch = to(loader.sets(layout, [example], [kept], [False]), device)
+            noise = torch.randn(1, layout.tokens_high * layout.tokens_wide, 64, generator=generator).to(device)
+            losses.append(flow_loss(flux, batch, noise, torch.full((1,), t, device=device)))
     return float(torch.cat(losses).mean()) if losses else math.nan
 
 
@@ -278,13 +309,11 @@ def join_processes(device: str) -> None:
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
 
 
-def in_turn(rank: int, world_size: int, work: Callable[[], Result]) -> Result:
-    """Let the first process do the work alone, and then the others, who find its cache."""
-    if world_size == 1:
-        return work()
-    result = work() if rank == 0 else None
-    torch.distributed.barrier()
-    return result if rank == 0 else work()
+def leave_processes(world_size: int) -> None:
+    """Wait for what the first process writes, and part."""
+    if world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def sum_over_processes(tensors: list[Tensor], world_size: int) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 import iclora.cache
@@ -39,6 +40,7 @@ from iclora.cli import Bar, parse
 from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, model_row, settle_training
 from iclora.feed import prepare
 from iclora.knobs import flag
+from iclora.monitor import GAP, LEFT, NARROW, TOP, labelled
 from iclora.pipeline import Pipeline, resolve
 from iclora.references import place
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
@@ -350,25 +352,32 @@ def test_another_model_beside_the_settings_of_a_run_brings_its_own_defaults(whol
 def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
     before = files(whole)
     assert go(world, whole) == 0
-    assert files(whole) == before and "this run is finished" in capsys.readouterr().err
+    assert files(whole) == before
+    assert "this run is finished; a larger --steps goes on from it" in capsys.readouterr().err
 
 
-def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal(world, out, capsys, monkeypatch):
+def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal_from_before_the_first_step(world, out, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert go(world, out) == 0
+    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("training: ")]
+    assert "| 0/6 [00:00<?, ? steps/s]" in bars[0]
+    assert re.search(r"100%\|#+\| 6/6 \[00:0\d<00:00, +\d+\.\d+ steps/s, loss \d\.\d{4}\]", bars[-1])
+
+
+def test_a_log_gets_a_line_every_fifty_steps_and_at_the_end(world, out, capsys):
+    assert go(world, out, "--holdout", "0", "--save-every", "200", steps=120) == 0
     err = capsys.readouterr().err
-    bars = [part for part in err.split("\r") if "step " in part]
-    assert len(bars) == 6 and all(word in bars[2] for word in ("step 3/6, loss ", " steps a second, ", " left"))
-    assert bars[-1].split("\n")[0].endswith("left\x1b[K") and "0:00:00 left" in bars[-1]
+    lines = [line for line in err.splitlines() if line.startswith("training: ")]
+    assert [re.search(r" (\d+)/120 \[.* steps/s, loss \d\.\d{4}\]$", line)[1] for line in lines] == ["50", "100", "120"]
+    assert "\r" not in err and "\x1b" not in err
 
 
 def test_a_bar_is_drawn_while_texts_and_pictures_are_encoded(world, out, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     make_sets(tmp_path / "sets", count=3, seed=7)
     assert go(world, out, "--data", str(tmp_path / "sets"), steps=1) == 0
-    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("encoding ")]
-    assert [bar.partition(" [")[0] for bar in bars[-3:]] == ["encoding pictures"] * 3
-    assert "[########................] step 1/3" in bars[-3] and "0:00:00 left\x1b[K\n" in bars[-1]
+    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("encoding pictures: ")]
+    assert "| 3/3 [" in bars[-1]
 
 
 def test_metrics_also_go_to_tensorboard_if_that_is_wanted(world, out, monkeypatch):
@@ -393,14 +402,87 @@ def test_metrics_also_go_to_tensorboard_if_that_is_wanted(world, out, monkeypatc
     assert "tensorboard" not in (out / "config.json").read_text()
 
 
+def cell(sheet, left, top, width, height):
+    """A part of a sheet behind its labels, in pixels."""
+    return sheet.crop((LEFT + left, TOP + top, LEFT + left + width, TOP + top + height))
+
+
+def colours(picture):
+    return len(picture.getcolors(2**20))
+
+
+def is_blank(picture):
+    return picture.getcolors() == [(picture.width * picture.height, (255, 255, 255))]
+
+
 def test_sheets_of_samples_are_the_same_for_the_same_weights(world, out):
     for name in ("a", "b"):
         assert go(world, beside(out, name), "--sample-every", "2", steps=1) == 0
     first = Image.open(beside(out, "a") / "sheet-000001.png").convert("RGB")
-    assert first.size == (64, 2 * 32 + 4), "one held-out composite of 64x32 above the original"
-    assert len(first.crop((0, 0, 64, 32)).getcolors(2**20)) > 50
-    assert len(first.crop((0, 36, 64, 68)).getcolors(2**20)) > 50
+    assert first.size == (LEFT + NARROW + GAP, TOP + 2 * (32 + GAP)), "one held-out composite above the original"
+    assert all(colours(cell(first, 0, top, 64, 32)) > 50 for top in (0, 32 + GAP))
     assert files(beside(out, "a"))["sheet-000001.png"] == files(beside(out, "b"))["sheet-000001.png"]
+
+
+def test_the_rows_and_columns_of_a_sheet_are_labelled():
+    red, blue = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (20, 20), "blue")
+    columns = [("a fox", {"made": red, "target": red}), ("a bear", {"reference 1": blue, "made": blue})]
+    sheet = labelled(columns, "step 7")
+    rows = [0, 20 + GAP, 20 + GAP + 32 + GAP]  # the reference, what is made, the target
+    assert sheet.size == (LEFT + 2 * (NARROW + GAP), TOP + rows[2] + 32 + GAP)
+    second = NARROW + GAP
+    assert is_blank(cell(sheet, 0, rows[0], 64, 20)) and is_blank(cell(sheet, second, rows[2], 64, 32))
+    assert [sheet.getpixel((LEFT + left, TOP + top)) for left, top in ((0, rows[1]), (0, rows[2]))] == [(255, 0, 0)] * 2
+    assert [sheet.getpixel((LEFT + second, TOP + top)) for top in rows[:2]] == [(0, 0, 255)] * 2
+    texts = [(0, 0, LEFT, TOP), (LEFT, 0, LEFT + second, TOP), (LEFT + second, 0, sheet.width, TOP)]
+    texts += [(0, TOP + top, LEFT, TOP + top + 20) for top in rows]
+    assert not any(is_blank(sheet.crop(box)) for box in texts), "title, captions and names of rows"
+    other = labelled([("an owl", columns[0][1]), columns[1]], "step 7")
+    assert ImageChops.difference(sheet, other).getbbox()[3] <= TOP, "only the caption"
+
+
+def test_own_prompts_stand_on_every_sheet_and_change_nothing_that_is_trained(world, whole, out):
+    prompts = ["--sample-prompt", PROMPT, "--sample-prompt", "[IMAGE1] a red owl, [IMAGE2] the owl, a long way away"]
+    assert go(world, out, "--sample-every", "2", *prompts, steps=2) == 0
+    sheet = Image.open(out / "sheet-000002.png").convert("RGB")
+    assert sheet.width == LEFT + 3 * (NARROW + GAP)
+    for left in (NARROW + GAP, 2 * (NARROW + GAP)):
+        assert colours(cell(sheet, left, 0, 64, 32)) > 50 and is_blank(cell(sheet, left, 32 + GAP, 64, 32))
+    assert ImageChops.difference(*(cell(sheet, i * (NARROW + GAP), 0, 64, 32) for i in (1, 2))).getbbox()
+    assert go(world, out, "--sample-every", "6", "--sample-prompt", PROMPT) == 0, "others on resume"
+    assert Image.open(out / "sheet-000006.png").width == LEFT + 2 * (NARROW + GAP)
+    assert json.loads((out / "config.json").read_text())["config"]["sample_prompt"] == [PROMPT]
+    assert files(out)["lora.safetensors"] == files(whole)["lora.safetensors"]
+    assert compare(out, whole) == 0
+
+
+def test_a_prompt_that_panels_cannot_read_is_refused(world, out, capsys):
+    assert go(world, out, "--text", "panel", "--sample-prompt", "a fox") == 2
+    assert "each panel is to read its own part of 'a fox': no markers" in refused(capsys) and not out.exists()
+
+
+def test_an_own_prompt_of_a_run_on_pairs_has_no_references(world, out):
+    assert uno(world, out, "--sample-every", "1", "--sample-prompt", "a fox", steps=1) == 0
+    sheet = Image.open(out / "sheet-000001.png").convert("RGB")
+    right = sheet.crop((sheet.width - NARROW - GAP, TOP, sheet.width, sheet.height))
+    pictures = [is_blank(right.crop((0, top, 32, top + 16))) for top in range(0, right.height, 38)]
+    assert pictures.count(False) == 1, "what is made, and neither references nor a target"
+
+
+def test_a_finished_run_whose_rate_has_fallen_says_how_to_train_on_from_it(world, out, capsys):
+    argv = [*command(world, out, steps=2), "--decay", "0.5", "--sample-prompt", PROMPT]
+    assert train.main(argv) == 0
+    beside(out, "2").mkdir()  # taken
+    capsys.readouterr()
+    on = ["--init-lora", str(out / "lora.safetensors"), "--out", str(beside(out, "3"))]
+    for more, status in (([], 0), (["--steps", "4"], 2)):
+        assert train.main([*argv, *more]) == status
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "to train on from it: " in line]
+        said = line.partition("to train on from it: python train.py ")[2]
+        assert parse(TrainConfig, shlex.split(said), "") == parse(TrainConfig, [*argv, *more, *on], "")
+    assert line.startswith(f"error: {out} holds a run with --steps 2, not 4, and its rate has fallen to 0; to train on")
+    assert train.main(shlex.split(said)) == 0
+    assert "starting from lora.safetensors" in capsys.readouterr().err and steps_of(beside(out, "3")) == [1, 2, 3, 4]
 
 
 def no_memory(*_):
@@ -425,7 +507,8 @@ def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatc
 def test_without_held_out_sets_there_is_no_validation_and_the_sheet_shows_trained_ones(world, out):
     assert go(world, out, "--holdout", "0", "--sample-every", "2", steps=2) == 0
     assert "validation" not in (out / "metrics.jsonl").read_text()
-    assert Image.open(out / "sheet-000002.png").size == (2 * 64 + 4, 68), "the two sets of the first batch"
+    size = LEFT + 2 * (NARROW + GAP), TOP + 2 * (32 + GAP)
+    assert Image.open(out / "sheet-000002.png").size == size, "the two sets of the first batch"
 
 
 def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
@@ -953,8 +1036,8 @@ def test_uno_writes_the_names_of_the_release_and_how_it_was_trained(world, refer
     }  # fmt: skip
     rows = [json.loads(line) for line in (referred / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6]
-    height = 2 * 32 + (32 + 16 + 4) + 2 * 4  # two references above what is made and the target
-    assert Image.open(referred / "sheet-000006.png").size == (2 * 32 + 4, height), "one pair of each bucket"
+    size = LEFT + 2 * (NARROW + GAP), TOP + 32 + 16 + 32 + 32 + 4 * GAP  # two references above what is made and target
+    assert Image.open(referred / "sheet-000006.png").size == size, "one pair of each bucket"
 
 
 def test_batches_of_one_and_two_references_take_turns_and_no_pair_is_left_out(world, referred):
