@@ -19,13 +19,13 @@ from model.lora_formats import lora_file
 from model.text import load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
+from .batch import Sets
 from .cache import Cache, LatentCache, Progress, ReferenceCache, TextCache, every_mask, file_mark, text_mark
 from .config import ALONE, UNO, TrainConfig, model_row
 from .examples import Batches, Example, buckets, find_examples
 from .layout import Layout, parse_grid, sight, token_mask
 from .prompts import texts_of
 from .references import place
-from .training import Sets
 
 Note = Callable[[str], None]
 HELD = 4 * 2**30  # bytes of entries that stay in memory; the others are read whenever they are needed
@@ -83,6 +83,12 @@ class Feed:
         ]
         generated = torch.cat([token_mask(hidden, layout).bool() for hidden in masked])
         return Sets(z, txt, vec, torch.stack(known), generated, mask)
+
+    def prompt(self, text: str, layout: Layout) -> Sets:
+        """Give what it takes to sample from a text alone: there are no latents and no references."""
+        txt, vec = (features[None] for features in self._text(text, layout))
+        mask = self._sight(layout, txt.shape[1]) if self.config.text == "panel" else None
+        return Sets(torch.zeros(1, 16, layout.height // 8, layout.width // 8), txt, vec, mask=mask)
 
     def _latents(self, example: Example, layout: Layout, masked: tuple[int, ...]) -> Tensor:
         key = example.sha256, layout, masked
@@ -164,7 +170,9 @@ def prepare(
     load = partial(load_autoencoder, files.autoencoder, config.device)
     masks = every_mask if config.condition == "clean" else lambda layout: ((),)
     [masks(layout) for layout in every]  # refuses grids before anything is encoded
-    captions = ["", *(text for e in examples for text in texts_of(e.caption, *e.grid, config.text))]
+    first = next(iter(every))
+    captions = [(e.caption, *e.grid) for e in examples] + [(p, first.rows, first.cols) for p in config.sample_prompt]
+    captions = ["", *(text for caption in captions for text in texts_of(*caption, config.text))]
     with bar("encoding texts") as progress:
         read = texts.encode(captions, lambda: load_text_encoders(files, config.device, dtype), progress)
     widths, wanted = tuple(t.shape[-1] for t in texts.get("")), (shape.context_in_dim, shape.vec_in_dim)

@@ -1,33 +1,125 @@
-"""What a training run shows: a line of metrics for every step, the loss as a curve, and sheets of samples."""
+"""What a training run shows and saves: the bar, a line of metrics a step, checkpoints, the loss curve, sheets.
+
+Letters: B batch, R reference tokens; h, w in latent cells.
+"""
 
 import json
 import math
-import os
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from model.autoencoder import AutoEncoder
 from model.flux import Flux
+from model.lora import save_lora
 from model.position import grid_ids
+from model.weights import load_autoencoder
 from sampling.denoise import denoise
-from sampling.flow import times
+from sampling.flow import AfterStep, times
 from sampling.images import save_png, to_picture
 from sampling.inpaint import keep_clean
-from sampling.latents import CELL, TOKEN, noise, pack, unpack
+from sampling.latents import CELL, noise, pack, unpack
 
-from .config import REFERENCE_GUIDANCE, ModelRow, TrainConfig
+from .batch import Feed, Sets, to
+from .checkpoint import CHECKPOINT, METRICS, RESULT, State, averaged, save_checkpoint, start_folder, write_atomic
+from .cli import Bar
+from .config import REFERENCE_GUIDANCE, UNO
 from .examples import Example
+from .knobs import saved
 from .layout import Layout, through, token_mask
-from .restart import write_whole
-from .training import Feed, to
+from .plan import Note
+from .references import TRAINED
+from .training import DIALECTS, TrainingPlan, board_writer, validation_loss
 
+Column = tuple[str, dict[str, Image.Image]]  # of a sheet: its caption, and pictures by the name of their row
 SAMPLES = 4  # sets on a sheet
 CURVE = (960, 420)  # pixels
 MARGIN = 56
 NEW = 0.05  # share of a new loss in the curve's running mean; of short runs more
+LEFT, TOP, GAP, NARROW = 64, 64, 6, 96  # of a sheet, pixels; NARROW is the least that a column's text gets
+GLYPH = 6  # pixels of a letter in PIL's own font
+
+
+@dataclass
+class Monitor:
+    """What the first process shows and saves after a step; the others only train.
+
+    note: takes a line for the user
+    """
+
+    plan: TrainingPlan
+    loader: Feed
+    flux: Flux
+    state: State
+    note: Note
+
+    def __enter__(self) -> "Monitor":
+        """Begin or go on in the folder of the run; a sheet that a kill prevented is drawn."""
+        self.config, self.device, self.saved = self.plan.config, self.state.parameters[0].device, -1  # after which step
+        self.folder = Path(self.config.out)
+        start_folder(self.folder, self.config)
+        self.metrics = Metrics(self.folder / METRICS, self.state.step, self.config.tensorboard)
+        if self.due(self.config.sample_every) and not self.sheet.exists():
+            self.draw_sheet()
+        self.bar = Bar("training", before=self.state.step, every=50, total=self.config.steps).__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.__exit__()
+
+    def due(self, every: int) -> bool:
+        """Tell whether the step just taken is one of every so many, or the last; 0 is never."""
+        step = self.state.step
+        return bool(every and step and (step % every == 0 or step == self.config.steps))
+
+    @property
+    def sheet(self) -> Path:
+        """The file for the sheet of the step just taken."""
+        return self.folder / f"sheet-{self.state.step:06d}.png"
+
+    def log(self, loss: float) -> None:
+        """Show and note the loss of the step just taken; where it is saved, the validation loss too."""
+        self.bar(self.state.step, self.config.steps, f"loss {loss:.4f}")
+        values = {"loss": loss}
+        if self.due(self.config.save_every) and self.loader.held_out:
+            with averaged(self.state):
+                values["validation"] = validation_loss(self.flux, self.loader, self.config.condition, self.device)
+        self.metrics.add(self.state.step, **values)
+
+    def save(self) -> None:
+        """Write the checkpoint, the LoRA as it is now and the loss curve, unless this step has them; each whole."""
+        if self.saved == self.state.step:
+            return
+        save_checkpoint(self.folder / CHECKPOINT, self.state, saved(self.config), self.plan.fingerprint)
+        with averaged(self.state):
+            save_lora(self.flux, self.folder / RESULT, DIALECTS[self.config.method], self.lora_metadata())
+        draw_curve(self.metrics.rows(), self.folder / "loss.png")
+        self.saved = self.state.step
+
+    def lora_metadata(self) -> dict[str, str]:
+        """List what a reader of the LoRA file should know; sample.py follows the settings among it."""
+        names = ("stage", *TRAINED) if self.config.method == UNO else ("condition", "concat", "text")
+        metadata = {name: getattr(self.config, name) for name in names}
+        if self.config.method != UNO:
+            metadata["grids"] = ",".join(sorted({f"{layout.rows}x{layout.cols}" for layout in self.loader.layouts}))
+        metadata |= {"method": self.config.method, "base": self.plan.files.name, "steps": self.state.step}
+        return {f"iclora.{name}": str(value) for name, value in metadata.items() if value is not None}
+
+    def draw_sheet(self) -> None:
+        """Write a sheet of samples, made with the averaged weights; if memory does not allow it, training goes on."""
+        try:
+            autoencoder = load_autoencoder(self.plan.files.autoencoder, self.config.device)
+            with averaged(self.state):
+                columns = sheet_columns(self, autoencoder)
+        except (RuntimeError, MemoryError) as error:
+            line = str(error).partition("\n")[0][:120]
+            return self.note(f"{self.sheet} is left out ({line}); training goes on")
+        write_png(labelled(columns, f"step {self.state.step}"), self.sheet)
 
 
 class Metrics:
@@ -40,7 +132,7 @@ class Metrics:
     def __init__(self, path: Path, done: int, board: bool = False):
         self.path = path
         kept = [line for line in self.rows() if line["step"] <= done]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = board_writer()(str(path.parent), purge_step=done + 1) if board else None
 
     def add(self, step: int, **values: float) -> None:
@@ -52,130 +144,117 @@ class Metrics:
             self.board.flush()
 
     def rows(self) -> list[dict[str, float]]:
-        """Reads what was written; a last line that a kill cut short does not count."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
-
-
-def board_writer() -> type:
-    """Finds the class that writes events for TensorBoard, which is no requirement of ours.
-
-    Errors: ValueError if it is not installed
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        advice = "pip install tensorboard, or leave it out: metrics.jsonl and loss.png tell the same"
-        raise ValueError(f"--tensorboard needs a package that is not installed; {advice}") from None
-    return SummaryWriter
+        """Read what was written; a last line that a kill cut short does not count."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
-    """Draws the training loss with its running mean, and the validation loss, over the steps.
+    """Draw the training loss with its running mean, and the validation loss, over the steps.
 
     rows: from Metrics.rows
     """
-    picture = Image.new("RGB", CURVE, "white")
-    pen = ImageDraw.Draw(picture)
-    values = [row[name] for row in rows for name in ("loss", "validation") if math.isfinite(row.get(name, math.nan))]
+    losses, validation = (
+        [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        for name in ("loss", "validation")
+    )
+    values = [value for _, value in losses + validation]
     if not values:
         return
     last, low, high = max(row["step"] for row in rows), min(values), max(values)
     high = high if high > low else low + 1
+    mean, smooth, new = losses[0][1] if losses else 0.0, [], min(1.0, max(NEW, 1 / (NEW * len(rows))))
+    for step, loss in losses:
+        mean += new * (loss - mean)
+        smooth.append((step, mean))
 
     def place(step: float, value: float) -> tuple[float, float]:
         x = MARGIN + (CURVE[0] - 2 * MARGIN) * step / last
         return x, CURVE[1] - MARGIN - (CURVE[1] - 2 * MARGIN) * (value - low) / (high - low)
 
+    picture = Image.new("RGB", CURVE, "white")
+    pen = ImageDraw.Draw(picture)
     pen.rectangle((MARGIN, MARGIN, CURVE[0] - MARGIN, CURVE[1] - MARGIN), outline=(200, 200, 200))
-    mean, smooth, validation, new = None, [], [], min(1.0, max(NEW, 1 / (NEW * len(rows))))
-    for row in rows:
-        if math.isfinite(row.get("loss", math.nan)):
-            mean = row["loss"] if mean is None else (1 - new) * mean + new * row["loss"]
-            x, y = place(row["step"], row["loss"])
-            pen.point([(x, y), (x + 1, y)], fill=(170, 200, 235))
-            smooth.append(place(row["step"], mean))
-        if math.isfinite(row.get("validation", math.nan)):
-            validation.append(place(row["step"], row["validation"]))
+    for x, y in (place(*point) for point in losses):
+        pen.point([(x, y), (x + 1, y)], fill=(170, 200, 235))
     for line, colour in ((smooth, (20, 90, 170)), (validation, (210, 80, 30))):
         if len(line) > 1:
-            pen.line(line, fill=colour, width=2)
+            pen.line([place(*point) for point in line], fill=colour, width=2)
     for value in (low, high):
         pen.text((6, place(0, value)[1] - 5), f"{value:.3f}", fill="black")
     pen.text((MARGIN, CURVE[1] - MARGIN + 8), f"0 to {last:g} steps", fill="black")
     pen.text((MARGIN, MARGIN - 18), "loss (blue: running mean), validation (orange)", fill="black")
-    put_png(picture, path)
+    write_png(picture, path)
 
 
-def put_png(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG whole or not at all, in place of an earlier one.
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all, in place of an earlier one.
 
     Errors: OSError or ValueError if the disk is full or read-only
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_png(picture, temporary)  # which never writes over a file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomic(path, lambda temporary: save_png(picture, temporary))
 
 
 @torch.no_grad()
-def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, config: TrainConfig) -> Image.Image:
-    """Samples of the first examples of every bucket, each below its references and above the example itself.
+def sheet_columns(run: Monitor, autoencoder: AutoEncoder) -> list[Column]:
+    """Sample the first examples of every bucket, and what --sample-prompt names, each from a seed of its own."""
+    buckets = run.loader.held_out or [run.loader.batch(0)]
+    chosen = [(layout, examples[i]) for i in range(SAMPLES) for layout, examples in buckets if i < len(examples)]
+    columns = [data_column(run, autoencoder, *pair, seed) for seed, pair in enumerate(chosen[:SAMPLES])]
+    layout = replace(run.loader.layouts[0], references=())
+    for seed, prompt in enumerate(run.config.sample_prompt):
+        z = sample(run, layout, to(run.loader.prompt(prompt, layout), run.device), seed)
+        columns.append((prompt, {"made": to_picture(through(autoencoder.decode, z, layout, run.config.concat))}))
+    return columns
 
-    config: of the run; if it keeps panels clean, the first one is kept here instead of being made
+
+def data_column(run: Monitor, autoencoder: AutoEncoder, layout: Layout, example: Example, seed: int) -> Column:
+    """Show an example's references, what is made of them and of its caption, and the example itself, as they decode.
+
+    If the run keeps panels clean, the first one is kept here instead of being made.
     """
-    buckets = feed.held_out or [feed.batch(0)]
-    chosen = [(layout, some[i]) for i in range(SAMPLES) for layout, some in buckets if i < len(some)][:SAMPLES]
-    columns = []
-    for seed, (layout, example) in enumerate(chosen):
-        columns.append(_stack(_sample(flux, autoencoder, feed, row, layout, example, seed, config), down=True))
-    return _stack(columns, down=False)
+    kept = (1,) if run.config.condition == "clean" and layout.panels > 1 else ()
+    batch, after_step, images = to(run.loader.sets(layout, [example], [kept], [False]), run.device), None, {}
+    if kept:
+        after_step = keep_clean(pack(batch.known), token_mask(range(2, layout.panels + 1), layout).to(run.device))
+    sizes = [(high // CELL, wide // CELL) for wide, high in layout.references]
+    tokens = [] if batch.references is None else batch.references.split([h * w // 4 for h, w in sizes], dim=1)
+    for number, (reference, size) in enumerate(zip(tokens, sizes, strict=True), 1):
+        images[f"reference {number}"] = autoencoder.decode(unpack(reference, *size))
+    for name, z in (("made", sample(run, layout, batch, seed, after_step)), ("target", batch.z)):
+        images[name] = through(autoencoder.decode, z, layout, run.config.concat)
+    return example.caption, {name: to_picture(image) for name, image in images.items()}
 
 
-def _stack(pictures: Sequence[Image.Image], down: bool) -> Image.Image:
-    """Puts pictures one below the other, or side by side."""
-    sizes = [picture.size if down else picture.size[::-1] for picture in pictures]
-    shape = max(across for across, _ in sizes), sum(along + 4 for _, along in sizes) - 4
-    page, place = Image.new("RGB", shape if down else shape[::-1], "white"), 0
-    for picture, (_, along) in zip(pictures, sizes, strict=True):
-        page.paste(picture, (0, place) if down else (place, 0))
-        place += along + 4
+def sample(run: Monitor, layout: Layout, batch: Sets, seed: int, after_step: AfterStep | None = None) -> Tensor:
+    """Make latents from a batch of one text and its references, as sample.py does: (1, 16, h, w)."""
+    defaults, x = run.plan.defaults, pack(noise(layout.height, layout.width, seed)).to(run.device)
+    x = after_step(x, 1.0) if after_step else x
+    ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(run.device) if batch.ids is None else batch.ids
+    guidance = REFERENCE_GUIDANCE if layout.references and defaults.guidance is not None else defaults.guidance
+    ts = times(defaults.steps, tokens=x.shape[1], shift=defaults.shift)
+    conditions = batch.txt, batch.vec, guidance, batch.references, batch.mask, batch.alone
+    return unpack(denoise(run.flux, x, ts, ids, *conditions, after_step), layout.height // CELL, layout.width // CELL)
+
+
+def labelled(columns: Sequence[Column], title: str) -> Image.Image:
+    """Put the columns of a sheet side by side, each below the start of its caption, and name the rows."""
+    names = sorted({name for _, pictures in columns for name in pictures}, key=lambda name: (name[0] != "r", name))
+    widths = [max(NARROW, *(picture.width for picture in pictures.values())) for _, pictures in columns]
+    heights = [max(pictures[name].height for _, pictures in columns if name in pictures) for name in names]
+    size = LEFT + sum(widths) + GAP * len(widths), TOP + sum(heights) + GAP * len(heights)
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((GAP, GAP), title, fill="black")
+    tops = [TOP + sum(heights[:i]) + GAP * i for i in range(len(names))]
+    for name, top in zip(names, tops, strict=True):
+        pen.text((GAP, top), name, fill="black")
+    left = LEFT
+    for (caption, pictures), width in zip(columns, widths, strict=True):
+        lines = textwrap.wrap(caption, width // GLYPH, max_lines=4, placeholder=" ...")
+        pen.text((left, GAP), "\n".join(lines), fill="black")
+        for name, top in zip(names, tops, strict=True):
+            if name in pictures:
+                page.paste(pictures[name], (left, top))
+        left += width + GAP
     return page
-
-
-def _sample(
-    flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, layout: Layout, example: Example, seed: int,
-    config: TrainConfig,
-) -> list[Image.Image]:  # fmt: skip
-    """Gives the references, what is made, and the example itself, as their latents decode."""
-    device = next(flux.parameters()).device
-    keep = config.condition == "clean" and layout.panels > 1
-    sets = to(feed.sets(layout, [example], [(1,) if keep else ()], [False]), device)
-    start = pack(noise(layout.height, layout.width, seed)).to(device)
-    ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device) if sets.ids is None else sets.ids
-    guidance = REFERENCE_GUIDANCE if layout.references and row.guidance is not None else row.guidance
-    after_step = None
-    if keep:
-        mask = token_mask(range(2, layout.panels + 1), layout).to(device)
-        after_step = keep_clean(pack(sets.known), mask)
-        start = after_step(start, 1.0)
-
-    ts = times(row.steps, tokens=start.shape[1], shift=row.shift)
-    x = denoise(flux, start, ts, ids, sets.txt, sets.vec, guidance, sets.references, sets.mask, sets.alone, after_step)
-    made = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
-    shown, start = [], 0
-    for wide, high in layout.references:
-        end = start + wide // TOKEN * (high // TOKEN)
-        shown.append(autoencoder.decode(unpack(sets.references[:, start:end], high // CELL, wide // CELL)))
-        start = end
-    shown += [through(autoencoder.decode, z, layout, config.concat) for z in (made, sets.z)]
-    return [to_picture(image) for image in shown]

@@ -1,116 +1,184 @@
-"""Training adapters: the loss, the one loop, and all that it draws at random.
+"""What a step of training is made of: its noise and times, the loss, the average; train.py puts them together.
 
-Letters: B batch, I image tokens, T text tokens, C and V widths of the text features; h, w in latent cells.
+Letters: B batch, I image tokens, R reference tokens, T text tokens, C and V widths of the text features; h, w in
+latent cells.
 
 Every random number of a step is drawn for the whole batch from a generator seeded by (seed, step), and each process
 takes its share: a run gives the same on one process as on several, and goes on after a kill without generator state.
 """
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.flux import Flux
+from model.flux import Flux, FluxConfig
+from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.position import grid_ids
+from model.weights import ModelFiles, find_model, load_flux, read_flux_config
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
-from .config import TrainConfig
+from . import feed as feeds
+from .batch import Feed, Sets, to
+from .checkpoint import CHECKPOINT, RESULT, State, load_checkpoint, new_state, refuse_other_run, train_command
+from .cli import Bar
+from .config import IN_CONTEXT, UNO, ModelRow, TrainConfig, model_row, settle_training
 from .examples import Example
 from .layout import Layout
+from .plan import Note, note_other_ways, pick_device
+from .references import as_trained, check_training_memory
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+DIALECTS = {IN_CONTEXT: "diffusers", UNO: "xlabs"}  # of the LoRA file, by method; the latter is the release's
+PATIENCE = timedelta(days=1)  # of a process that waits for another one; the first one encodes alone
 
 
 @dataclass(frozen=True)
-class Sets:
-    """Examples of one grid and panel size, encoded.
+class TrainingPlan:
+    """Everything that is settled before a network loads.
 
-    z: (B, 16, h, w) their latents
-    txt: (B, T, C), vec: (B, V) their captions
-    known: (B, 16, h, w) latents of the composites whose generated panels are 0; None trains all panels
-    generated: (B, I, 1) True where tokens are generated; None with known
-    mask: (L, L) which tokens see which, from iclora.layout.sight; None lets all see all
-    references: (B, R, 64) clean tokens of their references; None if they have none
-    spread: (B, R, 64) the standard deviation of those, whose mean references is
-    ids: (1, I + R, 3) places of their tokens and the references'; None without references
-    alone: whether references see each other only
+    config: with nothing left undecided
+    fingerprint: of what is learnt from, see iclora.feed
+    train_on: the command that trains on from the run's LoRA, in a run of its own
     """
 
-    z: Tensor
-    txt: Tensor
-    vec: Tensor
-    known: Tensor | None = None
-    generated: Tensor | None = None
-    mask: Tensor | None = None
-    references: Tensor | None = None
-    spread: Tensor | None = None
-    ids: Tensor | None = None
-    alone: bool = False
-
-    def drawn(self, noise: Tensor | None) -> "Sets":
-        """Draw the references from their posterior. noise: (B, R, 64), or None for the mean"""
-        return self if noise is None else replace(self, references=self.references + self.spread * noise)
+    config: TrainConfig
+    files: ModelFiles
+    shape: FluxConfig
+    defaults: ModelRow
+    examples: Sequence[Example]
+    fingerprint: dict[str, str]
+    train_on: str
 
 
-class Feed(Protocol):
-    """What the loop takes examples from; iclora.feed makes it."""
+def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingPlan:
+    """Decide what was left open, read the data, and refuse whatever cannot work.
 
-    held_out: list[tuple[Layout, list[Example]]]
-
-    def batch(self, number: int) -> tuple[Layout, list[Example]]: ...
-
-    def sets(
-        self, layout: Layout, examples: Sequence[Example], kept: Sequence[tuple[int, ...]], dropped: Sequence[bool]
-    ) -> Sets: ...
-
-
-@dataclass
-class State:
-    """All that changes while training; a checkpoint holds it whole.
-
-    average: of the parameters, in their order
-    step: steps done
+    Errors: ValueError in one line
     """
+    command, files = train_command(config), find_model(config.model)
+    shape = read_flux_config(files.flux)
+    defaults = model_row(shape)
+    if config.method == UNO and config.init_lora:
+        config = as_trained(config, [Path(config.init_lora)])
+    config = settle_training(config, defaults, pick_device(config.device, defaults, note))
+    micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
+    if config.tensorboard:
+        board_writer()  # refuses what is not installed
+    with torch.device("meta"):
+        flux = Flux(shape)
+    add_adapters(flux, config)  # refuses unknown targets, and a wrong --init-lora
+    examples = feeds.find(config, note)
+    count = sum(p.numel() for p in trainable(flux))
+    check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, count, world_size)
+    fingerprint = feeds.origin(examples, files, config.init_lora)
+    refuse_other_run(Path(config.out) / CHECKPOINT, config, fingerprint, command)
+    return TrainingPlan(config, files, shape, defaults, examples, fingerprint, command)
 
-    parameters: list[nn.Parameter]
-    average: list[Tensor]
-    optimizer: torch.optim.Optimizer
-    step: int = 0
 
+def board_writer() -> type:
+    """Find the class that writes events for TensorBoard, which is no requirement of ours.
 
-def new_state(parameters: list[nn.Parameter]) -> State:
-    """Start training from the parameters as they are."""
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
-    return State(parameters, [p.detach().clone() for p in parameters], optimizer)
-
-
-@contextlib.contextmanager
-def averaged(state: State) -> Iterator[None]:
-    """Put the averaged weights in place of the trained ones for a while."""
-    trained = [p.detach().clone() for p in state.parameters]
-    with torch.no_grad():
-        torch._foreach_copy_(state.parameters, state.average)
+    Errors: ValueError if it is not installed
+    """
     try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(state.parameters, trained)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        advice = "pip install tensorboard, or leave it out: metrics.jsonl and loss.png tell the same"
+        raise ValueError(f"--tensorboard needs a package that is not installed; {advice}") from None
+    return SummaryWriter
 
 
-# what is drawn
+def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -> tuple[feeds.Feed, Flux, State]:
+    """Encode the data and load the transformer with what is trained, new or from the run's checkpoint."""
+    config, path = plan.config, Path(plan.config.out) / CHECKPOINT
+    if world_size > 1:
+        join_processes(config.device)
+    if rank > 0:
+        torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
+    bar = functools.partial(Bar, every=50)
+    loader = feeds.prepare(config, plan.examples, plan.files, plan.shape, note, bar)
+    if rank == 0 and world_size > 1:
+        torch.distributed.barrier()
+    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
+    report = add_adapters(flux, config)
+    if config.checkpointing:
+        checkpoint_blocks(flux)
+    state = new_state(trainable(flux))
+    if path.exists():
+        load_checkpoint(path, state)
+        further = f"to train on from it: {plan.train_on}" if config.decay else "a larger --steps goes on from it"
+        report = f"going on from step {state.step}" if state.step < config.steps else f"this run is finished; {further}"
+    note(report)
+    note_doubts(config, loader.layouts, note)
+    return loader, flux, state
+
+
+def try_command(config: TrainConfig, layout: Layout) -> str:
+    """Say where the LoRA is, and how to try it. layout: of the first sets"""
+    path, kept = Path(config.out) / RESULT, " --mask 2 --panels PICTURES" if config.condition == "clean" else ""
+    more = "--ref PICTURE" if config.method == UNO else f"--grid {layout.rows}x{layout.cols}{kept}"
+    return f"wrote {path}; try it with `python sample.py --lora {path} {more} --prompt TEXT`"
+
+
+# adapters
+
+
+def add_adapters(flux: Flux, config: TrainConfig) -> str:
+    """Attach the adapters that are trained: those of --init-lora, else fresh ones.
+
+    Returns a line about them
+    Errors: ValueError for targets that mean nothing here or cannot be saved, or a file that is no LoRA for this model
+    """
+    if config.init_lora:
+        report = load_lora(flux, config.init_lora, train=True)
+        report = f"starting from {report}; --rank and --targets are those of the file"
+    else:
+        attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
+        report = f"training {sum(p.numel() for p in trainable(flux)):,} parameters of rank {config.rank}"
+    try:
+        refuse_unnamed(flux, DIALECTS[config.method])
+    except ValueError as error:
+        line = str(error).partition(";")[0]
+        raise ValueError(f"{line}, so the release's names cannot hold it; use --targets uno, or another file") from None
+    return report
+
+
+def checkpoint_blocks(flux: Flux) -> None:
+    """Recompute every block in the backward pass instead of keeping what it computed."""
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def note_doubts(config: TrainConfig, layouts: Sequence[Layout], note: Note) -> None:
+    """Note what is possible, but seldom meant."""
+    most = max(len(layout.references) for layout in layouts)
+    if config.stage == 1 and most > 1:
+        note(f"rows of --data have up to {most} references; the paper's stage 1 has one, several are for --stage 2")
+    if config.stage == 2 and most < 2:
+        note("every row of --data has one reference; the paper's stage 2 has several")
+    if config.stage == 2 and not config.init_lora:
+        note("stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes to --init-lora")
+    if config.method == IN_CONTEXT and config.init_lora:
+        ways = {name: getattr(config, name) for name in ("condition", "concat", "text")}
+        note_other_ways([Path(config.init_lora)], ways, note)
+
+
+# noise, times and the learning rate
 
 
 @dataclass(frozen=True)
-class Drawn:
+class StepNoise:
     """The random part of one batch.
 
     noise: (B, I, 64), t: (B,)
@@ -125,28 +193,27 @@ class Drawn:
     dropped: list[bool]
     posterior: Tensor | None
 
-    def part(self, share: slice) -> "Drawn":
-        posterior = None if self.posterior is None else self.posterior[share]
-        return Drawn(self.noise[share], self.t[share], self.kept[share], self.dropped[share], posterior)
+    def __getitem__(self, share: slice) -> "StepNoise":
+        return StepNoise(*(value if value is None else value[share] for value in vars(self).values()))
 
 
-def draw(config: TrainConfig, step: int, count: int, layout: Layout) -> Drawn:
+def sample_step(config: TrainConfig, step: int, count: int, layout: Layout) -> StepNoise:
     """Draw everything random of a step, for all processes.
 
     count: examples in the batch
     """
     tokens = layout.tokens_high * layout.tokens_wide
     generator = torch.Generator("cpu").manual_seed((config.seed * 1_000_003 + step) % 2**63)
-    t = draw_times(config.times, count, tokens, generator)
+    t = sample_times(config.times, count, tokens, generator)
     dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
-    kept = [draw_kept(layout.panels, generator) if config.condition == "clean" else () for _ in range(count)]
+    kept = [sample_kept(layout.panels, generator) if config.condition == "clean" else () for _ in range(count)]
     noise, posterior = torch.randn(count, tokens, 64, generator=generator), None
     if layout.references and config.posterior == "sample":
         posterior = torch.randn(count, layout.reference_tokens, 64, generator=generator)
-    return Drawn(noise, t, kept, dropped, posterior)
+    return StepNoise(noise, t, kept, dropped, posterior)
 
 
-def draw_times(kind: str, count: int, tokens: int, generator: torch.Generator) -> Tensor:
+def sample_times(kind: str, count: int, tokens: int, generator: torch.Generator) -> Tensor:
     """Draw times: (count,) in 0..1.
 
     kind: logit-normal, uniform, or shifted, which is uniform and moved towards noise as in sampling
@@ -159,40 +226,46 @@ def draw_times(kind: str, count: int, tokens: int, generator: torch.Generator) -
     return stretch * t / (1 + (stretch - 1) * t)
 
 
-def draw_kept(panels: int, generator: torch.Generator) -> tuple[int, ...]:
+def sample_kept(panels: int, generator: torch.Generator) -> tuple[int, ...]:
     """Draw which panels stay clean: any number of them but all, and any of them; from 1."""
     number = int(torch.randint(0, panels, (1,), generator=generator))
     return tuple(sorted((torch.randperm(panels, generator=generator)[:number] + 1).tolist()))
 
 
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the rate: linear warm-up, then constant, then in a straight line to 0 behind the last step."""
+    left = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
+    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), left)
+
+
 # the loss
 
 
-def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
-    """The squared error of the velocity, a mean over the generated tokens of each example: (B,) float32.
+def flow_loss(flux: Flux, batch: Sets, noise: Tensor, t: Tensor) -> Tensor:
+    """Measure the squared error of the velocity; known panels and references stand clean in the input, as in sampling.
 
     noise: (B, I, 64), t: (B,)
-    Known panels and references stand clean in the input at every time, as they do in sampling.
+    Returns (B,) its mean over the generated tokens of each example, float32
     """
-    data = pack(sets.z)
+    data = pack(batch.z)
     x = interpolate(data, noise, t[:, None, None])
-    if sets.known is not None:
-        x = x.where(sets.generated, pack(sets.known))
-    count, text = sets.txt.shape[:2]
-    ids = grid_ids(sets.z.shape[2] // 2, sets.z.shape[3] // 2).to(x.device) if sets.ids is None else sets.ids
+    if batch.known is not None:
+        x = x.where(batch.generated, pack(batch.known))
+    count, text = batch.txt.shape[:2]
+    ids = grid_ids(batch.z.shape[2] // 2, batch.z.shape[3] // 2).to(x.device) if batch.ids is None else batch.ids
     ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references, sets.alone)
+    v = flux(x, ids, batch.txt, txt_ids, t, batch.vec, guidance, batch.mask, batch.references, batch.alone)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
-    if sets.generated is None:
+    if batch.generated is None:
         return error.mean(dim=1)
-    weight = sets.generated[..., 0].float()
+    weight = batch.generated[..., 0].float()
     return (error * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 @torch.no_grad()
-def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device) -> float:
+def validation_loss(flux: Flux, loader: Feed, condition: str, device: torch.device) -> float:
     """The loss on held-out examples at fixed times, noise and kept panels; unlike that of training it can be compared.
 
     References are the mean of their posterior.
@@ -200,101 +273,54 @@ def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device
     condition: "clean" keeps panels as training does
     """
     losses = []
-    for number, (layout, examples) in enumerate(feed.held_out):
+    for number, (layout, examples) in enumerate(loader.held_out):
         generator = torch.Generator("cpu").manual_seed(number)
-        tokens = layout.tokens_high * layout.tokens_wide
-        for example in examples:
-            for time in VALIDATION_TIMES:
-                kept = draw_kept(layout.panels, generator) if condition == "clean" else ()
-                sets = to(feed.sets(layout, [example], [kept], [False]), device)
-                noise = torch.randn(1, tokens, 64, generator=generator).to(device)
-                losses.append(flow_loss(flux, sets, noise, torch.full((1,), time, device=device)))
+        for example, t in product(examples, VALIDATION_TIMES):
+            kept = sample_kept(layout.panels, generator) if condition == "clean" else ()
+            batch = to(loader.sets(layout, [example], [kept], [False]), device)
+            noise = torch.randn(1, layout.tokens_high * layout.tokens_wide, 64, generator=generator).to(device)
+            losses.append(flow_loss(flux, batch, noise, torch.full((1,), t, device=device)))
     return float(torch.cat(losses).mean()) if losses else math.nan
 
 
-def to(sets: Sets, device: torch.device) -> Sets:
-    return Sets(*(value.to(device) if isinstance(value, Tensor) else value for value in vars(sets).values()))
+# shares of a batch
 
 
-# the loop
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then constant, then in a straight line to 0 behind the last step."""
-    left = (config.steps - step) / (config.decay * config.steps) if config.decay else 1.0
-    return config.lr * min(1.0, (step + 1) / max(1, config.warmup), left)
-
-
-def train(
-    config: TrainConfig, flux: Flux, feed: Feed, state: State, after_step: Callable[[float], None],
-    rank: int = 0, ranks: int = 1, stop: Callable[[], bool] = lambda: False,
-) -> None:  # fmt: skip
-    """Train to config.steps from wherever the state is.
-
-    config: with nothing left undecided
-    after_step: is told the loss of every step, once the state is that of the step
-    rank, ranks: of this process among those that share every batch
-    stop: is asked once a step; when it says yes in any process, this step is the last one in all of them
-    Errors: ValueError if the loss or its gradient is not finite; the state is that of the step before then
-    """
-    device = state.parameters[0].device
-    while state.step < config.steps:
-        layout, examples = feed.batch(state.step)
-        drawn = draw(config, state.step, len(examples), layout)
-        loss = torch.zeros((), device=device)
-        for share in parts(len(examples), rank, ranks, config.accumulate):
-            own = drawn.part(share)
-            sets = feed.sets(layout, examples[share], own.kept, own.dropped).drawn(own.posterior)
-            sets = to(sets, device)
-            part = flow_loss(flux, sets, own.noise.to(device), own.t.to(device)).sum() / len(examples)
-            part.backward()
-            loss += part.detach()
-        stopping = torch.full((), float(stop()), device=device)
-        sum_over_processes([loss, stopping, *(p.grad for p in state.parameters)], ranks)
-        norm = nn.utils.clip_grad_norm_(state.parameters, 1.0)
-        if not torch.isfinite(loss + norm):
-            raise ValueError(
-                f"training diverged: in step {state.step + 1} the loss is {float(loss):.4g}, its gradient "
-                f"{float(norm):.4g}; start anew with a lower --lr and another --out"
-            )
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        decay = min(config.ema, (1 + state.step) / (10 + state.step))  # the first steps are forgotten sooner
-        torch._foreach_lerp_(state.average, [p.detach() for p in state.parameters], 1 - decay)
-        state.step += 1
-        after_step(float(loss))
-        if stopping:
-            return
-
-
-def parts(count: int, rank: int, ranks: int, accumulate: int) -> list[slice]:
+def micro_batches(count: int, rank: int, world_size: int, accumulate: int) -> list[slice]:
     """Cut one process's share of a batch into the parts that are worked through one after the other.
 
+    rank, world_size: of this process among those that share every batch
     Errors: ValueError if the batch cannot be cut evenly
     """
-    if count % (ranks * accumulate):
+    if count % (world_size * accumulate):
         raise ValueError(
-            f"a batch of {count} cannot be cut for {ranks} processes and --accumulate {accumulate}; "
-            f"use a --batch that is a multiple of {ranks * accumulate}"
+            f"a batch of {count} cannot be cut for {world_size} processes and --accumulate {accumulate}; "
+            f"use a --batch that is a multiple of {world_size * accumulate}"
         )
-    size = count // (ranks * accumulate)
+    size = count // (world_size * accumulate)
     first = rank * size * accumulate
     return [slice(start, start + size) for start in range(first, first + size * accumulate, size)]
 
 
-def sum_over_processes(tensors: list[Tensor], ranks: int) -> None:
+def join_processes(device: str) -> None:
+    """Find the other processes that torchrun has started; each of a node takes its own GPU."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def leave_processes(world_size: int) -> None:
+    """Wait for what the first process writes, and part."""
+    if world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def sum_over_processes(tensors: list[Tensor], world_size: int) -> None:
     """Replace each tensor by its sum over all processes, in one message."""
-    if ranks == 1:
+    if world_size == 1:
         return
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
     torch.distributed.all_reduce(flat)
     for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
-
-
-def keep_no_activations(flux: Flux) -> None:
-    """Recompute every block in the backward pass instead of keeping what it computed."""
-    for block in (*flux.double_blocks, *flux.single_blocks):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

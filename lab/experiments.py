@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from iclora.cache import file_mark
-from iclora.restart import write_whole
+from iclora.checkpoint import CHECKPOINT, RESULT, write_atomic
 from lab.benchmarks.rounds import take_turns
 from model.checkpoint import save_safetensors
 from model.flux import Flux
@@ -97,13 +97,13 @@ def train_one(
     stage = [f"stage-{training.stage}"] if training.stage else []
     words = [*before, *stage, data_name(training), str(steps), *given, *([f"seed-{seed}"] if seed else [])]
     folder = args.work / "-".join(word.strip("-").replace("/", "-") for word in words)
-    begun, clock = (folder / train.CHECKPOINT).exists(), time.monotonic()
+    begun, clock = (folder / CHECKPOINT).exists(), time.monotonic()
     if train.main([*flags, "--out", str(folder)]):
         raise ValueError(f"the training in {folder} did not end well")
     if not begun:
-        write_whole(folder / "seconds.json", json.dumps(time.monotonic() - clock))
+        write_atomic(folder / "seconds.json", json.dumps(time.monotonic() - clock))
     clocked = folder / "seconds.json"
-    return folder / train.RESULT, json.loads(clocked.read_text()) if clocked.exists() else None
+    return folder / RESULT, json.loads(clocked.read_text()) if clocked.exists() else None
 
 
 def data_name(training: Training) -> str:
@@ -225,7 +225,7 @@ def write(
         pace = {"seconds a set": paces[i]} if paces else {}
         rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, **pace, "figures": figures})
     values = {"model": Path(args.model).name, "count": args.count, "steps": steps, "rows": rows}
-    write_whole(args.out / f"{name}.json", json.dumps(values) + "\n")
+    write_atomic(args.out / f"{name}.json", json.dumps(values) + "\n")
     for task, (_, parts) in truth.items():
         made = [row for arm, each in zip(experiment.arms, found, strict=True) if arm.task == task for row in each[0][1]]
         sheet([*parts, *made]).save(args.out / f"{name}-{task}.png", optimize=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iclora.restart import write_whole
+from iclora.checkpoint import write_atomic
 
 from . import entry
 from .captions import panel_prompt
@@ -167,7 +167,7 @@ def write_pairs(pairs: list[Pair], path: Path) -> None:
         for name, picture in zip(names, pair.references, strict=True):
             picture.save(path.parent / name)
         rows.append({"prompt": pair.prompt, "image_paths": names, "image_tgt_path": target})
-    write_whole(path, json.dumps(rows, indent=1) + "\n")
+    write_atomic(path, json.dumps(rows, indent=1) + "\n")
 
 
 def make(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iclora.restart import write_whole
+from iclora.checkpoint import write_atomic
 
 from . import entry
 from .captions import joint_caption, silent_caption
@@ -63,7 +63,7 @@ def write_sets(folder: Path, count: int, seed: int = 0) -> Path:
         name = f"{number:05d}.png"
         Image.fromarray(composite(panels, *grid)).save(folder / name)
         rows.append(json.dumps({"image": name, "grid": "{}x{}".format(*grid), "prompt": text}))
-    write_whole(folder / "sets.jsonl", "\n".join(rows) + "\n")
+    write_atomic(folder / "sets.jsonl", "\n".join(rows) + "\n")
     return folder / "sets.jsonl"
 
 

@@ -1,6 +1,6 @@
 """The one training loop of the lab: steps, learning rate, EMA, and checkpoints that survive any kill.
 
-A checkpoint is a single safetensors file that is replaced whole, so it is either the old one or the new one.
+Checkpoints are those of train.py, see iclora.checkpoint.
 Every random number of step n comes from a generator seeded by (seed, n): a resumed run needs no RNG state and
 repeats an uninterrupted one.
 """
@@ -15,10 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from model.checkpoint import save_safetensors
+from iclora.checkpoint import State, first_change, load_checkpoint, read_checkpoint, save_checkpoint, update_average
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,11 @@ def run(
     """
     path = work.folder / f"{stage.name}.safetensors"
     average = copy.deepcopy(module).requires_grad_(False)
-    steppers = optimizers(module, stage, is_hidden)
-    start = restore(path, module, average, steppers, work) if path.exists() else 0
+    state = State(values(module), values(average), optimizers(module, stage, is_hidden))
+    if path.exists():
+        refuse_other_run(path, work)
+        load_checkpoint(path, state)
+    start = state.step
     helpers = []
     if processes > 1 and start < stage.steps:
         torch.set_num_threads(1)
@@ -200,19 +202,18 @@ def run(
     began = saved = time.monotonic()
     for step in range(start, stage.steps):
         factor = rate(stage, step)
-        for optimizer in steppers:
+        for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
         losses = gradients_of(step, module, loss_at, work.seed, helpers)
         nn.utils.clip_grad_norm_(module.parameters(), stage.clip)
-        for optimizer in steppers:
+        for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        decay = min(stage.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-            for kept, now in zip(average.buffers(), module.buffers(), strict=True):
-                kept.copy_(now)
+        update_average(list(average.parameters()), list(module.parameters()), stage.ema, step)
+        for kept, now in zip(average.buffers(), module.buffers(), strict=True):
+            kept.copy_(now)
+        state.step = step + 1
         for name, value in losses.items():
             shown[name] = 0.98 * shown.get(name, value) + 0.02 * value
         done = step + 1 - start
@@ -222,57 +223,33 @@ def run(
             left = (stage.steps - step - 1) / speed / 60
             report(f"{stage.name} {step + 1}/{stage.steps}  {figures}  {speed:.2f} steps/s  {left:.1f} min left")
         if time.monotonic() - saved > every or step + 1 == stage.steps:
-            store(path, step + 1, module, average, steppers, work)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(path, state, settings(work), {})
             saved = time.monotonic()
     for helper in helpers:
         helper.pipe.send(None)
     return average
 
 
+def values(module: nn.Module) -> list[Tensor]:
+    """List what a checkpoint holds of a module: parameters, then buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def settings(work: Work) -> dict[str, int | str]:
+    """Give what tells the checkpoints of a run from those of others."""
+    return {"seed": work.seed, "origin": work.origin}
+
+
 def finished(stage: Stage, work: Work) -> bool:
     """Whether run would load the stage and not train it."""
     path = work.folder / f"{stage.name}.safetensors"
-    if not path.exists():
-        return False
-    with safe_open(path, "pt") as file:
-        return int(file.metadata()["step"]) >= stage.steps
+    return path.exists() and read_checkpoint(path)[2] >= stage.steps
 
 
-def store(path: Path, step: int, module: nn.Module, average: nn.Module, steppers: list, work: Work) -> None:
-    """Write weights, their average and the optimizers' state as one file, whole or not at all."""
-    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in average.state_dict().items()}
-    for i, optimizer in enumerate(steppers):
-        for p, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{p}.{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
-    save_safetensors(kept, path, {"step": str(step), "seed": str(work.seed), "origin": work.origin})
-
-
-def refuse_other_run(path: Path, work: Work) -> dict[str, str]:
-    """Give the metadata of a checkpoint. Errors: ValueError if it is of a run with another origin or another seed"""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    for name, value in (("seed", str(work.seed)), ("origin", work.origin)):
-        if metadata.get(name, value) != value:
-            was = f"{path} belongs to a run whose {name} is {metadata[name]!r}, not {value!r}"
-            raise ValueError(f"{was}; give another --work, or remove the file")
-    return metadata
-
-
-def restore(path: Path, module: nn.Module, average: nn.Module, steppers: list, work: Work) -> int:
-    """Load what store wrote; gives the number of steps done. Errors: as refuse_other_run"""
-    step = int(refuse_other_run(path, work)["step"])
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    for prefix, target in (("model.", module), ("ema.", average)):
-        target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    for i, optimizer in enumerate(steppers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith(f"optimizer.{i}."):
-                _, _, p, name = key.split(".", 3)
-                state.setdefault(int(p), {})[name] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return step
+def refuse_other_run(path: Path, work: Work) -> None:
+    """Refuse a checkpoint of a run with another origin or another seed. Errors: ValueError"""
+    if change := first_change(path, settings(work), {}):
+        name, before, now = change
+        was = f"{path} belongs to a run whose {name} is {before!r}, not {now!r}"
+        raise ValueError(f"{was}; give another --work, or remove the file")

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from iclora.training import Sets, flow_loss
+from iclora.batch import Sets
+from iclora.training import flow_loss
 from model import lora
 from model.flux import Flux, FluxConfig
 from model.lora_names import names_in, rows, swap, template

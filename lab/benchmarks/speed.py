@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iclora.restart import write_whole
+from iclora.checkpoint import write_atomic
 
 from . import peers
 from .rounds import collector_off, operator_table, operators, peak, size, spread, table, take_turns, times_as_fast
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
                     print("\n".join(section), flush=True)
                     text += section
         if args.out:
-            write_whole(args.out, "\n".join(text))
+            write_atomic(args.out, "\n".join(text))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -22,14 +23,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 import iclora.cache
+import iclora.checkpoint
 import iclora.feed
 import iclora.monitor
 import iclora.references
-import iclora.restart
 import iclora.training
 import model.lora
 import sample
@@ -39,6 +40,7 @@ from iclora.cli import Bar, parse
 from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, model_row, settle_training
 from iclora.feed import prepare
 from iclora.knobs import flag
+from iclora.monitor import GAP, LEFT, NARROW, TOP, labelled
 from iclora.pipeline import Pipeline, resolve
 from iclora.references import place
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
@@ -52,8 +54,8 @@ ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text --ref-size "
     "--offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup --decay "
-    "--ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing --seed --device "
-    "--dtype --tensorboard --out --config"
+    "--ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --sample-prompt --checkpointing "
+    "--seed --device --dtype --tensorboard --out --config"
 )
 KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -160,6 +162,13 @@ def refused(capsys):
     *before, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and not any("Traceback" in other or "error" in other for other in before)
     return line
+
+
+def last_line(capsys):
+    """The last line on stderr of an interruption, which is no error."""
+    err = capsys.readouterr().err
+    assert "error" not in err and "Traceback" not in err
+    return err.splitlines()[-1]
 
 
 # the command line
@@ -343,25 +352,32 @@ def test_another_model_beside_the_settings_of_a_run_brings_its_own_defaults(whol
 def test_a_finished_run_is_left_as_it_is(world, whole, capsys):
     before = files(whole)
     assert go(world, whole) == 0
-    assert files(whole) == before and "this run is finished" in capsys.readouterr().err
+    assert files(whole) == before
+    assert "this run is finished; a larger --steps goes on from it" in capsys.readouterr().err
 
 
-def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal(world, out, capsys, monkeypatch):
+def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal_from_before_the_first_step(world, out, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert go(world, out) == 0
+    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("training: ")]
+    assert "| 0/6 [00:00<?, ? steps/s]" in bars[0]
+    assert re.search(r"100%\|#+\| 6/6 \[00:0\d<00:00, +\d+\.\d+ steps/s, loss \d\.\d{4}\]", bars[-1])
+
+
+def test_a_log_gets_a_line_every_fifty_steps_and_at_the_end(world, out, capsys):
+    assert go(world, out, "--holdout", "0", "--save-every", "200", steps=120) == 0
     err = capsys.readouterr().err
-    bars = [part for part in err.split("\r") if "step " in part]
-    assert len(bars) == 6 and all(word in bars[2] for word in ("step 3/6, loss ", " steps a second, ", " left"))
-    assert bars[-1].split("\n")[0].endswith("left\x1b[K") and "0:00:00 left" in bars[-1]
+    lines = [line for line in err.splitlines() if line.startswith("training: ")]
+    assert [re.search(r" (\d+)/120 \[.* steps/s, loss \d\.\d{4}\]$", line)[1] for line in lines] == ["50", "100", "120"]
+    assert "\r" not in err and "\x1b" not in err
 
 
 def test_a_bar_is_drawn_while_texts_and_pictures_are_encoded(world, out, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     make_sets(tmp_path / "sets", count=3, seed=7)
     assert go(world, out, "--data", str(tmp_path / "sets"), steps=1) == 0
-    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("encoding ")]
-    assert [bar.partition(" [")[0] for bar in bars[-3:]] == ["encoding pictures"] * 3
-    assert "[########................] step 1/3" in bars[-3] and "0:00:00 left\x1b[K\n" in bars[-1]
+    bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("encoding pictures: ")]
+    assert "| 3/3 [" in bars[-1]
 
 
 def test_metrics_also_go_to_tensorboard_if_that_is_wanted(world, out, monkeypatch):
@@ -386,14 +402,87 @@ def test_metrics_also_go_to_tensorboard_if_that_is_wanted(world, out, monkeypatc
     assert "tensorboard" not in (out / "config.json").read_text()
 
 
+def cell(sheet, left, top, width, height):
+    """A part of a sheet behind its labels, in pixels."""
+    return sheet.crop((LEFT + left, TOP + top, LEFT + left + width, TOP + top + height))
+
+
+def colours(picture):
+    return len(picture.getcolors(2**20))
+
+
+def is_blank(picture):
+    return picture.getcolors() == [(picture.width * picture.height, (255, 255, 255))]
+
+
 def test_sheets_of_samples_are_the_same_for_the_same_weights(world, out):
     for name in ("a", "b"):
         assert go(world, beside(out, name), "--sample-every", "2", steps=1) == 0
     first = Image.open(beside(out, "a") / "sheet-000001.png").convert("RGB")
-    assert first.size == (64, 2 * 32 + 4), "one held-out composite of 64x32 above the original"
-    assert len(first.crop((0, 0, 64, 32)).getcolors(2**20)) > 50
-    assert len(first.crop((0, 36, 64, 68)).getcolors(2**20)) > 50
+    assert first.size == (LEFT + NARROW + GAP, TOP + 2 * (32 + GAP)), "one held-out composite above the original"
+    assert all(colours(cell(first, 0, top, 64, 32)) > 50 for top in (0, 32 + GAP))
     assert files(beside(out, "a"))["sheet-000001.png"] == files(beside(out, "b"))["sheet-000001.png"]
+
+
+def test_the_rows_and_columns_of_a_sheet_are_labelled():
+    red, blue = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (20, 20), "blue")
+    columns = [("a fox", {"made": red, "target": red}), ("a bear", {"reference 1": blue, "made": blue})]
+    sheet = labelled(columns, "step 7")
+    rows = [0, 20 + GAP, 20 + GAP + 32 + GAP]  # the reference, what is made, the target
+    assert sheet.size == (LEFT + 2 * (NARROW + GAP), TOP + rows[2] + 32 + GAP)
+    second = NARROW + GAP
+    assert is_blank(cell(sheet, 0, rows[0], 64, 20)) and is_blank(cell(sheet, second, rows[2], 64, 32))
+    assert [sheet.getpixel((LEFT + left, TOP + top)) for left, top in ((0, rows[1]), (0, rows[2]))] == [(255, 0, 0)] * 2
+    assert [sheet.getpixel((LEFT + second, TOP + top)) for top in rows[:2]] == [(0, 0, 255)] * 2
+    texts = [(0, 0, LEFT, TOP), (LEFT, 0, LEFT + second, TOP), (LEFT + second, 0, sheet.width, TOP)]
+    texts += [(0, TOP + top, LEFT, TOP + top + 20) for top in rows]
+    assert not any(is_blank(sheet.crop(box)) for box in texts), "title, captions and names of rows"
+    other = labelled([("an owl", columns[0][1]), columns[1]], "step 7")
+    assert ImageChops.difference(sheet, other).getbbox()[3] <= TOP, "only the caption"
+
+
+def test_own_prompts_stand_on_every_sheet_and_change_nothing_that_is_trained(world, whole, out):
+    prompts = ["--sample-prompt", PROMPT, "--sample-prompt", "[IMAGE1] a red owl, [IMAGE2] the owl, a long way away"]
+    assert go(world, out, "--sample-every", "2", *prompts, steps=2) == 0
+    sheet = Image.open(out / "sheet-000002.png").convert("RGB")
+    assert sheet.width == LEFT + 3 * (NARROW + GAP)
+    for left in (NARROW + GAP, 2 * (NARROW + GAP)):
+        assert colours(cell(sheet, left, 0, 64, 32)) > 50 and is_blank(cell(sheet, left, 32 + GAP, 64, 32))
+    assert ImageChops.difference(*(cell(sheet, i * (NARROW + GAP), 0, 64, 32) for i in (1, 2))).getbbox()
+    assert go(world, out, "--sample-every", "6", "--sample-prompt", PROMPT) == 0, "others on resume"
+    assert Image.open(out / "sheet-000006.png").width == LEFT + 2 * (NARROW + GAP)
+    assert json.loads((out / "config.json").read_text())["config"]["sample_prompt"] == [PROMPT]
+    assert files(out)["lora.safetensors"] == files(whole)["lora.safetensors"]
+    assert compare(out, whole) == 0
+
+
+def test_a_prompt_that_panels_cannot_read_is_refused(world, out, capsys):
+    assert go(world, out, "--text", "panel", "--sample-prompt", "a fox") == 2
+    assert "each panel is to read its own part of 'a fox': no markers" in refused(capsys) and not out.exists()
+
+
+def test_an_own_prompt_of_a_run_on_pairs_has_no_references(world, out):
+    assert uno(world, out, "--sample-every", "1", "--sample-prompt", "a fox", steps=1) == 0
+    sheet = Image.open(out / "sheet-000001.png").convert("RGB")
+    right = sheet.crop((sheet.width - NARROW - GAP, TOP, sheet.width, sheet.height))
+    pictures = [is_blank(right.crop((0, top, 32, top + 16))) for top in range(0, right.height, 38)]
+    assert pictures.count(False) == 1, "what is made, and neither references nor a target"
+
+
+def test_a_finished_run_whose_rate_has_fallen_says_how_to_train_on_from_it(world, out, capsys):
+    argv = [*command(world, out, steps=2), "--decay", "0.5", "--sample-prompt", PROMPT]
+    assert train.main(argv) == 0
+    beside(out, "2").mkdir()  # taken
+    capsys.readouterr()
+    on = ["--init-lora", str(out / "lora.safetensors"), "--out", str(beside(out, "3"))]
+    for more, status in (([], 0), (["--steps", "4"], 2)):
+        assert train.main([*argv, *more]) == status
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "to train on from it: " in line]
+        said = line.partition("to train on from it: python train.py ")[2]
+        assert parse(TrainConfig, shlex.split(said), "") == parse(TrainConfig, [*argv, *more, *on], "")
+    assert line.startswith(f"error: {out} holds a run with --steps 2, not 4, and its rate has fallen to 0; to train on")
+    assert train.main(shlex.split(said)) == 0
+    assert "starting from lora.safetensors" in capsys.readouterr().err and steps_of(beside(out, "3")) == [1, 2, 3, 4]
 
 
 def no_memory(*_):
@@ -401,11 +490,11 @@ def no_memory(*_):
 
 
 def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
-    monkeypatch.setattr(train.Run, "draw_sheet", killing(train.Run.draw_sheet, 1))
+    monkeypatch.setattr(iclora.monitor.Monitor, "draw_sheet", killing(iclora.monitor.Monitor.draw_sheet, 1))
     with pytest.raises(Killed):
         go(world, out, "--sample-every", "2", steps=3)
     with monkeypatch.context() as patch:
-        patch.setattr(iclora.monitor, "sheet", no_memory)
+        patch.setattr(iclora.monitor, "sheet_columns", no_memory)
         assert go(world, out, "--sample-every", "2", steps=2) == 0, "one that fails is left out, on resume"
         assert go(world, beside(out, "new"), "--sample-every", "1", steps=2) == 0, "and while training"
     assert not [*out.glob("sheet-*"), *beside(out, "new").glob("sheet-*")]
@@ -418,7 +507,8 @@ def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatc
 def test_without_held_out_sets_there_is_no_validation_and_the_sheet_shows_trained_ones(world, out):
     assert go(world, out, "--holdout", "0", "--sample-every", "2", steps=2) == 0
     assert "validation" not in (out / "metrics.jsonl").read_text()
-    assert Image.open(out / "sheet-000002.png").size == (2 * 64 + 4, 68), "the two sets of the first batch"
+    size = LEFT + 2 * (NARROW + GAP), TOP + 2 * (32 + GAP)
+    assert Image.open(out / "sheet-000002.png").size == size, "the two sets of the first batch"
 
 
 def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
@@ -503,10 +593,10 @@ def killing(real, when):
 PLACES = {
     "in a step": (iclora.training, "flow_loss", 4),
     "before the first checkpoint": (iclora.training, "flow_loss", 2),
-    "before anything": (iclora.restart, "write_whole", 1),
+    "before anything": (iclora.checkpoint, "write_atomic", 1),
     "while the checkpoint gets its name": (os, "replace", 4),
-    "after the checkpoint": (model.lora, "save_lora", 2),
-    "in the last lora": (model.lora, "save_lora", 3),
+    "after the checkpoint": (iclora.monitor, "save_lora", 2),
+    "in the last lora": (iclora.monitor, "save_lora", 3),
     "while the curve is drawn": (iclora.monitor, "draw_curve", 2),
     "between the moments and the average": (torch, "_foreach_lerp_", 4),
 }
@@ -583,9 +673,9 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bytes(world, whole, out,
     with monkeypatch.context() as patch:
         patch.setattr(iclora.training, "flow_loss", stopped)
         assert go(world, out) == 130
-    assert refused(capsys) == "error: stopped after step 3 of 6; the same command goes on there"
+    assert last_line(capsys) == "stopped after step 3 of 6; the same command goes on there"
     assert signal.getsignal(number) is handler
-    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 3 and steps_of(out) == [1, 2, 3]
+    assert iclora.checkpoint.read_checkpoint(out / "checkpoint.safetensors")[2] == 3 and steps_of(out) == [1, 2, 3]
     assert go(world, out) == 0
     assert files(out) == files(whole)
 
@@ -603,8 +693,8 @@ def test_a_second_interruption_stops_at_once_and_keeps_the_last_checkpoint(world
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_foreach_lerp_", stopped)
         assert go(world, out) == 130
-    assert refused(capsys) == "error: interrupted; the same command goes on from the last checkpoint"
-    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert last_line(capsys) == "interrupted; the same command goes on from the last checkpoint"
+    assert iclora.checkpoint.read_checkpoint(out / "checkpoint.safetensors")[2] == 2
     assert go(world, out) == 0
     assert files(out) == files(whole)
 
@@ -622,7 +712,7 @@ def test_a_full_disk_is_one_line_and_loses_no_earlier_checkpoint(world, whole, o
         patch.setattr(os, "replace", full)
         assert go(world, out) == 2
     assert "No space left on device" in refused(capsys)
-    assert iclora.restart.read_about(out / "checkpoint.safetensors")[2] == 2
+    assert iclora.checkpoint.read_checkpoint(out / "checkpoint.safetensors")[2] == 2
     assert not [name for name in files(out) if name.startswith(".")]
     assert go(world, out) == 0
     assert files(out) == files(whole)
@@ -668,12 +758,12 @@ def test_killed_processes_end_in_the_same_bytes_and_one_that_is_stopped_too(worl
     for code in codes:
         process = start(world, folder, *LONG, steps=40, code=code)
         said.append((process.communicate()[1].splitlines()[-1], process.returncode))
-        steps.append((iclora.restart.read_about(folder / "checkpoint.safetensors")[2], steps_of(folder)[-1]))
+        steps.append((iclora.checkpoint.read_checkpoint(folder / "checkpoint.safetensors")[2], steps_of(folder)[-1]))
         scraps = [name.split(".")[1] for name in files(folder) if name.endswith(".tmp")]
         assert scraps == (["checkpoint"] if code is codes[0] else []), "the second one was not named yet"
     assert [status for _, status in said] == [-signal.SIGKILL, -signal.SIGKILL, 130]
     assert steps == [(10, 20), (20, 21), (24, 24)]
-    assert said[2][0] == "error: stopped after step 24 of 40; the same command goes on there"
+    assert said[2][0] == "stopped after step 24 of 40; the same command goes on there"
     assert go(world, folder, *LONG, steps=40) == 0
     assert files(folder) == files(beside(out, "whole"))
 
@@ -742,7 +832,7 @@ def test_two_processes_equal_one_stop_together_and_their_checkpoint_resumes_on_o
     interrupted = hit("iclora.training.flow_loss", 3, 2)  # the second process alone, and in its third step
     status, said = together(world, out, codes=(TRAIN, interrupted))
     assert status == [130, 130] and said[0] == said[1], said
-    assert said[0] == ["error: stopped after step 3 of 6; the same command goes on there"]
+    assert said[0] == ["stopped after step 3 of 6; the same command goes on there"]
     assert steps_of(out) == [1, 2, 3]
     assert go(world, beside(out, "one"), steps=3) == 0
     assert compare(out, beside(out, "one")) < 1e-5
@@ -814,10 +904,24 @@ def pipeline(world, *loras, **more):
     return Pipeline(resolve(config, said.append), said.append), said
 
 
+def steps_of_sampling(networks):
+    """What the transformer gets and gives in every step: points (steps, I, 64), velocities (steps, I, 64)."""
+    points, velocities, real = [], [], networks.flux.velocity
+
+    def spy(x, *more):
+        points.append(x.clone())
+        velocities.append(real(x, *more))
+        return velocities[-1]
+
+    networks.flux.velocity = spy
+    networks.sample(0, lambda *_: None)
+    networks.flux.velocity = real
+    return torch.cat(points), torch.cat(velocities)
+
+
 def velocity(networks):
-    x = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return networks.velocity(networks.encode_references(0))(x, 0.5)
+    """What the transformer gives in the first step, from the noise of seed 0."""
+    return steps_of_sampling(networks)[1][:1]
 
 
 def test_the_lora_changes_the_sampler_by_its_strength(world, whole):
@@ -836,19 +940,11 @@ def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
     assert given.keys() == base.keys() and all(torch.equal(given[name], base[name]) for name in base)
 
 
-def inputs_of(networks):
-    """What the transformer gets in every step: (steps, I, 64)."""
-    seen, real = [], networks.flux.predict
-    networks.flux.predict = lambda x, *more: seen.append(x.clone()) or real(x, *more)
-    networks.sample(0, lambda *_: None)
-    return torch.cat(seen)
-
-
 def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, clean, whole):
     panel = str(world / "sets" / "0" / "1.png")
     for path, stays in ((clean, True), (whole / "lora.safetensors", False)):
         networks, _ = pipeline(world, path, mask="2", panels=(panel,))
-        seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+        seen, kept = steps_of_sampling(networks)[0], ~networks.mask[0, :, 0].bool()
         same = [torch.equal(x[kept], networks.data[0, kept]) for x in seen]
         assert len(same) == 3 and all(same) == stays and any(same) == stays
         assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
@@ -857,7 +953,7 @@ def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, c
 def test_kept_panels_stay_clean_beside_drafts(world, clean):
     panels = tuple(str(world / "sets" / "0" / f"{number}.png") for number in (1, 2))
     networks, _ = pipeline(world, clean, mask="2", panels=panels, strength=0.7)
-    seen, kept = inputs_of(networks), ~networks.mask[0, :, 0].bool()
+    seen, kept = steps_of_sampling(networks)[0], ~networks.mask[0, :, 0].bool()
     assert len(seen) and all(torch.equal(x[kept], networks.data[0, kept]) for x in seen)
     assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
 
@@ -891,8 +987,8 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     assert torch.equal(networks.data[:, kept], pack(sets.known)[:, kept])
     assert networks.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(networks.vec, plain.vec)
     assert not torch.equal(networks.data, plain.data), "encoded by itself"
-    masks, real = [], networks.flux.prepare
-    networks.flux.prepare = lambda *given: masks.append(given[4]) or real(*given)
+    masks, real = [], networks.flux.prefill
+    networks.flux.prefill = lambda *given: masks.append(given[3]) or real(*given)
     networks.sample(0, lambda *_: None)
     assert len(masks) == 1 and torch.equal(masks[0], sets.mask)
 
@@ -940,8 +1036,8 @@ def test_uno_writes_the_names_of_the_release_and_how_it_was_trained(world, refer
     }  # fmt: skip
     rows = [json.loads(line) for line in (referred / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6]
-    height = 2 * 32 + (32 + 16 + 4) + 2 * 4  # two references above what is made and the target
-    assert Image.open(referred / "sheet-000006.png").size == (2 * 32 + 4, height), "one pair of each bucket"
+    size = LEFT + 2 * (NARROW + GAP), TOP + 32 + 16 + 32 + 32 + 4 * GAP  # two references above what is made and target
+    assert Image.open(referred / "sheet-000006.png").size == size, "one pair of each bucket"
 
 
 def test_batches_of_one_and_two_references_take_turns_and_no_pair_is_left_out(world, referred):
@@ -970,18 +1066,12 @@ def shown(world, *loras, **more):
     return pipeline(world, *loras, ref=(reference,), grid="1x1", prompt="picture 1", **more)
 
 
-def velocity_of(networks):
-    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        return networks.velocity(networks.encode_references(0))(x, 0.5)
-
-
 def test_the_sampler_follows_how_uno_was_trained_and_an_untrained_file_changes_nothing(world, referred, out):
     config = shown(world, referred / "lora.safetensors")[0].plan.config
     assert (config.offset, config.ref_size, config.posterior, config.guidance) == ("w", 32, "sample", 4.0)
     assert uno(world, out, "--lr", "0", steps=1) == 0
     base, fresh, trained = (
-        velocity_of(shown(world, *lora, ref_size=32, offset="w")[0])
+        velocity(shown(world, *lora, ref_size=32, offset="w")[0])
         for lora in ([], [out / "lora.safetensors"], [referred / "lora.safetensors"])
     )
     assert torch.equal(fresh, base) and (trained - base).abs().max() > 1e-4
@@ -998,10 +1088,10 @@ def test_the_sampler_feeds_the_references_and_places_that_training_fed(world, re
     networks.plan = pipeline_plan(world, referred, tuple(map(str, example.references)))
     with torch.inference_mode():
         assert torch.allclose(networks.encode_references(0), sets.references, atol=1e-6)
-    given, real = [], networks.flux.prepare
-    networks.flux.prepare = lambda ids, *more: given.append(ids) or real(ids, *more)
-    velocity_of(networks)
-    assert torch.equal(given[0], sets.ids)
+    given, real = [], networks.flux.prefill
+    networks.flux.prefill = lambda ids, *more: given.append(ids) or real(ids, *more)
+    velocity(networks)
+    assert torch.equal(given[0][:, networks.txt.shape[1] :], sets.ids)
 
 
 def pipeline_plan(world, run, ref):
@@ -1039,15 +1129,15 @@ def test_references_alone_are_trained_and_followed_by_the_sampler_and_the_second
     assert len(told) >= 2 and all(sets.alone for sets in told) and (out / "sheet-000002.png").exists()
     shutil.copy(out / "lora.safetensors", world / "alone.safetensors")
     networks, _ = shown(world, world / "alone.safetensors")
-    config, sampled = networks.plan.config, velocity_of(networks)
-    x, references = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)), networks.encode_references(0)
+    config, (points, velocities) = networks.plan.config, steps_of_sampling(networks)
+    x, sampled, references = points[:1], velocities[:1], networks.encode_references(0)
     ids, txt_ids = place(networks.plan.layout, "w", 1.0), torch.zeros(1, networks.txt.shape[1], 3)
-    given = (x, ids, networks.txt, txt_ids, torch.tensor([0.5]), networks.vec, torch.tensor([4.0]), None, references)
+    given = (x, ids, networks.txt, txt_ids, torch.ones(1), networks.vec, torch.tensor([4.0]), None, references)
     with torch.inference_mode():
         trained, joint = (networks.flux(*given, alone) for alone in (True, False))
     assert config.reference_attention == "alone" and torch.equal(sampled, trained), "what flow_loss calls"
     assert (sampled - joint).abs().max() > 1e-4
-    assert torch.equal(velocity_of(shown(world, world / "alone.safetensors", reference_attention="joint")[0]), joint)
+    assert torch.equal(velocity(shown(world, world / "alone.safetensors", reference_attention="joint")[0]), joint)
     flags = ["--method", "uno", "--data", str(world / "pairs.json"), "--stage", "2"]
     assert go(world, beside(out, "two"), *flags, "--init-lora", str(world / "alone.safetensors"), steps=1) == 0
     assert read_header(beside(out, "two") / "lora.safetensors")[1]["iclora.reference_attention"] == "alone"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -13,19 +14,31 @@ from PIL import Image
 
 import iclora.training as training
 import model.checkpoint
+from iclora.batch import Sets, to
+from iclora.checkpoint import (
+    averaged,
+    load_checkpoint,
+    new_state,
+    read_checkpoint,
+    refuse_other_run,
+    save_checkpoint,
+    start_folder,
+    write_atomic,
+)
 from iclora.config import DEV, SCHNELL, TINY, TrainConfig, settle_training
 from iclora.feed import hold_out
+from iclora.knobs import saved
 from iclora.layout import Layout, token_mask
-from iclora.monitor import CURVE, Metrics, draw_curve, put_png
+from iclora.monitor import CURVE, Metrics, draw_curve, write_png
 from iclora.references import place
-from iclora.restart import load_state, read_about, refuse_other_run, save_state, start_folder, write_whole
-from iclora.training import Sets, averaged, draw, draw_kept, draw_times, flow_loss, new_state, parts, train
+from iclora.training import flow_loss, micro_batches, sample_kept, sample_step, sample_times
 from model.checkpoint import save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, trainable
 from model.position import grid_ids, reference_ids
 from sampling.flow import time_stretch
 from sampling.latents import pack
+from train import train
 
 PAIR = Layout(1, 2, 32, 32)  # 8 tokens
 TOKENS = PAIR.tokens_high * PAIR.tokens_wide
@@ -69,11 +82,27 @@ class Shelf:
         return Sets(self.z[examples], *texts, self.known[examples], generated)
 
 
-def run(config=CONFIG, steps=None, flux_and_state=None, **more):
+class Ledger:
+    """Stands for the monitor: notes losses, and what is to be saved and drawn."""
+
+    def __init__(self):
+        self.losses = []
+
+    def log(self, loss):
+        self.losses.append(loss)
+
+    def due(self, every):
+        return False
+
+    def save(self):
+        pass
+
+
+def run(config=CONFIG, steps=None, flux_and_state=None, ledger=None):
     flux, state = flux_and_state or adapted()
-    losses = []
-    train(replace(config, steps=steps or config.steps), flux, Shelf(), state, losses.append, **more)
-    return state, losses
+    ledger = ledger or Ledger()
+    train(replace(config, steps=steps or config.steps), flux, Shelf(), state, ledger)
+    return state, ledger.losses
 
 
 def weights(state):
@@ -86,9 +115,9 @@ def weights(state):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_draws_the_same_for_any_number_of_processes(ranks, accumulate):
-    whole = draw(PANELS, 3, 8, PAIR)
-    shares = [s for rank in range(ranks) for s in parts(8, rank, ranks, accumulate)]
-    pieces = [draw(PANELS, 3, 8, PAIR).part(share) for share in shares]
+    whole = sample_step(PANELS, 3, 8, PAIR)
+    shares = [s for rank in range(ranks) for s in micro_batches(8, rank, ranks, accumulate)]
+    pieces = [sample_step(PANELS, 3, 8, PAIR)[share] for share in shares]
     assert torch.equal(torch.cat([piece.noise for piece in pieces]), whole.noise)
     assert torch.equal(torch.cat([piece.t for piece in pieces]), whole.t)
     assert [kept for piece in pieces for kept in piece.kept] == whole.kept
@@ -96,19 +125,23 @@ def test_a_step_draws_the_same_for_any_number_of_processes(ranks, accumulate):
 
 
 def test_steps_and_seeds_draw_differently_and_the_largest_seed_works():
-    drawn = [draw(replace(CONFIG, seed=seed), step, 2, PAIR).noise for seed in (0, 1, 2**63 - 1) for step in (0, 1)]
+    drawn = [
+        sample_step(replace(CONFIG, seed=seed), step, 2, PAIR).noise for seed in (0, 1, 2**63 - 1) for step in (0, 1)
+    ]
     assert len({noise.numpy().tobytes() for noise in drawn}) == 6
 
 
 def test_captions_are_left_out_as_often_as_asked_for():
-    dropped = [left for step in range(100) for left in draw(replace(CONFIG, dropout=0.2), step, 8, PAIR).dropped]
+    dropped = [left for step in range(100) for left in sample_step(replace(CONFIG, dropout=0.2), step, 8, PAIR).dropped]
     assert 0.15 < sum(dropped) / len(dropped) < 0.25
-    assert not any(draw(replace(CONFIG, dropout=0.0), 0, 64, PAIR).dropped)
+    assert not any(sample_step(replace(CONFIG, dropout=0.0), 0, 64, PAIR).dropped)
 
 
 @pytest.mark.parametrize(("count", "ranks", "accumulate"), [(8, 1, 1), (8, 2, 1), (8, 1, 4), (8, 2, 2), (6, 3, 1)])
 def test_a_batch_is_cut_evenly_and_wholly(count, ranks, accumulate):
-    cut = [list(range(count))[share] for rank in range(ranks) for share in parts(count, rank, ranks, accumulate)]
+    cut = [
+        list(range(count))[share] for rank in range(ranks) for share in micro_batches(count, rank, ranks, accumulate)
+    ]
     assert [i for piece in cut for i in piece] == list(range(count))
     assert {len(piece) for piece in cut} == {count // ranks // accumulate}
 
@@ -117,11 +150,11 @@ def test_a_batch_is_cut_evenly_and_wholly(count, ranks, accumulate):
 def test_a_batch_that_cannot_be_cut_is_refused(count, ranks, accumulate):
     message = f"a batch of {count} cannot be cut for {ranks} processes and --accumulate {accumulate}; use a --batch"
     with pytest.raises(ValueError, match=message):
-        parts(count, 0, ranks, accumulate)
+        micro_batches(count, 0, ranks, accumulate)
 
 
 def times(kind, tokens=TOKENS):
-    return draw_times(kind, 20_000, tokens, torch.Generator().manual_seed(3))
+    return sample_times(kind, 20_000, tokens, torch.Generator().manual_seed(3))
 
 
 def test_logit_normal_times_gather_around_one_half():
@@ -145,14 +178,14 @@ def test_shifted_times_are_uniform_ones_moved_towards_noise_as_in_sampling(token
 @pytest.mark.parametrize("panels", [1, 2, 3, 4])
 def test_any_panels_are_kept_but_never_all(panels):
     draws = torch.Generator().manual_seed(0)
-    seen = {draw_kept(panels, draws) for _ in range(600)}
+    seen = {sample_kept(panels, draws) for _ in range(600)}
     every = {tuple(p for p in range(1, panels + 1) if bits >> (p - 1) & 1) for bits in range(2**panels - 1)}
     assert seen == every
 
 
 def test_panels_are_kept_under_clean_conditioning_only():
-    assert draw(CONFIG, 0, 8, PAIR).kept == [()] * 8
-    assert set(draw(PANELS, 0, 64, PAIR).kept) == {(), (1,), (2,)}
+    assert sample_step(CONFIG, 0, 8, PAIR).kept == [()] * 8
+    assert set(sample_step(PANELS, 0, 64, PAIR).kept) == {(), (1,), (2,)}
 
 
 WITH = replace(PAIR, references=((32, 16), (16, 16)))  # 3 tokens
@@ -160,10 +193,14 @@ PAIRS = replace(CONFIG, method="uno", posterior="sample", offset="d", offset_sca
 
 
 def test_references_are_drawn_anew_in_every_step_and_change_nothing_else_of_what_is_drawn():
-    first, second, mean = draw(PAIRS, 3, 8, WITH), draw(PAIRS, 4, 8, WITH), draw(CONFIG, 3, 8, WITH)
+    first, second, mean = (
+        sample_step(PAIRS, 3, 8, WITH),
+        sample_step(PAIRS, 4, 8, WITH),
+        sample_step(CONFIG, 3, 8, WITH),
+    )
     assert first.posterior.shape == (8, 3, 64) and not torch.equal(first.posterior, second.posterior)
     assert torch.equal(first.noise, mean.noise) and torch.equal(first.t, mean.t) and mean.posterior is None
-    pieces = [first.part(share).posterior for rank in range(2) for share in parts(8, rank, 2, 2)]
+    pieces = [first[share].posterior for rank in range(2) for share in micro_batches(8, rank, 2, 2)]
     assert torch.equal(torch.cat(pieces), first.posterior)
 
 
@@ -252,7 +289,7 @@ def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_
     loss = flow_loss(spy, sets, noise, t)
     assert torch.equal(spy.called[8], sets.references) and spy.called[0].shape == (2, TOKENS, 64)
     assert spy.called[9] is False
-    flow_loss(spy, replace(training.to(sets, torch.device("cpu")), alone=True), noise, t)
+    flow_loss(spy, replace(to(sets, torch.device("cpu")), alone=True), noise, t)
     assert spy.called[9] is True
     ids = torch.cat([grid_ids(2, 4), *reference_ids((2, 4), [(1, 2), (1, 1)])])
     assert torch.equal(spy.called[1], torch.stack((ids, ids)))
@@ -288,7 +325,7 @@ def test_recomputing_activations_gives_the_same_loss_and_gradients():
         for p in state.parameters:
             torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
         if recompute:
-            training.keep_no_activations(flux)
+            training.checkpoint_blocks(flux)
         loss = flow_loss(flux, sets, noise, t).sum()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in state.parameters)])
@@ -302,7 +339,7 @@ def test_recomputing_really_keeps_fewer_activations():
     for recompute in (False, True):
         flux, _ = adapted(blocks=2)
         if recompute:
-            training.keep_no_activations(flux)
+            training.checkpoint_blocks(flux)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             flow_loss(flux, sets, noise, t)
@@ -380,7 +417,7 @@ def test_a_large_gradient_is_clipped(monkeypatch):
     first, _ = run(steps=1)
     monkeypatch.setattr(training, "flow_loss", lambda *a, loss=flow_loss: 1e4 * loss(*a))
     second, _ = run(steps=1)
-    moments = [state.optimizer.state_dict()["state"] for state in (first, second)]
+    moments = [state.optimizers[0].state_dict()["state"] for state in (first, second)]
     norms = [math.sqrt(sum(float((m["exp_avg"] / 0.1).square().sum()) for m in own.values())) for own in moments]
     assert norms[1] == pytest.approx(1.0, rel=1e-3), "the first moment is a tenth of the gradient"
 
@@ -396,8 +433,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_changes_anything(monke
 
 
 def test_who_asks_to_stop_waits_for_the_step_to_be_whole():
-    asked = iter([False, False, True])
-    state, losses = run(stop=lambda: next(asked))
+    class Interrupter(Ledger):
+        def log(self, loss):
+            super().log(loss)
+            if len(self.losses) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    state, losses = run(ledger=Interrupter())
     assert state.step == len(losses) == 3
     assert torch.equal(weights(run(flux_and_state=None, steps=3)[0]), weights(state))
 
@@ -409,12 +451,13 @@ def test_the_average_follows_the_weights_and_forgets_the_first_steps_sooner():
     flux, state = adapted()
     average = [p.detach().clone() for p in state.parameters]
 
-    def after_step(loss):
-        decay = min(0.5, state.step / (state.step + 9))
-        for mean, p in zip(average, state.parameters, strict=True):
-            mean.mul_(decay).add_((1 - decay) * p.detach())
+    class Follower(Ledger):
+        def log(self, loss):
+            decay = min(0.5, state.step / (state.step + 9))
+            for mean, p in zip(average, state.parameters, strict=True):
+                mean.mul_(decay).add_((1 - decay) * p.detach())
 
-    train(replace(CONFIG, ema=0.5, steps=20), flux, Shelf(), state, after_step)
+    train(replace(CONFIG, ema=0.5, steps=20), flux, Shelf(), state, Follower())
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(average, state.average, strict=True))
     assert not torch.allclose(weights(state), torch.cat([a.flatten() for a in average]), atol=1e-4)
 
@@ -443,19 +486,19 @@ def test_a_state_that_is_saved_and_loaded_goes_on_to_the_same_bits(tmp_path, con
     path = tmp_path / "checkpoint.safetensors"
     whole, losses = run(config)
     first, early = run(config, steps=stop)
-    save_state(path, first, config, ORIGIN)
+    save_checkpoint(path, first, saved(config), ORIGIN)
     flux, state = adapted()
-    load_state(path, state)
+    load_checkpoint(path, state)
     assert state.step == stop
     resumed, late = run(config, flux_and_state=(flux, state))
     assert early + late == losses
     assert torch.equal(weights(resumed), weights(whole))
     assert all(torch.equal(a, b) for a, b in zip(resumed.average, whole.average, strict=True))
-    saved = []
+    written = []
     for number, state in enumerate((resumed, whole)):
-        save_state(tmp_path / str(number), state, config, ORIGIN)
-        saved.append((tmp_path / str(number)).read_bytes())
-    assert saved[0] == saved[1]
+        save_checkpoint(tmp_path / str(number), state, saved(config), ORIGIN)
+        written.append((tmp_path / str(number)).read_bytes())
+    assert written[0] == written[1]
 
 
 def test_equal_contents_make_equal_bytes_in_any_number_of_saves(tmp_path):
@@ -476,7 +519,8 @@ CHANGES = {
     "panel_size": 48, "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
 }  # fmt: skip
 FREE = {
-    "steps": 9, "save_every": 9, "sample_every": 9, "accumulate": 2, "checkpointing": True, "device": "cuda",
+    "steps": 9, "save_every": 9, "sample_every": 9, "sample_prompt": ("a fox",),
+    "accumulate": 2, "checkpointing": True, "device": "cuda",
     "tensorboard": True, "out": "elsewhere", "config": "a.json",
 }  # fmt: skip
 
@@ -484,7 +528,7 @@ FREE = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "checkpoint.safetensors"
-    save_state(path, run(steps=1)[0], CONFIG, ORIGIN)
+    save_checkpoint(path, run(steps=1)[0], saved(CONFIG), ORIGIN)
     return path
 
 
@@ -506,7 +550,7 @@ def test_a_setting_without_influence_on_the_result_may_change(checkpoint, name):
 
 def test_a_run_whose_rate_falls_keeps_its_number_of_steps(tmp_path):
     falling, path = replace(CONFIG, decay=0.5), tmp_path / "checkpoint.safetensors"
-    save_state(path, run(falling, steps=1)[0], falling, ORIGIN)
+    save_checkpoint(path, run(falling, steps=1)[0], saved(falling), ORIGIN)
     refuse_other_run(path, falling, ORIGIN)
     with pytest.raises(ValueError, match="holds a run with --steps 6, not 9; give the same settings to go on"):
         refuse_other_run(path, replace(falling, steps=9), ORIGIN)
@@ -536,12 +580,12 @@ def test_other_encoders_or_another_lora_before_it_are_another_run(checkpoint):
 
 
 def test_a_checkpoint_from_before_a_mark_existed_goes_on(tmp_path):
-    started = replace(CONFIG, init_lora="one")
-    save_state(tmp_path / "c.safetensors", run(CONFIG, steps=1)[0], started, {"data": "sets", "model": "base"})
-    refuse_other_run(tmp_path / "c.safetensors", started, ORIGIN)
+    started, path = replace(CONFIG, init_lora="one"), tmp_path / "c.safetensors"
+    save_checkpoint(path, run(CONFIG, steps=1)[0], saved(started), {"data": "sets", "model": "base"})
+    refuse_other_run(path, started, ORIGIN)
     for other in ("other", None):  # then by name, as it was
         with pytest.raises(ValueError, match=f"holds a run with --init-lora one, not {other}; give the same"):
-            refuse_other_run(tmp_path / "c.safetensors", replace(CONFIG, init_lora=other), ORIGIN)
+            refuse_other_run(path, replace(CONFIG, init_lora=other), ORIGIN)
 
 
 def test_without_a_checkpoint_anything_may_begin(tmp_path):
@@ -568,10 +612,10 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(checkpoint, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     save_safetensors({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="is no checkpoint of train.py; remove it"):
-        read_about(path)
+        read_checkpoint(path)
     save_safetensors({"a": torch.zeros(1)}, path, {"step": "1", "config": "{}", "origin": "{}"})
     with pytest.raises(ValueError, match="holds adapters of another shape; remove it"):
-        load_state(path, adapted()[1])
+        load_checkpoint(path, adapted()[1])
 
 
 def full(*_, **__):
@@ -582,14 +626,14 @@ def full(*_, **__):
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_scraps(checkpoint, tmp_path, monkeypatch, where):
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(checkpoint.read_bytes())
-    write_whole(tmp_path / "metrics.jsonl", "earlier\n")
+    write_atomic(tmp_path / "metrics.jsonl", "earlier\n")
     state, _ = run(steps=2)
     monkeypatch.setattr(where, full)
     with pytest.raises(OSError, match="No space left"):
-        save_state(path, state, CONFIG, ORIGIN)
+        save_checkpoint(path, state, saved(CONFIG), ORIGIN)
     if where != "model.checkpoint.save_file":
         with pytest.raises(OSError, match="No space left"):
-            write_whole(tmp_path / "metrics.jsonl", "later\n")
+            write_atomic(tmp_path / "metrics.jsonl", "later\n")
     assert path.read_bytes() == checkpoint.read_bytes() and (tmp_path / "metrics.jsonl").read_text() == "earlier\n"
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.safetensors", "metrics.jsonl"]
 
@@ -659,11 +703,11 @@ def test_without_any_step_there_is_no_curve(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    put_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png")
+    write_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ValueError, match="No space left"):
-        put_png(Image.new("RGB", (8, 8), "blue"), tmp_path / "a.png")
+        write_png(Image.new("RGB", (8, 8), "blue"), tmp_path / "a.png")
     assert os.listdir(tmp_path) == ["a.png"] and (tmp_path / "a.png").read_bytes() == before
 
 

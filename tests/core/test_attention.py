@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from golden import EXACT, WHOLE, far
-from iclora.training import keep_no_activations
+from iclora.training import checkpoint_blocks
 from model.flux import Flux, FluxConfig
 from model.lora import attach, merge, trainable
 from model.position import grid_ids, reference_ids
@@ -93,7 +93,7 @@ def test_gradients_pass_through_what_is_kept_as_through_one_sequence():
     for run in (
         lambda flux: flux(*arguments, None, references, True),
         lambda flux: in_one_sequence(flux, arguments, references),
-        lambda flux: keep_no_activations(flux) or flux(*arguments, None, references, True),
+        lambda flux: checkpoint_blocks(flux) or flux(*arguments, None, references, True),
     ):
         flux = network()
         run(flux).square().mean().backward()

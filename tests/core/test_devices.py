@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import iclora.pipeline
+from iclora.batch import Sets, to
+from iclora.checkpoint import new_state
 from iclora.config import SampleConfig
 from iclora.layout import Layout, sight, token_mask
 from iclora.pipeline import Pipeline, resolve
 from iclora.references import place
-from iclora.training import Sets, flow_loss, keep_no_activations, new_state, to
+from iclora.training import checkpoint_blocks, flow_loss
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora
 from model.weights import examples_folder, find_model, load_flux
@@ -72,7 +74,7 @@ def test_all_that_training_computes_is_on_its_device(way):
     sets = Sets(torch.zeros(2, 16, 4, 8), torch.zeros(2, 4, 5), torch.zeros(2, 6), **more)
     with META:
         flux = Flux(FluxConfig(64, 64, 6, 5, 32, 48, 1, 2, 2, (4, 14, 14), True)).requires_grad_(False)
-    keep_no_activations(flux)
+    checkpoint_blocks(flux)
     state = new_state(attach(flux, "all-linear", 2, generator=torch.Generator("cpu")))
     loss = flow_loss(flux, to(sets, META), torch.zeros(2, 8, 64, device=META), torch.zeros(2, device=META))
     loss.sum().backward()

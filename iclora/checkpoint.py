@@ -1,0 +1,207 @@
+"""What changes while training, and the file that holds it whole: train.py's and the lab's go on to the same bytes.
+
+Everything random is drawn from (seed, step) and the order of the examples is a function of the step, so weights,
+averages, the optimizers' moments and the number of steps are all there is to keep.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model.checkpoint import read_header, save_safetensors
+
+from .cli import as_flags
+from .config import TrainConfig
+from .knobs import flag, saved
+
+CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
+ANEW = "remove it to start anew, or give another --out"
+FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
+# Fingerprints by the option that names them: what may be called otherwise, but must hold the same
+CONTENT = {"data": ("data",), "model": ("model", "encoders"), "init_lora": ("init_lora",)}
+
+
+@dataclass
+class State:
+    """All that changes while training; a checkpoint holds it whole.
+
+    parameters: what is trained; the lab's have the buffers of a module behind them
+    average: of the parameters, in their order
+    optimizers: train.py has one
+    step: steps done
+    """
+
+    parameters: list[Tensor]
+    average: list[Tensor]
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+
+
+def new_state(parameters: list[nn.Parameter]) -> State:
+    """Start training from the parameters as they are."""
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    return State(parameters, [p.detach().clone() for p in parameters], [optimizer])
+
+
+@torch.no_grad()
+def update_average(average: list[Tensor], parameters: list[Tensor], ema: float, step: int) -> None:
+    """Move the average: average <- d average + (1 - d) parameters, where the first steps are forgotten sooner.
+
+    ema: the d of later steps
+    step: steps done before this one
+    """
+    decay = min(ema, (1 + step) / (10 + step))
+    torch._foreach_lerp_(average, parameters, 1 - decay)
+
+
+@contextlib.contextmanager
+def averaged(state: State) -> Iterator[None]:
+    """Put the averaged weights in place of the trained ones for a while."""
+    weights = [p.detach() for p in state.parameters]  # the same memory
+    trained = [weight.clone() for weight in weights]
+    torch._foreach_copy_(weights, state.average)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(weights, trained)
+
+
+def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerprint: Mapping[str, str]) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    config: the settings that make the result
+    fingerprint: of what is learnt from, by name
+    Errors: OSError if the disk is full or read-only; an earlier checkpoint is still there then
+    """
+    tensors: dict[str, Tensor] = {}
+    for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
+        tensors |= {f"{i}.weight": p.detach(), f"{i}.average": average.detach()}
+        for optimizer in state.optimizers:
+            tensors |= {f"{i}.optimizer.{name}": value for name, value in optimizer.state.get(p, {}).items()}
+    config, fingerprint = json.dumps(dict(config)), json.dumps(dict(fingerprint))
+    save_safetensors(tensors, path, {"step": str(state.step), "config": config, "origin": fingerprint})
+
+
+def load_checkpoint(path: Path, state: State) -> None:
+    """Put a checkpoint into a fresh state of the same shape; whether it is one of this run is asked before.
+
+    Errors: ValueError if the file is damaged, or of another shape
+    """
+    step = read_checkpoint(path)[2]
+    tensors = load_file(path)  # mapped, so what is kept of it is copied
+    shapes = {f"{i}.{kind}": p.shape for i, p in enumerate(state.parameters) for kind in ("weight", "average")}
+    if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        raise ValueError(f"{path} holds adapters of another shape; {ANEW}")
+    with torch.no_grad():
+        for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
+            p.copy_(tensors[f"{i}.weight"])
+            average.copy_(tensors[f"{i}.average"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if match := re.fullmatch(r"(\d+)\.optimizer\.(\w+)", name):
+            moments.setdefault(int(match[1]), {})[match[2]] = value.clone()
+    numbers = {id(p): i for i, p in enumerate(state.parameters)}
+    for optimizer in state.optimizers:  # which numbers its parameters by itself
+        of_file = [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        loaded = {number: moments[i] for number, i in enumerate(of_file) if i in moments}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": loaded})
+    state.step = step
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Read a checkpoint's configuration, fingerprint and step.
+
+    Errors: ValueError if it is damaged or something else
+    """
+    try:
+        _, metadata = read_header(path)  # compares the size with the header
+    except ValueError as error:
+        raise ValueError(f"{str(error).partition(';')[0]}; {ANEW}") from None
+    try:
+        return json.loads(metadata["config"]), json.loads(metadata["origin"]), int(metadata["step"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} is no checkpoint of train.py; {ANEW}") from None
+
+
+def first_change(
+    path: Path, config: Mapping[str, Any], fingerprint: Mapping[str, str], free: Iterable[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """Find the first setting that makes a checkpoint one of another run: its name, the value before, the value now.
+
+    free: names of settings that may change
+    Errors: as read_checkpoint
+    """
+    before, learnt, _ = read_checkpoint(path)
+    for name, value in json.loads(json.dumps(dict(config))).items():
+        known = [key for key in CONTENT.get(name, ()) if key in learnt]  # old runs have fewer
+        changed = any(learnt[key] != fingerprint[key] for key in known) if known else before.get(name) != value
+        if changed and name not in free:
+            return name, before.get(name), value
+    return None
+
+
+def refuse_other_run(path: Path, config: TrainConfig, fingerprint: Mapping[str, str], more: str = "") -> None:
+    """Refuse to go on from a checkpoint with what would make it another run, before anything is loaded.
+
+    path: of the checkpoint; if there is none, anything may begin
+    more: the command that trains on from its result, which is said where only that is possible
+    Errors: ValueError that names the first setting that differs, with both values; or as read_checkpoint
+    """
+    free = FREE[1:] if config.decay else FREE  # the rate falls towards the last step
+    if not path.exists() or not (change := first_change(path, saved(config), fingerprint, free)):
+        return
+    name, before, value = change
+    line = f"{path.parent} holds a run with {flag(name)} {before}, not {value}"
+    if name == "steps" and read_checkpoint(path)[2] == before:
+        raise ValueError(f"{line}, and its rate has fallen to 0; to train on from it: {more}")
+    same = " with other content" if before == value else ""
+    raise ValueError(f"{line}{same}; give the same settings to go on, or another --out")
+
+
+def train_command(config: TrainConfig) -> str:
+    """Write the command that trains on from a run's LoRA in a new folder, with the flags as they were given."""
+    out = next(out for n in count(2) if not Path(out := f"{Path(config.out)}-{n}").exists())
+    config = replace(config, init_lora=str(Path(config.out) / RESULT), out=out, config=None)
+    return shlex.join(["python", "train.py", *as_flags(config)])
+
+
+def start_folder(folder: Path, config: TrainConfig) -> None:
+    """Make the folder of a run with its config.json, and clear away what a kill left half written.
+
+    Errors: OSError if that is impossible
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.part")]:
+        left.unlink(missing_ok=True)
+    write_atomic(folder / "config.json", json.dumps({"config": saved(config)}, indent=2) + "\n")
+
+
+def write_atomic(path: Path, write: str | Callable[[Path], None]) -> None:
+    """Write a file whole or not at all, in place of an earlier one.
+
+    write: the text, or a callable that is given the temporary path
+    Errors: OSError if the disk is full or read-only
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if isinstance(write, str):
+            with open(temporary, "w") as file:
+                file.write(write)
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
