@@ -13,7 +13,6 @@ The same command goes on where a run was stopped.
 """
 
 import contextlib
-import functools
 import os
 import re
 import signal
@@ -28,7 +27,7 @@ from iclora.cli import NO_MEMORY, Bar, check_folder, complain, parse, plain
 from iclora.config import IN_CONTEXT, UNO, ModelRow, TrainConfig, model_row, settle_training
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
-    from iclora.feed import Feed
+    from iclora.loader import Loader
     from iclora.monitor import Metrics
     from iclora.training import State
     from model.flux import Flux
@@ -68,7 +67,9 @@ def run(config: TrainConfig) -> None:
         raise ValueError(f"--out {folder} lies in --data, where the next run would read it; choose one outside")
     import torch
 
-    from iclora import feed as feeds
+    from iclora.data import bucket, load
+    from iclora.layout import parse_grid
+    from iclora.loader import Loader, fingerprints
     from iclora.monitor import Metrics, board_writer
     from iclora.plan import pick_device
     from iclora.references import as_trained, check_training_memory
@@ -91,15 +92,16 @@ def run(config: TrainConfig) -> None:
     with torch.device("meta"):
         flux = Flux(shape)
     adapt(flux, config)  # refuses unknown targets, and a wrong --init-lora
-    examples = feeds.find(config, tell)
+    examples = load(config.data, config.grid and parse_grid(config.grid), tell, config.method)
     trained = sum(p.numel() for p in trainable(flux))
-    check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, trained, ranks)
-    origin = feeds.origin(examples, files, config.init_lora)
+    layouts = bucket(examples, config.panel_size, row.long_sides(config.ref_size))
+    check_training_memory(config, layouts, files.flux, shape, trained, ranks)
+    origin = fingerprints(examples, files, config.init_lora)
     refuse_other_run(folder / CHECKPOINT, config, origin)
     if ranks > 1:
         join_processes(config.device)
-    bar = functools.partial(Bar, every=50)
-    feed = in_turn(ranks, rank, lambda: feeds.prepare(config, examples, files, shape, tell, bar))
+    feed = Loader(config, examples, files, shape)
+    in_turn(ranks, rank, lambda: feed.encode(tell))
     flux = load_flux(files.flux, config.device, getattr(torch, config.dtype))
     report = adapt(flux, config)
     if config.checkpointing:
@@ -137,14 +139,14 @@ def run(config: TrainConfig) -> None:
 class Run:
     """What happens after a step: the bar, the metrics, checkpoints, validation, sheets.
 
-    origin: marks of what is learnt from, see iclora.feed
+    origin: marks of what is learnt from, see iclora.loader
     metrics: of the first process; the others only train
     """
 
     config: TrainConfig
     files: "ModelFiles"
     row: ModelRow
-    feed: "Feed"
+    feed: "Loader"
     flux: "Flux"
     state: "State"
     folder: Path
@@ -252,7 +254,7 @@ def adapt(flux: "Flux", config: TrainConfig) -> str:
     return report
 
 
-def note_doubts(config: TrainConfig, feed: "Feed") -> None:
+def note_doubts(config: TrainConfig, feed: "Loader") -> None:
     """Tells of what is possible, but seldom meant."""
     from iclora.plan import note_other_ways
 

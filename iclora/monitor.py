@@ -18,10 +18,10 @@ from sampling.inpaint import keep_clean
 from sampling.latents import CELL, TOKEN, noise, pack, unpack
 
 from .config import REFERENCE_GUIDANCE, ModelRow, TrainConfig
-from .examples import Example
+from .data import Example
 from .layout import Layout, through, token_mask
+from .loader import Loader
 from .restart import write_whole
-from .training import Feed, to
 
 SAMPLES = 4  # sets on a sheet
 CURVE = (960, 420)  # pixels
@@ -127,7 +127,7 @@ def put_png(picture: Image.Image, path: Path) -> None:
 
 
 @torch.no_grad()
-def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, config: TrainConfig) -> Image.Image:
+def sheet(flux: Flux, autoencoder: AutoEncoder, feed: Loader, row: ModelRow, config: TrainConfig) -> Image.Image:
     """Samples of the first examples of every bucket, each below its references and above the example itself.
 
     config: of the run; if it keeps panels clean, the first one is kept here instead of being made
@@ -152,13 +152,13 @@ def _stack(pictures: Sequence[Image.Image], down: bool) -> Image.Image:
 
 
 def _sample(
-    flux: Flux, autoencoder: AutoEncoder, feed: Feed, row: ModelRow, layout: Layout, example: Example, seed: int,
+    flux: Flux, autoencoder: AutoEncoder, feed: Loader, row: ModelRow, layout: Layout, example: Example, seed: int,
     config: TrainConfig,
 ) -> list[Image.Image]:  # fmt: skip
     """Gives the references, what is made, and the example itself, as their latents decode."""
     device = next(flux.parameters()).device
     keep = config.condition == "clean" and layout.panels > 1
-    sets = to(feed.sets(layout, [example], [(1,) if keep else ()], [False]), device)
+    sets = feed.collate(layout, [example], [(1,) if keep else ()], [False]).to(device)
     start = pack(noise(layout.height, layout.width, seed)).to(device)
     ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(device) if sets.ids is None else sets.ids
     txt_ids = torch.zeros(1, sets.txt.shape[1], 3, device=device)
@@ -170,7 +170,7 @@ def _sample(
         after_step = keep_clean(pack(sets.known), mask)
         start = after_step(start, 1.0)
 
-    fixed = flux.prepare(ids, sets.txt, txt_ids, sets.references, sets.mask, sets.alone)
+    fixed = flux.prepare(ids, sets.txt, txt_ids, sets.references, sets.attention_mask, sets.isolate_refs)
 
     def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
         vec = flux.conditioning(torch.full((1,), t, device=device), sets.vec, guidance)

@@ -1,5 +1,6 @@
 """From a configuration to a plan: everything that can be checked before a network loads is checked here."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,16 +15,31 @@ from model.lora import shapes
 from model.lora_files import read_deltas, read_lora
 from model.weights import ModelFiles, examples_folder, find_model, read_flux_config, weight_files
 from sampling.flow import times
+from sampling.images import fit, open_picture
 from sampling.inpaint import drafted_start
 
 from .config import UNO, ModelRow, SampleConfig, model_row, settle
-from .data import PanelSet, Source, read_set, read_source
 from .knobs import flag
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
-from .references import about, check_memory, follow_loras, read_references
+from .records import PanelSet, read_set
+from .references import about, check_memory, fit_reference, follow_loras
 
 Note = Callable[[str], None]  # takes one line for the user
+
+
+@dataclass(frozen=True)
+class Source:
+    """One panel or reference read from a file.
+
+    picture: of its final size
+    drafted: True if a masked panel starts from it, False if it is kept or a reference
+    """
+
+    path: Path
+    sha256: str
+    picture: Image.Image
+    drafted: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,7 +256,7 @@ def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, found
         raise ValueError("there is no prompt; give --prompt, or --panel-prompt for each panel, or caption.txt in --set")
     if task and not prompt.startswith(task.tag):
         note(f"captions of {config.preset} begin with {task.tag}; this one does not")
-    for finding in lint(prompt, *grid):
+    for finding in lint(prompt, *grid, task.markers if task else "image"):
         note(f"prompt: {finding}")
     return prompt
 
@@ -276,3 +292,26 @@ def read_sources(
         note(f"masked panels are generated, so the given ones are ignored: {', '.join(ignored)}; --strength uses them")
     size = layout.panel_width, layout.panel_height
     return {panel: read_source(path, size, config.fit, panel in masked) for panel, path in used.items()}
+
+
+def read_source(path: Path, size: tuple[int, int], rule: str, drafted: bool) -> Source:
+    """Reads one panel and fits it.
+
+    size: width, height in pixels
+    rule: as for sampling.images.fit
+    Errors: ValueError in one line if it cannot be read
+    """
+    picture = fit(open_picture(path), *size, rule)
+    return Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture, drafted)
+
+
+def read_references(paths: Sequence[str], long_side: int) -> tuple[Source, ...]:
+    """Reads reference pictures, upright, and brings each to its size.
+
+    Errors: ValueError in one line if one cannot be read or is too narrow
+    """
+    references = []
+    for path in map(Path, paths):
+        picture = fit_reference(open_picture(path), long_side, path.name)
+        references.append(Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture))
+    return tuple(references)

@@ -128,22 +128,24 @@ def clean(prompt: str) -> str:
     return " ".join(prompt.split())
 
 
-def lint(prompt: str, rows: int, cols: int) -> list[str]:
+def lint(prompt: str, rows: int, cols: int, kind: str = "image") -> list[str]:
     """Says where a joint caption does not match its grid, one line a finding; nothing if all is well.
 
     Tags such as [MOVIE-SHOTS] and names such as <Anna> are not markers.
+
+    kind: of markers to advise where there are none, as for markers_for
     """
     if not prompt.strip():
         return ["the prompt is empty; the model will draw what it likes"]
     found = [(match, *_canonical(match)) for match in _MARKER.finditer(prompt)]
     if not found:
-        names = [f"[IMAGE{number}]" for number in (1, rows * cols)]
+        names = markers_for("image" if kind == "position" and (rows, cols) not in POSITIONS else kind, rows, cols)
         return (
             []
             if rows * cols == 1
             else [
                 f"no markers for the {rows * cols} panels of the {rows}x{cols} grid; "
-                f"introduce each panel by its own, {names[0]} to {names[1]}"
+                f"introduce each panel by its own, {names[0]} to {names[-1]}"
             ]
         )
     findings = [

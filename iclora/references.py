@@ -4,7 +4,6 @@ Letters: R reference tokens, N those and the target's; h, w in tokens of 16x16 p
 Source: arXiv:2504.02160; bytedance/UNO@d305981 uno/flux/pipeline.py, uno/flux/sampling.py
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +20,10 @@ from model.checkpoint import open_checkpoint, read_header
 from model.flux import FluxConfig
 from model.lora_files import lora_file
 from model.position import grid_ids, reference_ids
-from sampling.images import open_picture, picture_size, to_tensor
+from sampling.images import picture_size, to_tensor
 from sampling.latents import TOKEN, pack
 
 from .config import ALONE, UNO, SampleConfig, TrainConfig, model_row
-from .data import Source
 from .knobs import flag
 from .layout import MAX_TOKENS, Layout
 
@@ -81,18 +79,6 @@ def as_trained(config: Config, loras: Sequence[Path]) -> Config:
                     f"use with {flag(name)}"
                 )
     return replace(config, **told)
-
-
-def read_references(paths: Sequence[str], long_side: int) -> tuple[Source, ...]:
-    """Reads reference pictures, upright, and brings each to its size.
-
-    Errors: ValueError in one line if one cannot be read or is too narrow
-    """
-    references = []
-    for path in map(Path, paths):
-        picture = fit_reference(open_picture(path), long_side, path.name)
-        references.append(Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture))
-    return tuple(references)
 
 
 def fit_reference(picture: Image.Image, long_side: int, name: str = "a reference") -> Image.Image:

@@ -29,7 +29,7 @@ ORIGIN = {"data": ("data",), "model": ("model", "encoders"), "init_lora": ("init
 def save_state(path: Path, state: State, config: TrainConfig, origin: dict[str, str]) -> None:
     """Write a checkpoint, whole or not at all.
 
-    origin: marks of what is learnt from, from iclora.feed
+    origin: marks of what is learnt from, from iclora.loader
     Errors: OSError if the disk is full or read-only; an earlier checkpoint is still there then
     """
     moments = state.optimizer.state_dict()["state"]

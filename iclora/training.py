@@ -9,9 +9,8 @@ takes its share: a run gives the same on one process as on several, and goes on 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,54 +22,11 @@ from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
 from .config import TrainConfig
-from .examples import Example
 from .layout import Layout
+from .loader import Batch, Loader
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Examples of one grid and panel size, encoded.
-
-    z: (B, 16, h, w) their latents
-    txt: (B, T, C), vec: (B, V) their captions
-    known: (B, 16, h, w) latents of the composites whose generated panels are 0; None trains all panels
-    generated: (B, I, 1) True where tokens are generated; None with known
-    mask: (L, L) which tokens see which, from iclora.layout.sight; None lets all see all
-    references: (B, R, 64) clean tokens of their references; None if they have none
-    spread: (B, R, 64) the standard deviation of those, whose mean references is
-    ids: (1, I + R, 3) places of their tokens and the references'; None without references
-    alone: whether references see each other only
-    """
-
-    z: Tensor
-    txt: Tensor
-    vec: Tensor
-    known: Tensor | None = None
-    generated: Tensor | None = None
-    mask: Tensor | None = None
-    references: Tensor | None = None
-    spread: Tensor | None = None
-    ids: Tensor | None = None
-    alone: bool = False
-
-    def drawn(self, noise: Tensor | None) -> "Sets":
-        """Draw the references from their posterior. noise: (B, R, 64), or None for the mean"""
-        return self if noise is None else replace(self, references=self.references + self.spread * noise)
-
-
-class Feed(Protocol):
-    """What the loop takes examples from; iclora.feed makes it."""
-
-    held_out: list[tuple[Layout, list[Example]]]
-
-    def batch(self, number: int) -> tuple[Layout, list[Example]]: ...
-
-    def sets(
-        self, layout: Layout, examples: Sequence[Example], kept: Sequence[tuple[int, ...]], dropped: Sequence[bool]
-    ) -> Sets: ...
 
 
 @dataclass
@@ -168,7 +124,7 @@ def draw_kept(panels: int, generator: torch.Generator) -> tuple[int, ...]:
 # the loss
 
 
-def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
+def flow_loss(flux: Flux, sets: Batch, noise: Tensor, t: Tensor) -> Tensor:
     """The squared error of the velocity, a mean over the generated tokens of each example: (B,) float32.
 
     noise: (B, I, 64), t: (B,)
@@ -177,22 +133,22 @@ def flow_loss(flux: Flux, sets: Sets, noise: Tensor, t: Tensor) -> Tensor:
     data = pack(sets.z)
     x = interpolate(data, noise, t[:, None, None])
     if sets.known is not None:
-        x = x.where(sets.generated, pack(sets.known))
+        x = x.where(sets.generate_mask, pack(sets.known))
     count, text = sets.txt.shape[:2]
     ids = grid_ids(sets.z.shape[2] // 2, sets.z.shape[3] // 2).to(x.device) if sets.ids is None else sets.ids
     ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.mask, sets.references, sets.alone)
+    v = flux(x, ids, sets.txt, txt_ids, t, sets.vec, guidance, sets.attention_mask, sets.references, sets.isolate_refs)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
-    if sets.generated is None:
+    if sets.generate_mask is None:
         return error.mean(dim=1)
-    weight = sets.generated[..., 0].float()
+    weight = sets.generate_mask[..., 0].float()
     return (error * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 @torch.no_grad()
-def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device) -> float:
+def validation_loss(flux: Flux, feed: Loader, condition: str, device: torch.device) -> float:
     """The loss on held-out examples at fixed times, noise and kept panels; unlike that of training it can be compared.
 
     References are the mean of their posterior.
@@ -206,14 +162,10 @@ def validation_loss(flux: Flux, feed: Feed, condition: str, device: torch.device
         for example in examples:
             for time in VALIDATION_TIMES:
                 kept = draw_kept(layout.panels, generator) if condition == "clean" else ()
-                sets = to(feed.sets(layout, [example], [kept], [False]), device)
+                sets = feed.collate(layout, [example], [kept], [False]).to(device)
                 noise = torch.randn(1, tokens, 64, generator=generator).to(device)
                 losses.append(flow_loss(flux, sets, noise, torch.full((1,), time, device=device)))
     return float(torch.cat(losses).mean()) if losses else math.nan
-
-
-def to(sets: Sets, device: torch.device) -> Sets:
-    return Sets(*(value.to(device) if isinstance(value, Tensor) else value for value in vars(sets).values()))
 
 
 # the loop
@@ -226,7 +178,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def train(
-    config: TrainConfig, flux: Flux, feed: Feed, state: State, after_step: Callable[[float], None],
+    config: TrainConfig, flux: Flux, feed: Loader, state: State, after_step: Callable[[float], None],
     rank: int = 0, ranks: int = 1, stop: Callable[[], bool] = lambda: False,
 ) -> None:  # fmt: skip
     """Train to config.steps from wherever the state is.
@@ -244,8 +196,8 @@ def train(
         loss = torch.zeros((), device=device)
         for share in parts(len(examples), rank, ranks, config.accumulate):
             own = drawn.part(share)
-            sets = feed.sets(layout, examples[share], own.kept, own.dropped).drawn(own.posterior)
-            sets = to(sets, device)
+            sets = feed.collate(layout, examples[share], own.kept, own.dropped)
+            sets = sets.sample_references(own.posterior).to(device)
             part = flow_loss(flux, sets, own.noise.to(device), own.t.to(device)).sum() / len(examples)
             part.backward()
             loss += part.detach()

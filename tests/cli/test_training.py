@@ -14,12 +14,12 @@ from PIL import Image
 import iclora.training as training
 import model.checkpoint
 from iclora.config import DEV, SCHNELL, TINY, TrainConfig, settle_training
-from iclora.feed import hold_out
 from iclora.layout import Layout, token_mask
+from iclora.loader import Batch
 from iclora.monitor import CURVE, Metrics, draw_curve, put_png
 from iclora.references import place
 from iclora.restart import load_state, read_about, refuse_other_run, save_state, start_folder, write_whole
-from iclora.training import Sets, averaged, draw, draw_kept, draw_times, flow_loss, new_state, parts, train
+from iclora.training import averaged, draw, draw_kept, draw_times, flow_loss, new_state, parts, train
 from model.checkpoint import save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, trainable
@@ -59,14 +59,14 @@ class Shelf:
     def batch(self, number):
         return self.layout, [(4 * number + i) % 6 for i in range(4)]
 
-    def sets(self, layout, examples, kept, dropped):
+    def collate(self, layout, examples, kept, dropped):
         told = 1 - torch.tensor(dropped, dtype=torch.float)
         texts = self.txt[examples] * told[:, None, None], self.vec[examples] * told[:, None]
         if not any(kept):
-            return Sets(self.z[examples], *texts)
+            return Batch(self.z[examples], *texts)
         hidden = [[p for p in range(1, layout.panels + 1) if p not in some] for some in kept]
         generated = torch.cat([token_mask(panels, layout).bool() for panels in hidden])
-        return Sets(self.z[examples], *texts, self.known[examples], generated)
+        return Batch(self.z[examples], *texts, self.known[examples], generated)
 
 
 def run(config=CONFIG, steps=None, flux_and_state=None, **more):
@@ -184,7 +184,7 @@ class Spy(torch.nn.Module):
 
 def ingredients(kept=((), ())):
     noise = torch.randn(2, TOKENS, 64, generator=torch.Generator().manual_seed(5))
-    return Shelf().sets(PAIR, [0, 1], kept, [False, False]), noise, torch.tensor([0.25, 0.75])
+    return Shelf().collate(PAIR, [0, 1], kept, [False, False]), noise, torch.tensor([0.25, 0.75])
 
 
 def test_the_loss_is_the_squared_error_of_the_velocity():
@@ -243,7 +243,8 @@ def test_what_is_kept_is_never_taken_from_the_whole_composite():
 def referred(posterior=None):
     sets, noise, t = ingredients()
     shown = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(6))
-    return replace(sets, references=shown[0], spread=shown[1], ids=place(WITH, "d", 1)).drawn(posterior), noise, t
+    batch = replace(sets, references=shown[0], std=shown[1], ids=place(WITH, "d", 1))
+    return batch.sample_references(posterior), noise, t
 
 
 def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_alone():
@@ -252,7 +253,7 @@ def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_
     loss = flow_loss(spy, sets, noise, t)
     assert torch.equal(spy.called[8], sets.references) and spy.called[0].shape == (2, TOKENS, 64)
     assert spy.called[9] is False
-    flow_loss(spy, replace(training.to(sets, torch.device("cpu")), alone=True), noise, t)
+    flow_loss(spy, replace(sets.to("cpu"), isolate_refs=True), noise, t)
     assert spy.called[9] is True
     ids = torch.cat([grid_ids(2, 4), *reference_ids((2, 4), [(1, 2), (1, 1)])])
     assert torch.equal(spy.called[1], torch.stack((ids, ids)))
@@ -265,7 +266,7 @@ def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_
 def test_a_drawn_reference_is_the_mean_and_the_spread_times_noise():
     posterior = torch.randn(2, 3, 64)
     mean, drawn = referred()[0], referred(posterior)[0]
-    assert torch.equal(drawn.references, mean.references + mean.spread * posterior)
+    assert torch.equal(drawn.references, mean.references + mean.std * posterior)
 
 
 def test_the_transformer_predicts_the_same_with_references_in_front_or_aside():
@@ -718,40 +719,6 @@ def test_uno_has_settings_of_its_own(row, expected):
 def test_settings_of_the_other_method_are_refused(given, flag):
     with pytest.raises(ValueError, match=f"^{flag} means nothing to --method [a-z-]+; leave it out$"):
         settle_training(TrainConfig(**given), TINY, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("count", "part", "held"),
-    [
-        (20, 0.1, 2),
-        (4, 0.1, 0),
-        (1, 0.9, 0),
-        (2, 0.9, 1),
-        (20, 0, 0),
-        (2000, 0.1, 32),
-    ],
-)
-def test_held_out_sets_are_the_last_of_each_bucket_and_never_all_or_very_many(count, part, held):
-    trained, kept = hold_out({PAIR: list(range(count))}, part)
-    assert trained[PAIR] == list(range(count - held))
-    assert kept == ([(PAIR, list(range(count - held, count)))] if held else [])
-
-
-def test_held_out_sets_are_shared_by_the_buckets():
-    sizes = {replace(PAIR, panel_width=16 * n): list(range(40 * n)) for n in (1, 2, 3, 4)}
-    trained, kept = hold_out(sizes, 0.25)  # 10, 20, 30 and 40 of them would be 100
-    assert [len(sets) for _, sets in kept] == [8, 8, 8, 8]
-    assert [len(sets) for sets in trained.values()] == [32, 72, 112, 152]
-    assert [len(sets) for _, sets in hold_out(sizes, 0.04)[1]] == [2, 3, 5, 6]
-
-
-def test_what_rounding_leaves_over_is_held_out_from_the_largest_buckets():
-    cases = ((4, 4, 4), [1, 0, 0]), ((1, 1, 2, 2, 2, 2, 5, 5, 10), [0, 0, 0, 0, 0, 0, 1, 0, 2]), ((4,), [0])
-    for counts, held in cases:
-        sizes = {replace(PAIR, panel_width=16 * (n + 1)): list(range(count)) for n, count in enumerate(counts)}
-        trained, kept = hold_out(sizes, 0.1)
-        assert [count - len(sets) for count, sets in zip(counts, trained.values(), strict=True)] == held
-        assert sum(len(sets) for _, sets in kept) == sum(held)
 
 
 def test_sums_over_one_process_are_left_alone():

@@ -6,9 +6,10 @@ import torch
 import iclora.pipeline
 from iclora.config import SampleConfig
 from iclora.layout import Layout, sight, token_mask
+from iclora.loader import Batch
 from iclora.pipeline import Pipeline, resolve
 from iclora.references import place
-from iclora.training import Sets, flow_loss, keep_no_activations, new_state, to
+from iclora.training import flow_loss, keep_no_activations, new_state
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora
 from model.weights import examples_folder, find_model, load_flux
@@ -57,10 +58,10 @@ def black(image):
 
 WAYS = {
     "panels": (PAIR, {}),
-    "clean panels": (PAIR, {"known": torch.zeros(2, 16, 4, 8), "generated": token_mask((2,), PAIR).bool()}),
-    "texts of their own": (PAIR, {"mask": sight(PAIR, 2)}),
-    "references": (SHOWN, {"alone": False}),
-    "references alone": (SHOWN, {"alone": True}),
+    "clean panels": (PAIR, {"known": torch.zeros(2, 16, 4, 8), "generate_mask": token_mask((2,), PAIR).bool()}),
+    "texts of their own": (PAIR, {"attention_mask": sight(PAIR, 2)}),
+    "references": (SHOWN, {"isolate_refs": False}),
+    "references alone": (SHOWN, {"isolate_refs": True}),
 }
 
 
@@ -69,12 +70,12 @@ def test_all_that_training_computes_is_on_its_device(way):
     layout, more = WAYS[way]
     if layout is SHOWN:
         more = more | {"references": torch.zeros(2, 4, 64), "ids": place(layout, "d", 1.0)}
-    sets = Sets(torch.zeros(2, 16, 4, 8), torch.zeros(2, 4, 5), torch.zeros(2, 6), **more)
+    sets = Batch(torch.zeros(2, 16, 4, 8), torch.zeros(2, 4, 5), torch.zeros(2, 6), **more)
     with META:
         flux = Flux(FluxConfig(64, 64, 6, 5, 32, 48, 1, 2, 2, (4, 14, 14), True)).requires_grad_(False)
     keep_no_activations(flux)
     state = new_state(attach(flux, "all-linear", 2, generator=torch.Generator("cpu")))
-    loss = flow_loss(flux, to(sets, META), torch.zeros(2, 8, 64, device=META), torch.zeros(2, device=META))
+    loss = flow_loss(flux, sets.to(META), torch.zeros(2, 8, 64, device=META), torch.zeros(2, device=META))
     loss.sum().backward()
     torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)
     assert {p.grad.device for p in state.parameters} == {loss.device} == {META} == {p.device for p in state.average}

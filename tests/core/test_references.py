@@ -20,8 +20,8 @@ from golden import EXACT, FLUX, GOLDEN, LOOP, case, far
 from iclora.config import DEV, SCHNELL, TINY, SampleConfig
 from iclora.layout import Layout
 from iclora.pipeline import Pipeline, resolve
-from iclora.plan import choose_loras, pick_device
-from iclora.references import encode, fit_reference, follow_loras, place, read_references
+from iclora.plan import choose_loras, pick_device, read_references
+from iclora.references import encode, fit_reference, follow_loras, place
 from lab.export import REFERENCES, write_references
 from model.checkpoint import save_safetensors
 from model.lora import attach, load_lora, merge, save_lora
