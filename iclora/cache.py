@@ -8,6 +8,7 @@ Letters: C channels, T text tokens, R reference tokens, D, V widths of the text 
 import gc
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +80,13 @@ class Cache:
         """Make what is missing, and free the network again; it is not even loaded if nothing is missing.
 
         load: loads the network that encodes
-        label: of the progress bar, which is drawn on a terminal only
+        label: of the progress bar; in a log it is a line a minute
         Returns how many entries were missing
         Errors: those of load and of making an entry; OSError if the disk is full
         """
         network, missing = None, 0
-        with tqdm({entry.key: entry for entry in entries}.values(), label, leave=False, disable=None) as bar:
+        pace = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
+        with tqdm({entry.key: entry for entry in entries}.values(), label, leave=False, **pace) as bar:
             for entry in bar:
                 if self.get(entry.key) is None:
                     network = network or load()

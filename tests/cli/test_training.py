@@ -329,8 +329,8 @@ def test_validation_keeps_panels_clean_if_training_does():
     kept = {}
     for condition in ("none", "clean"):
         shelf, asked = Shelf(), []
-        real = shelf.sets
-        shelf.sets = lambda layout, examples, some, dropped, real=real, asked=asked: (
+        real = shelf.collate
+        shelf.collate = lambda layout, examples, some, dropped, real=real, asked=asked: (
             asked.extend(some) or real(layout, examples, some, dropped)
         )
         training.validation_loss(flux, shelf, condition, torch.device("cpu"))

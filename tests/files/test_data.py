@@ -6,6 +6,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -392,10 +393,8 @@ def test_the_check_names_the_markers_of_the_preset_and_the_longest_of_many_capti
         composite(tmp_path, f"c{number}", (32, 96), "[MOVIE-SHOTS] <Ann>" + " walks" * (60 + number), seed=number)
     status, lines = check(capsys, tmp_path)
     notes = [line for line in lines if line.startswith("note: ")]
-    assert (
-        status == 0
-        and len([note for note in notes if "introduce each panel by its own, [SCENE-1] to [SCENE-3]" in note]) == 3
-    )
+    assert status == 0
+    assert sum("introduce each panel by its own, [SCENE-1] to [SCENE-3]" in note for note in notes) == 3
     (length,) = (note for note in notes if "T5 reads" in note)
     assert "c2.png: T5 reads 64 of" in length and length.endswith("; it is the longest of 3 that are too long")
 
@@ -420,16 +419,16 @@ def test_a_closed_pipe_is_no_traceback():
 
 
 def test_reading_shows_progress_on_a_terminal_and_nowhere_else():
-    drawn = []
-    for terminal in (True, False):
-        main, side = pty.openpty()
-        script = f"from iclora.data import scan; scan({str(SETS / 'sketch')!r})"
-        stderr = side if terminal else subprocess.PIPE
-        done = subprocess.run([sys.executable, "-c", script], cwd=SETS.parent, stderr=stderr, timeout=60)
-        os.close(side)
-        drawn.append(os.read(main, 10_000) if terminal else done.stderr)
-        os.close(main)
-    assert b"reading sets:   0%" in drawn[0] and b"/20 [" in drawn[0] and drawn[1] == b""
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 80))
+    os.set_blocking(main, False)
+    script = f"from iclora.data import scan; scan({str(SETS / 'sketch')!r})"
+    command = {"args": [sys.executable, "-c", script], "cwd": SETS.parent, "timeout": 60}
+    subprocess.run(stderr=side, **command)
+    assert b"reading sets:   0%" in (drawn := os.read(main, 10_000)) and b"| 0/20 [" in drawn
+    assert subprocess.run(stderr=subprocess.PIPE, **command).stderr == b""
+    os.close(side)
+    os.close(main)
 
 
 def test_a_pipe_is_no_caption(tmp_path, capsys):
