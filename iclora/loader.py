@@ -102,8 +102,8 @@ class Loader:
         """
         config, files, buckets = self.config, self.files, self.buckets
         pairs = [(layout, example) for layout, examples in buckets.items() for example in examples]
-        captions = [(e.caption, layout) for layout, e in pairs] + [(text, self.layouts[0]) for text in prompts]
-        texts = [self._text(""), *(entry for caption in captions for entry in self._texts(*caption))]
+        captions = [(e.caption, layout) for layout, e in pairs] + [(text, self.layouts[0]) for text in ("", *prompts)]
+        texts = [entry for caption in captions for entry in self._texts(*caption)]
         dtype = getattr(torch, config.dtype)
         read = self.cache.fill(texts, partial(load_text_encoders, files, config.device, dtype), "encoding texts")
         self._check_widths()
@@ -167,11 +167,9 @@ class Loader:
         long_side = self.row.long_sides(self.config.ref_size)[count > 1]
         return [reference_entry(example, number, long_side, self.autoencoder) for number in range(count)]
 
-    def _text(self, text: str) -> Entry:
-        return text_entry(text, self.row.text, getattr(torch, self.config.dtype), self.encoders)
-
     def _texts(self, caption: str, layout: Layout) -> list[Entry]:
-        return [self._text(text) for text in texts_of(caption, layout.rows, layout.cols, self.config.text)]
+        texts, dtype = texts_of(caption, layout.rows, layout.cols, self.config.text), getattr(torch, self.config.dtype)
+        return [text_entry(text, self.row.text, dtype, self.encoders) for text in texts]
 
     def _read_latents(self, example: Example, layout: Layout, masked: Panels = ()) -> Tensor:
         return self.cache.read(self._latents(example, layout, masked))["z"]
@@ -186,7 +184,7 @@ class Loader:
 
     def _check_widths(self) -> None:
         """Refuse encoders that do not belong to the transformer."""
-        widths = tuple(tensor.shape[-1] for tensor in self.cache.read(self._text("")).values())
+        widths = tuple(tensor.shape[-1] for tensor in self.cache.read(self._texts("", self.layouts[0])[0]).values())
         wanted = (self.shape.context_in_dim, self.shape.vec_in_dim)
         if widths != wanted:
             raise ValueError(

@@ -170,9 +170,6 @@ def collect(problems: list[str], prefix: str = "") -> Iterator[None]:
         problems.append(f"{prefix}{error}")
 
 
-# folders
-
-
 def _walk(folder: Path, settings: Settings, findings: Findings, visited: set[Path]) -> Iterator[Folder]:
     """Go through a folder and all below it, junk left out."""
     try:
@@ -269,9 +266,6 @@ def _read_panels(folder: Path, pictures: Paths, texts: Texts, settings: Settings
     words = {stem: read_text(texts[stem]) for stem in used}
     prompts = tuple(words[stem] for stem in stems) if "caption" not in words else ()
     return Record(str(folder), tuple(panels), False, settings, words.get("caption"), words.get("summary", ""), prompts)
-
-
-# rows and pairs
 
 
 def _read_rows(path: Path, settings: Settings, findings: Findings) -> list[Record]:
