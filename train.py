@@ -14,42 +14,27 @@ The same command goes on where a run was stopped.
 
 import contextlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iclora.cli import INTERRUPTED, NO_MEMORY, check_folder, complain, parse, plain
+from iclora.cli import check_folder, guard, parse, plain
 from iclora.config import TrainConfig
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
-    from iclora.batch import Feed
     from iclora.checkpoint import State
+    from iclora.loader import Loader
     from iclora.monitor import Monitor
     from model.flux import Flux
 
-LOST = re.compile("onnection (closed|reset|refused)|gloo|NCCL")  # what a process says when another one has ended
+MEMORY = "try --checkpointing, a larger --accumulate or a smaller --panel-size"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line. Returns the exit status: 0 done, 2 a mistake (one line on stderr), 130 interrupted"""
-    try:
-        run(parse(TrainConfig, argv, __doc__))
-    except SystemExit:  # after --help
-        return 0
-    except KeyboardInterrupt as stop:
-        return complain(str(stop) or "interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
-    except (ValueError, OSError) as error:
-        return complain(str(error), 2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-            return complain("memory ran out; try --checkpointing, a larger --accumulate or a smaller --panel-size", 2)
-        if "WORLD_SIZE" in os.environ and LOST.search(str(error)):
-            return complain("another process of this run has ended; it says why", 2)
-        raise
-    return 0
+    return guard(lambda: run(parse(TrainConfig, argv, __doc__)), MEMORY)
 
 
 def run(config: TrainConfig) -> None:
@@ -58,22 +43,23 @@ def run(config: TrainConfig) -> None:
     if Path(config.out).resolve().is_relative_to(Path(config.data).resolve()):
         raise ValueError(f"--out {config.out} lies in --data, where the next run would read it; choose one outside")
     from iclora.monitor import Monitor
-    from iclora.training import leave_processes, plan_training, start_training, try_command
+    from iclora.training import leave_processes, lost_process_is_one_line, plan_training, start_training, try_command
 
     rank, world_size = processes()
     tell = note if rank == 0 else lambda line: None
     plan = plan_training(config, world_size, tell)
-    loader, flux, state = start_training(plan, rank, world_size, tell)
-    with Monitor(plan, loader, flux, state, note) if rank == 0 else contextlib.nullcontext() as monitor:
-        train(plan.config, flux, loader, state, monitor)
-    leave_processes(world_size)
+    with lost_process_is_one_line():
+        loader, flux, state = start_training(plan, rank, world_size, tell)
+        with Monitor(plan, loader, flux, state, note) if rank == 0 else contextlib.nullcontext() as monitor:
+            train(plan.config, flux, loader, state, monitor)
+        leave_processes(world_size)
     steps = plan.config.steps
     if state.step < steps:
         raise KeyboardInterrupt(f"stopped after step {state.step} of {steps}; the same command goes on there")
     tell(try_command(config, loader.layouts[0]))
 
 
-def train(config: TrainConfig, flux: "Flux", loader: "Feed", state: "State", monitor: "Monitor | None") -> None:
+def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", monitor: "Monitor | None") -> None:
     """Train to config.steps from wherever the state is: THE training loop.
 
     Ctrl-C in any process makes the step under way the last one in all of them.
@@ -84,7 +70,6 @@ def train(config: TrainConfig, flux: "Flux", loader: "Feed", state: "State", mon
     """
     import torch
 
-    from iclora.batch import to
     from iclora.checkpoint import update_average
     from iclora.training import flow_loss, learning_rate, micro_batches, sample_step, sum_over_processes
 
@@ -98,7 +83,8 @@ def train(config: TrainConfig, flux: "Flux", loader: "Feed", state: "State", mon
             loss = torch.zeros((), device=device)
             for share in micro_batches(len(examples), rank, world_size, config.accumulate):
                 own = step_noise[share]
-                batch = to(loader.sets(layout, examples[share], own.kept, own.dropped).drawn(own.posterior), device)
+                batch = loader.collate(layout, examples[share], own.kept, own.dropped)
+                batch = batch.sample_references(own.posterior).to(device)
                 part = flow_loss(flux, batch, own.noise.to(device), own.t.to(device)).sum() / len(examples)
                 part.backward()
                 loss += part.detach()

@@ -6,10 +6,9 @@ averages, the optimizers' moments and the number of steps are all there is to ke
 
 import contextlib
 import json
-import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -19,11 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model.checkpoint import read_header, save_safetensors
+from model.checkpoint import read_header, save_safetensors, write_atomic
 
 from .cli import as_flags
-from .config import TrainConfig
-from .knobs import flag, saved
+from .config import TrainConfig, flag, saved
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
 ANEW = "remove it to start anew, or give another --out"
@@ -185,23 +183,3 @@ def start_folder(folder: Path, config: TrainConfig) -> None:
     for left in [*folder.glob(".*.tmp"), *folder.glob(".*.part")]:
         left.unlink(missing_ok=True)
     write_atomic(folder / "config.json", json.dumps({"config": saved(config)}, indent=2) + "\n")
-
-
-def write_atomic(path: Path, write: str | Callable[[Path], None]) -> None:
-    """Write a file whole or not at all, in place of an earlier one.
-
-    write: the text, or a callable that is given the temporary path
-    Errors: OSError if the disk is full or read-only
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if isinstance(write, str):
-            with open(temporary, "w") as file:
-                file.write(write)
-                file.flush()
-                os.fsync(file.fileno())
-        else:
-            write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -65,6 +65,20 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
+def as_flags(config: Any) -> list[str]:
+    """Write a configuration as the flags that make it, those with their defaults left out."""
+    words = []
+    for field in fields(config):
+        value, name = getattr(config, field.name), flag(field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else name.replace("--", "--no-", 1))
+        else:
+            words += [name, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a place for the files that cannot work, without making anything there yet.
 

@@ -17,10 +17,10 @@ from model.lora import shapes
 from model.lora_formats import LoraFile, describe, read_deltas, read_lora
 from model.lora_names import template
 from model.lora_write import DIALECTS, write_lora
-from model.weights import find_model, read_flux_config
+from model.weights import find_model
 
-from .cli import complain, parse, plain
-from .knobs import check, knob
+from .cli import guard, parse, plain
+from .config import check, option
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
 WIDTHS = {
@@ -45,12 +45,12 @@ class ConvertConfig:
     Errors: ValueError for an unknown choice
     """
 
-    to: str | None = knob(None, "the dialect to write", choices=DIALECTS)
-    skip_text_encoder: bool = knob(False, "leave out what belongs to CLIP or T5, instead of refusing the file")
-    model: str | None = knob(
+    to: str | None = option(None, "the dialect to write", choices=DIALECTS)
+    skip_text_encoder: bool = option(False, "leave out what belongs to CLIP or T5, instead of refusing the file")
+    model: str | None = option(
         None, "check against this model; without one, its widths are read off the LoRA", metavar="NAME|PATH"
     )
-    dtype: str | None = knob(
+    dtype: str | None = option(
         None,
         "of the tensors (default: as they are; float32 if you need every bit where a scale is folded in)",
         choices=("float32", "bfloat16", "float16"),
@@ -72,7 +72,7 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
     if not os.path.isdir(os.path.dirname(target) or "."):
         raise ValueError(f"there is no folder {os.path.dirname(target)}; make it first")
     file = read_lora(source, config.skip_text_encoder)
-    shape = read_flux_config(find_model(config.model).flux) if config.model else infer_config(file)
+    shape = find_model(config.model).flux.config if config.model else infer_config(file)
     with torch.device("meta"):
         known = shapes(Flux(shape))
     deltas = read_deltas(file, known)
@@ -131,19 +131,18 @@ def _width(file: LoraFile, key: str, axis: int) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns the exit status: 0 done, 2 a mistake (one line on stderr)."""
+    """Run one command line and return the exit status: 0 done, 2 a mistake (one line on stderr), 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    return guard(lambda: run(argv))
+
+
+def run(argv: list[str]) -> None:
+    """Convert one file and print a line about it."""
     files = [text for text in argv[:2] if not text.startswith("-")]
-    try:
-        config = parse(ConvertConfig, argv[len(files) :], __doc__, "python -m iclora.convert IN OUT")
-        if len(files) < 2:
-            raise ValueError("name two files before the flags: the LoRA to read and the one to write")
-        sys.stdout.write(plain(convert(*files, config)) + "\n")
-    except SystemExit:  # after --help
-        pass
-    except (ValueError, OSError) as error:
-        return complain(str(error), 2)
-    return 0
+    config = parse(ConvertConfig, argv[len(files) :], __doc__, "python -m iclora.convert IN OUT")
+    if len(files) < 2:
+        raise ValueError("name two files before the flags: the LoRA to read and the one to write")
+    sys.stdout.write(plain(convert(*files, config)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Panel sets on disk, and the check of a data set:
+"""Data sets: records -> examples -> buckets of one shape; and their check, before a training:
 
 python -m iclora.data sets/                                 what a training would use, what is doubtful, what broken
 python -m iclora.data photos/ --grid 2x2 --panel-size 512   the same for other data; the folder comes first
@@ -6,104 +6,248 @@ python -m iclora.data pairs.json --model flux-dev           the same for UNO's p
 """
 
 import hashlib
+import math
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
+from tqdm import tqdm
 
-from model.weights import ModelFiles, find_model, read_flux_config
+from model.weights import ModelFiles, find_model
 from sampling.images import fit, open_picture
+from sampling.latents import TOKEN
 
-from .cli import complain, parse, plain
-from .config import ModelRow, model_row
-from .knobs import check, knob
-from .layout import parse_grid
-from .prompts import MAX_CHARACTERS, clean
+from .cli import guard, parse, plain
+from .config import UNO, check, model_defaults, option
+from .layout import Layout, parse_grid
+from .prompts import build, clean, lint, markers_for
+from .records import SETTINGS, Findings, Grid, Record, collect, read_records
+from .references import fitted
 
-if TYPE_CHECKING:  # they are made of what is here
-    from .examples import Example
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-@dataclass(frozen=True)
-class PanelSet:
-    """Panel files in reading order and perhaps a joint caption.
-
-    bundled: True for an example of the repository, False for what the user gave
-    """
-
-    paths: tuple[Path, ...] = ()
-    caption: str | None = None
-    bundled: bool = False
+Note = Callable[[str], None]  # takes one line for the user
+Size = tuple[int, int]  # width, height in pixels
+WRITE_GRID = f'give --grid, or write {SETTINGS} into the folder of --data, such as {{"grid": "2x1"}}'
 
 
 @dataclass(frozen=True)
-class Source:
-    """One panel or reference read from a file.
+class Example:
+    """One set to learn from. A pair of UNO's is a set of one panel, the target, with reference pictures.
 
-    picture: of its final size
-    drafted: True if a masked panel starts from it, False if it is kept or a reference
+    name: for messages
+    grid: (rows, cols)
+    files: one composite, or the panels in reading order
+    sizes: (width, height) of each file in pixels
+    sha256: of each file's pixels
+    references, reference_sizes, reference_sha256: the same of its reference pictures
     """
 
-    path: Path
-    sha256: str
-    picture: Image.Image
-    drafted: bool = False
+    name: str
+    grid: Grid
+    caption: str
+    files: tuple[Path, ...]
+    sizes: tuple[Size, ...]
+    sha256: tuple[str, ...]
+    references: tuple[Path, ...] = ()
+    reference_sizes: tuple[Size, ...] = ()
+    reference_sha256: tuple[str, ...] = ()
+
+    def panel_sizes(self) -> list[tuple[float, float]]:
+        """Return width and height of each panel in pixels; those of a composite may be fractions."""
+        if len(self.files) > 1:
+            return list(self.sizes)
+        (width, height), (rows, cols) = self.sizes[0], self.grid
+        return [(width / cols, height / rows)] * (rows * cols)
 
 
-def read_set(folder: Path) -> PanelSet:
-    """Lists the pictures 1.png, 2.png, ... 10.png of a folder in the order of their numbers, and reads caption.txt.
+def load(
+    data: str | Path, grid: Grid | None = None, note: Note = lambda line: None, method: str | None = None
+) -> list[Example]:
+    """Read a data set, and refuse it if any of it cannot be used: nothing is dropped silently.
 
-    Errors: ValueError if the folder or the pictures are missing, a number stands twice, or the caption is no text
+    data: a folder of all sets, one .jsonl file of them, or one .json file of pairs
+    grid: (rows, cols) for everything, whatever the files say
+    note: is told, in one line, of what is doubtful
+    method: that is to learn from it, if any
+    Errors: ValueError for anything broken, for data of another method, or if there are no sets
     """
-    if not os.path.isdir(folder):  # False where Path.is_dir raises: a name too long
-        raise ValueError(f"there is no folder {ascii(str(folder)[-80:])}; --set takes one with 1.png, 2.png, ...")
-    if (folder / "set.json").exists() and not {"1", "caption", "summary"} & {path.stem for path in folder.iterdir()}:
-        raise ValueError(f"{folder} holds many sets, for train.py; --set takes a folder with 1.png, 2.png, ... of one")
-    numbered: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if re.fullmatch("[0-9]{1,4}", path.stem) and path.suffix.lower() in PICTURES:
-            other = numbered.setdefault(int(path.stem), path)
-            if other is not path:
-                raise ValueError(f"{folder} holds {other.name} and {path.name}, the same number twice; remove one")
-    if not numbered:
-        raise ValueError(f"{folder} holds no pictures named 1.png, 2.png, ...; rename them, or list them with --panels")
-    caption = folder / "caption.txt"
-    text = read_text(caption) if caption.is_file() else None
-    return PanelSet(tuple(numbered[number] for number in sorted(numbered)), text and clean(text))
+    if method and (Path(data).suffix.lower() == ".json") != (method == UNO):
+        takes = "a .json of pairs" if method == UNO else "sets; pairs are for --method uno"
+        raise ValueError(f"--data {str(data)[-80:]!a} is not for --method {method}, which takes {takes}")
+    examples, findings = scan(data, grid)
+    advice = f"`python -m iclora.data {data}` lists everything"
+    if findings.broken:
+        count = len(findings.broken)
+        more = f" (the first of {count} things that are broken)" if count > 1 else ""
+        raise ValueError(f"{findings.broken[0]}{more}; {advice}")
+    if not examples:
+        raise ValueError(f"{data} holds no sets, only other files; it takes pictures with captions. {advice}")
+    if findings.notes:
+        note(f"{findings.notes[0]} (note 1 of {len(findings.notes)}); {advice}")
+    return examples
 
 
-def read_text(path: Path) -> str:
-    """Reads a caption; of one that is too long, enough for clean to refuse it.
+def scan(data: str | Path, grid: Grid | None = None) -> tuple[list[Example], Findings]:
+    """Read a data set: what is usable, and what is broken or doubtful. Every picture is decoded once.
 
-    Errors: ValueError in one line if it cannot be read or is no UTF-8
+    data, grid: as for load
+    Errors: ValueError if there is no such folder
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(0, "it is no file")  # a pipe would never end
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read(MAX_CHARACTERS + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ValueError(f"cannot read {path}: {reason}; correct or remove it") from None
+    root = Path(data)
+    kind = "file" if root.suffix.lower() in (".jsonl", ".json") else "folder"
+    if not os.path.isdir(root) and not (kind == "file" and os.path.isfile(root)):  # Path's raise for too long names
+        name = ascii(str(root)[-80:])
+        problem = f"{name} is no folder" if os.path.exists(root) else f"there is no {kind} {name}"
+        raise ValueError(f"{problem}; --data takes one with pictures and captions, a .jsonl, or a .json of pairs")
+    findings, examples = Findings(), []
+    with tqdm(read_records(root, grid, findings), "reading sets", leave=False, disable=None) as records:
+        for record in records:
+            examples += _open(record, findings)
+    first: dict[tuple, Example] = {}
+    for example in examples:
+        other = first.setdefault((example.grid, example.sha256, example.reference_sha256), example)
+        if other is not example:
+            caption = "the same caption" if other.caption == example.caption else "another caption"
+            findings.notes.append(f"{example.name} shows the same as {other.name}, with {caption}; it counts double")
+    return examples, findings
 
 
-def read_source(path: Path, size: tuple[int, int], rule: str, drafted: bool) -> Source:
-    """Reads one panel and fits it.
+def read_panels(example: Example, layout: Layout, rule: str = "crop") -> list[Image.Image]:
+    """Read the panels of an example, each fitted by itself, so that its borders are those of the layout.
 
-    size: width, height in pixels
     rule: as for sampling.images.fit
-    Errors: ValueError in one line if it cannot be read
+    Errors: ValueError if a file cannot be read any more
     """
-    picture = fit(open_picture(path), *size, rule)
-    return Source(path.absolute(), hashlib.sha256(path.read_bytes()).hexdigest(), picture, drafted)
+    pictures = [open_picture(path) for path in example.files]
+    if len(pictures) == 1:  # cut along the grid, between whole pixels
+        (picture,), (rows, cols) = pictures, example.grid
+        x = [round(picture.width * col / cols) for col in range(cols + 1)]
+        y = [round(picture.height * row / rows) for row in range(rows + 1)]
+        pictures = [picture.crop((x[c], y[r], x[c + 1], y[r + 1])) for r in range(rows) for c in range(cols)]
+    return [fit(picture, layout.panel_width, layout.panel_height, rule) for picture in pictures]
+
+
+Buckets = dict[Layout, list[Example]]
+
+
+# from records to examples
+
+
+def _open(record: Record, findings: Findings) -> list[Example]:
+    """Open the pictures of a record and make its caption; nothing, and lines about it, if something is broken."""
+    problems: list[str] = []
+    with collect(problems):
+        grid = _choose_grid(record)
+        caption = _make_caption(record, grid)
+    pictures = []
+    for path in (*record.files, *record.references):
+        with collect(problems, f"{record.name}: " if record.references else ""):
+            picture = open_picture(path)
+            pixels = f"{picture.size}".encode() + picture.tobytes()
+            pictures.append((picture.size, hashlib.sha256(pixels).hexdigest()))
+    if problems:
+        findings.broken += [problem for problem in problems if problem not in findings.broken]
+        return []
+    (sizes, sha256), count = zip(*pictures, strict=True), len(record.files)
+    references = record.references, sizes[count:], sha256[count:]
+    example = Example(record.name, grid, caption, record.files, sizes[:count], sha256[:count], *references)
+    if any(min(size) < 1 for size in example.panel_sizes()):
+        findings.broken.append(
+            f"{record.name} has fewer pixels than its {grid[0]}x{grid[1]} grid has panels; correct it"
+        )
+        return []
+    findings.notes += [f"{record.name}: {line}" for line in lint(caption, *grid, record.settings.markers)]
+    if not caption.startswith(record.settings.tag):
+        tag = record.settings.tag
+        findings.notes.append(f"{record.name}: captions of its preset begin with {tag}; this one does not")
+    return [example]
+
+
+def _choose_grid(record: Record) -> Grid:
+    """Say which grid a record has; a single panel needs none, for anything else a guess could be wrong silently."""
+    grid, count = record.settings.grid, len(record.files)
+    if grid is None and count == 1 and not record.composite:
+        return 1, 1
+    if grid is None:
+        what = f"composites in {record.files[0].parent}" if record.composite else f"sets of {count} panels"
+        raise ValueError(f"nothing tells the grid of the {what}; {WRITE_GRID}")
+    Layout(*grid, TOKEN, TOKEN)  # refuses absurd grids
+    if not record.composite and count != math.prod(grid):
+        takes = f"but its {grid[0]}x{grid[1]} grid takes {math.prod(grid)}"
+        raise ValueError(f"{record.name} has {count} panels, {takes}; add or remove panels, or correct the grid")
+    return grid
+
+
+def _make_caption(record: Record, grid: Grid) -> str:
+    """Make the one caption of a record."""
+    try:
+        caption = clean(record.caption or "")
+        if record.caption is None:
+            markers = markers_for(record.settings.markers, *grid)
+            if empty := [number for number, text in enumerate(record.prompts, start=1) if not clean(text)]:
+                raise ValueError(f"the text of panel {empty[0]} is empty; say what the panel shows")
+            caption = build(record.summary, record.prompts, markers, record.settings.tag)
+    except ValueError as error:
+        raise ValueError(f"{record.name}: {error}") from None
+    if not caption:
+        raise ValueError(f"{record.name} has an empty caption; describe the set, as it is learnt from its text")
+    return caption
+
+
+# from examples to buckets
+
+
+def bucket(examples: Sequence[Example], resolution: int, long_sides: Size, broken: list[str] | None = None) -> Buckets:
+    """Sort examples by grid, panel size, and number and sizes of references; a batch is formed within one bucket.
+
+    resolution, long_sides: as for choose_layout
+    broken: gets a line for each example that has no bucket
+    Returns the buckets in a fixed order, whatever the order of the examples' shapes
+    Errors: ValueError for the first example that has none, without a list for such lines
+    """
+    buckets: Buckets = {}
+    for example in examples:
+        try:
+            buckets.setdefault(choose_layout(example, resolution, long_sides), []).append(example)
+        except ValueError as error:
+            if broken is None:
+                raise ValueError(f"{example.name}: {error}") from None
+            broken.append(f"{example.name}: {error}")
+    return {layout: buckets[layout] for layout in sorted(buckets, key=astuple)}
+
+
+def choose_layout(example: Example, resolution: int, long_sides: Size) -> Layout:
+    """Choose the panel size for an example: its own aspect, in multiples of a token, and about the area asked for.
+
+    Panels are never enlarged, but for rounding. Of panels of different shapes the middle is taken. References get the
+    size that sampling gives them.
+
+    resolution: pixels; a panel is to have about resolution x resolution of them, and at most a tenth more
+    long_sides: pixels of the longer side of a single reference, and of each of several
+    Errors: ValueError if the composite would be too large, or a reference is too narrow
+    """
+    sizes = example.panel_sizes()
+    aspect = math.exp(sum(math.log(width / height) for width, height in sizes) / len(sizes))
+    area = max(TOKEN, min(resolution, *(math.sqrt(width * height) for width, height in sizes))) ** 2
+    best, least = (TOKEN, TOKEN), math.inf
+    for width in range(TOKEN, TOKEN + int(math.sqrt(1.1 * area * aspect)) + 1, TOKEN):
+        below = max(1, int(width / aspect / TOKEN)) * TOKEN
+        for height in (below, below + TOKEN):
+            cost = abs(math.log(width / height / aspect)) + abs(math.log(width * height / area)) / 2
+            if width * height <= 1.1 * area and cost < least:
+                best, least = (width, height), cost
+    long_side = long_sides[len(example.references) > 1]
+    references = zip(example.references, example.reference_sizes, strict=True)
+    return Layout(*example.grid, *best, tuple(fitted(size, long_side, path.name) for path, size in references))
+
+
+def share_cropped(example: Example, layout: Layout) -> float:
+    """Return which share of the most cropped panel is cut off in a layout: 0..1."""
+    target = layout.panel_width / layout.panel_height
+    return max(1 - math.exp(-abs(math.log(width / height / target))) for width, height in example.panel_sizes())
 
 
 # the check
@@ -113,90 +257,94 @@ def read_source(path: Path, size: tuple[int, int], rule: str, drafted: bool) -> 
 class DataConfig:
     """What the check is asked for."""
 
-    data: str = knob("sets", "folder with sets, a .jsonl that lists them, or a .json of pairs", metavar="PATH")
-    grid: str | None = knob(
+    data: str = option("sets", "folder with sets, a .jsonl that lists them, or a .json of pairs", metavar="PATH")
+    grid: str | None = option(
         None, "of every set, 3x1 being three rows (default: what each set.json says)", metavar="ROWSxCOLS"
     )
-    panel_size: int | None = knob(
+    panel_size: int | None = option(
         None, "train at about so many pixels squared a panel (default: 512, for tiny 64)", valid=(16, 8192)
     )
-    ref_size: int | None = knob(None, "longer side of a reference in pixels, as train.py's", valid=(16, 2048))
-    model: str = knob("tiny", "the model that is to learn, for its text length", metavar="NAME|PATH")
+    ref_size: int | None = option(None, "longer side of a reference in pixels, as train.py's", valid=(16, 2048))
+    model: str = option("tiny", "the model that is to learn, for its text length", metavar="NAME|PATH")
 
     def __post_init__(self) -> None:
         check(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks a data set and returns the exit status: 0 if all of it is usable, 2 if anything is broken."""
+    """Check a data set. Returns the exit status: 0 all usable, 2 anything broken or a mistake, 130 interrupted"""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        flags = ["--data", *argv] if argv and argv[0][:1] != "-" else argv
-        config = parse(DataConfig, flags, __doc__, "python -m iclora.data [PATH]")
-        lines, usable = report(config)
-    except SystemExit:  # after --help
-        return 0
-    except (ValueError, OSError) as error:
-        return complain(str(error), 2)
-    for line in lines:
-        sys.stdout.write(plain(line) + "\n")
+    flags = ["--data", *argv] if argv and argv[0][:1] != "-" else argv
+    return guard(lambda: run(parse(DataConfig, flags, __doc__, "python -m iclora.data [PATH]")))
+
+
+def run(config: DataConfig) -> int:
+    """Print the report. Returns 0 if all is usable, else 2"""
+    lines, usable = report(config)
+    sys.stdout.write("".join(f"{plain(line)}\n" for line in lines))
     return 0 if usable else 2
 
 
 def report(config: DataConfig) -> tuple[list[str], bool]:
-    """Says what a training would make of a data set, line by line, and whether all of it is usable.
+    """Say what a training would make of a data set, line by line, and whether all of it is usable.
 
     Errors: ValueError if the folder or the model is missing
     """
-    from .examples import buckets, cropped, look
-
     files = find_model(config.model)
-    row = model_row(read_flux_config(files.flux))
-    resolution, long_sides = config.panel_size or row.panel, row.long_sides(config.ref_size)
-    examples, found = look(config.data, config.grid and parse_grid(config.grid))
-    sizes = Counter(f"{wide}x{high}" for example in examples for wide, high in example.sizes)
-    lines = [f"{config.data}: {len(examples)} sets in {sum(sizes.values())} pictures of {_most(sizes)}"]
-    shown = Counter(f"{wide}x{high}" for example in examples for wide, high in example.reference_sizes)
-    lines += [f"references: {sum(shown.values())} pictures of {_most(shown)}"] if shown else []
-    for layout, members in buckets(examples, resolution, long_sides, found.broken.append).items():
-        shape = f"{layout.rows}x{layout.cols} panels of {layout.panel_width}x{layout.panel_height}"
-        loss = max(cropped(example, layout) for example in members)
-        cut = f", cropped by up to {loss:.0%}" if loss > 0.005 else ""
-        tokens = f"{layout.tokens_wide * layout.tokens_high} tokens"
-        if layout.references:
-            beside = ", ".join(f"{wide}x{high}" for wide, high in layout.references)
-            tokens += f", references of {beside}, {layout.reference_tokens} tokens"
-        lines.append(f"bucket: {shape}, {tokens}: {len(members)} sets{cut}")
+    defaults = model_defaults(files.flux.config)
+    resolution = config.panel_size or defaults.panel
+    examples, findings = scan(config.data, config.grid and parse_grid(config.grid))
+    sizes = [size for example in examples for size in example.sizes]
+    lines = [f"{config.data}: {len(examples)} sets in {len(sizes)} pictures of {_list_commonest(sizes)}"]
+    if sizes := [size for example in examples for size in example.reference_sizes]:
+        lines.append(f"references: {len(sizes)} pictures of {_list_commonest(sizes)}")
+    buckets = bucket(examples, resolution, defaults.long_sides(config.ref_size), findings.broken)
+    lines += [_describe_bucket(layout, members) for layout, members in buckets.items()]
     small = [e.name for e in examples if min(wide * high for wide, high in e.panel_sizes()) < 0.9 * resolution**2]
     if small:
-        found.notes.append(f"{len(small)} sets have panels of fewer pixels than {resolution}x{resolution} ({small[0]})")
+        pixels = f"{resolution}x{resolution}"
+        findings.notes.append(f"{len(small)} sets have panels of fewer pixels than {pixels} ({small[0]})")
     if examples:
-        lines += _text_lengths(examples, files, row, found.notes)
-    lines += [f"note: {note}" for note in found.notes] + [f"broken: {line}" for line in found.broken]
-    usable = bool(examples) and not found.broken
+        lines.append(_count_tokens(examples, files, defaults.text_length, findings.notes))
+    lines += [f"note: {note}" for note in findings.notes] + [f"broken: {line}" for line in findings.broken]
+    usable = bool(examples) and not findings.broken
     verdict = "usable" if usable else "not usable" if examples else "not usable, there are no sets"
-    return [*lines, f"{verdict} (broken: {len(found.broken)}, notes: {len(found.notes)})"], usable
+    return [*lines, f"{verdict} (broken: {len(findings.broken)}, notes: {len(findings.notes)})"], usable
 
 
-def _most(counts: Counter[str]) -> str:
-    """Lists the commonest."""
-    shown = [f"{name} ({count})" for name, count in counts.most_common(5)]
-    return ", ".join(shown) + (f" and {len(counts) - 5} other sizes" if len(counts) > 5 else "") or "any size"
+def _list_commonest(sizes: Sequence[Size]) -> str:
+    """List the commonest sizes."""
+    counts = Counter(f"{width}x{height}" for width, height in sizes)
+    commonest = ", ".join(f"{size} ({count})" for size, count in counts.most_common(5)) or "any size"
+    return commonest + (f" and {len(counts) - 5} other sizes" if len(counts) > 5 else "")
 
 
-def _text_lengths(examples: "list[Example]", files: ModelFiles, row: ModelRow, notes: list[str]) -> list[str]:
-    """Counts the tokens of the captions with the model's T5 tokenizer, and notes those that lose their end."""
+def _describe_bucket(layout: Layout, examples: Sequence[Example]) -> str:
+    """Say what the examples of a bucket become."""
+    panels = f"{layout.rows}x{layout.cols} panels of {layout.panel_width}x{layout.panel_height}"
+    tokens = f"{layout.tokens_wide * layout.tokens_high} tokens"
+    if layout.references:
+        sizes = ", ".join(f"{width}x{height}" for width, height in layout.references)
+        tokens += f", references of {sizes}, {layout.reference_tokens} tokens"
+    share = max(share_cropped(example, layout) for example in examples)
+    cropped = f", cropped by up to {share:.0%}" if share > 0.005 else ""
+    return f"bucket: {panels}, {tokens}: {len(examples)} sets{cropped}"
+
+
+def _count_tokens(examples: Sequence[Example], files: ModelFiles, limit: int | None, notes: list[str]) -> str:
+    """Count the tokens of the captions with the model's T5 tokenizer, and note it if any lose their end."""
     from transformers.models.t5.tokenization_t5 import T5Tokenizer  # takes seconds to import
 
     from model.text import load_tokenizer
 
     tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
-    limit = row.text or tokenizer.model_max_length
+    limit = limit or tokenizer.model_max_length
     lengths = [len(tokenizer(example.caption, verbose=False).input_ids) for example in examples]
-    for example, length in zip(examples, lengths, strict=True):
-        if length > limit:
-            notes.append(f"{example.name}: T5 reads {limit} of the caption's {length} tokens; shorten it")
-    return [f"captions: {min(lengths)} to {max(lengths)} T5 tokens; {files.name} reads {limit}"]
+    if count := sum(length > limit for length in lengths):
+        longest = examples[lengths.index(max(lengths))].name
+        more = f"; it is the longest of {count} that are too long" if count > 1 else ""
+        notes.append(f"{longest}: T5 reads {limit} of the caption's {max(lengths)} tokens; shorten it{more}")
+    return f"captions: {min(lengths)} to {max(lengths)} T5 tokens; {files.name} reads {limit}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from model.weights import Checkpoint
+from model.checkpoint import Checkpoint
 
 from .config import ALONE, SampleConfig, TrainConfig, model_defaults
 from .layout import MAX_TOKENS, Layout

@@ -3,8 +3,10 @@
 Letters: B batch, R reference tokens; h, w in latent cells.
 """
 
+import io
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,30 +15,31 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm import tqdm
 
 from model.autoencoder import AutoEncoder
+from model.checkpoint import write_atomic
 from model.flux import Flux
 from model.lora import save_lora
 from model.position import grid_ids
 from model.weights import load_autoencoder
 from sampling.denoise import denoise
 from sampling.flow import AfterStep, times
-from sampling.images import save_png, to_picture
+from sampling.images import to_picture, to_png
 from sampling.inpaint import keep_clean
 from sampling.latents import CELL, noise, pack, unpack
 
-from .batch import Feed, Sets, to
-from .checkpoint import CHECKPOINT, METRICS, RESULT, State, averaged, save_checkpoint, start_folder, write_atomic
-from .cli import Bar
-from .config import REFERENCE_GUIDANCE, UNO
-from .examples import Example
-from .knobs import saved
-from .layout import Layout, through, token_mask
+from .checkpoint import CHECKPOINT, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
+from .config import REFERENCE_GUIDANCE, UNO, saved
+from .data import Example
+from .layout import Layout, encode_by_panel, generate_mask
+from .loader import Batch, Loader
 from .plan import Note
-from .references import TRAINED
+from .references import TRAINED_WITH
 from .training import DIALECTS, TrainingPlan, board_writer, validation_loss
 
 Column = tuple[str, dict[str, Image.Image]]  # of a sheet: its caption, and pictures by the name of their row
+LOGGED = 50  # steps between lines where there is no terminal
 SAMPLES = 4  # sets on a sheet
 CURVE = (960, 420)  # pixels
 MARGIN = 56
@@ -53,7 +56,7 @@ class Monitor:
     """
 
     plan: TrainingPlan
-    loader: Feed
+    loader: Loader
     flux: Flux
     state: State
     note: Note
@@ -66,11 +69,13 @@ class Monitor:
         self.metrics = Metrics(self.folder / METRICS, self.state.step, self.config.tensorboard)
         if self.due(self.config.sample_every) and not self.sheet.exists():
             self.draw_sheet()
-        self.bar = Bar("training", before=self.state.step, every=50, total=self.config.steps).__enter__()
+        file = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a log gets whole lines, every so often
+        counts = {"total": self.config.steps, "initial": self.state.step, "unit": " steps", "file": file}
+        self.bar = tqdm(desc="training", ascii=True, dynamic_ncols=file is sys.stderr, **counts)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.__exit__()
+        self.bar.close()
 
     def due(self, every: int) -> bool:
         """Tell whether the step just taken is one of every so many, or the last; 0 is never."""
@@ -84,7 +89,10 @@ class Monitor:
 
     def log(self, loss: float) -> None:
         """Show and note the loss of the step just taken; where it is saved, the validation loss too."""
-        self.bar(self.state.step, self.config.steps, f"loss {loss:.4f}")
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update()
+        if self.bar.fp is not sys.stderr and self.due(LOGGED):
+            sys.stderr.write(f"{self.bar}\n")
         values = {"loss": loss}
         if self.due(self.config.save_every) and self.loader.held_out:
             with averaged(self.state):
@@ -103,7 +111,7 @@ class Monitor:
 
     def lora_metadata(self) -> dict[str, str]:
         """List what a reader of the LoRA file should know; sample.py follows the settings among it."""
-        names = ("stage", *TRAINED) if self.config.method == UNO else ("condition", "concat", "text")
+        names = ("stage", *TRAINED_WITH) if self.config.method == UNO else ("condition", "concat", "text")
         metadata = {name: getattr(self.config, name) for name in names}
         if self.config.method != UNO:
             metadata["grids"] = ",".join(sorted({f"{layout.rows}x{layout.cols}" for layout in self.loader.layouts}))
@@ -119,7 +127,7 @@ class Monitor:
         except (RuntimeError, MemoryError) as error:
             line = str(error).partition("\n")[0][:120]
             return self.note(f"{self.sheet} is left out ({line}); training goes on")
-        write_png(labelled(columns, f"step {self.state.step}"), self.sheet)
+        write_atomic(self.sheet, to_png(labelled(columns, f"step {self.state.step}")))
 
 
 class Metrics:
@@ -184,15 +192,7 @@ def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
         pen.text((6, place(0, value)[1] - 5), f"{value:.3f}", fill="black")
     pen.text((MARGIN, CURVE[1] - MARGIN + 8), f"0 to {last:g} steps", fill="black")
     pen.text((MARGIN, MARGIN - 18), "loss (blue: running mean), validation (orange)", fill="black")
-    write_png(picture, path)
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all, in place of an earlier one.
-
-    Errors: OSError or ValueError if the disk is full or read-only
-    """
-    write_atomic(path, lambda temporary: save_png(picture, temporary))
+    write_atomic(path, to_png(picture))
 
 
 @torch.no_grad()
@@ -203,8 +203,10 @@ def sheet_columns(run: Monitor, autoencoder: AutoEncoder) -> list[Column]:
     columns = [data_column(run, autoencoder, *pair, seed) for seed, pair in enumerate(chosen[:SAMPLES])]
     layout = replace(run.loader.layouts[0], references=())
     for seed, prompt in enumerate(run.config.sample_prompt):
-        z = sample(run, layout, to(run.loader.prompt(prompt, layout), run.device), seed)
-        columns.append((prompt, {"made": to_picture(through(autoencoder.decode, z, layout, run.config.concat))}))
+        z = sample(run, layout, run.loader.prompt(prompt, layout).to(run.device), seed)
+        columns.append(
+            (prompt, {"made": to_picture(encode_by_panel(autoencoder.decode, z, layout, run.config.concat))})
+        )
     return columns
 
 
@@ -214,26 +216,26 @@ def data_column(run: Monitor, autoencoder: AutoEncoder, layout: Layout, example:
     If the run keeps panels clean, the first one is kept here instead of being made.
     """
     kept = (1,) if run.config.condition == "clean" and layout.panels > 1 else ()
-    batch, after_step, images = to(run.loader.sets(layout, [example], [kept], [False]), run.device), None, {}
+    batch, after_step, images = run.loader.collate(layout, [example], [kept], [False]).to(run.device), None, {}
     if kept:
-        after_step = keep_clean(pack(batch.known), token_mask(range(2, layout.panels + 1), layout).to(run.device))
+        after_step = keep_clean(pack(batch.known), generate_mask(range(2, layout.panels + 1), layout).to(run.device))
     sizes = [(high // CELL, wide // CELL) for wide, high in layout.references]
     tokens = [] if batch.references is None else batch.references.split([h * w // 4 for h, w in sizes], dim=1)
     for number, (reference, size) in enumerate(zip(tokens, sizes, strict=True), 1):
         images[f"reference {number}"] = autoencoder.decode(unpack(reference, *size))
     for name, z in (("made", sample(run, layout, batch, seed, after_step)), ("target", batch.z)):
-        images[name] = through(autoencoder.decode, z, layout, run.config.concat)
+        images[name] = encode_by_panel(autoencoder.decode, z, layout, run.config.concat)
     return example.caption, {name: to_picture(image) for name, image in images.items()}
 
 
-def sample(run: Monitor, layout: Layout, batch: Sets, seed: int, after_step: AfterStep | None = None) -> Tensor:
+def sample(run: Monitor, layout: Layout, batch: Batch, seed: int, after_step: AfterStep | None = None) -> Tensor:
     """Make latents from a batch of one text and its references, as sample.py does: (1, 16, h, w)."""
     defaults, x = run.plan.defaults, pack(noise(layout.height, layout.width, seed)).to(run.device)
     x = after_step(x, 1.0) if after_step else x
     ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(run.device) if batch.ids is None else batch.ids
     guidance = REFERENCE_GUIDANCE if layout.references and defaults.guidance is not None else defaults.guidance
     ts = times(defaults.steps, tokens=x.shape[1], shift=defaults.shift)
-    conditions = batch.txt, batch.vec, guidance, batch.references, batch.mask, batch.alone
+    conditions = batch.txt, batch.vec, guidance, batch.references, batch.attention_mask, batch.isolate_refs
     return unpack(denoise(run.flux, x, ts, ids, *conditions, after_step), layout.height // CELL, layout.width // CELL)
 
 

@@ -19,10 +19,10 @@ from sampling.images import fit, open_picture, picture_size
 from sampling.inpaint import drafted_start
 
 from .config import UNO, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
-from .data import PanelSet, read_set
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .memory import check_memory
 from .prompts import Task, build, clean, has_markers, lint, markers_for, preset, texts_of
+from .records import PanelSet, read_set
 from .references import fit_reference, fitted, follow_loras
 
 Note = Callable[[str], None]  # takes one line for the user

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from model.weights import weight_files, write_atomic
+from model.checkpoint import file_sha256, write_atomic
+from model.weights import weight_files
 from sampling.images import to_png
 
-from .cache import file_sha256
 from .cli import unusable
 from .config import SampleConfig, saved
 from .pipeline import Result

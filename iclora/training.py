@@ -7,10 +7,12 @@ Every random number of a step is drawn for the whole batch from a generator seed
 takes its share: a run gives the same on one process as on several, and goes on after a kill without generator state.
 """
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
@@ -20,26 +22,27 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.flux import Flux, FluxConfig
+from model.flux import Flux
 from model.lora import attach, load_lora, refuse_unnamed, trainable
+from model.lora_formats import LoraFile, read_lora
 from model.position import grid_ids
-from model.weights import ModelFiles, find_model, load_flux, read_flux_config
+from model.weights import ModelFiles, find_model, load_flux
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
-from . import feed as feeds
-from .batch import Feed, Sets, to
 from .checkpoint import CHECKPOINT, RESULT, State, load_checkpoint, new_state, refuse_other_run, train_command
-from .cli import Bar
-from .config import IN_CONTEXT, UNO, ModelRow, TrainConfig, model_row, settle_training
-from .examples import Example
-from .layout import Layout
-from .plan import Note, note_other_ways, pick_device
-from .references import as_trained, check_training_memory
+from .config import IN_CONTEXT, UNO, ModelDefaults, TrainConfig, model_defaults, resolve_training_defaults
+from .data import Example, bucket, load
+from .layout import Layout, parse_grid
+from .loader import Batch, Loader, fingerprints
+from .memory import check_training_memory
+from .plan import MODES, Note, note_other_modes, pick_device
+from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 DIALECTS = {IN_CONTEXT: "diffusers", UNO: "xlabs"}  # of the LoRA file, by method; the latter is the release's
+LOST = re.compile("onnection (closed|reset|refused)|gloo|NCCL")  # what a process says when another one has ended
 PATIENCE = timedelta(days=1)  # of a process that waits for another one; the first one encodes alone
 
 
@@ -54,8 +57,8 @@ class TrainingPlan:
 
     config: TrainConfig
     files: ModelFiles
-    shape: FluxConfig
-    defaults: ModelRow
+    defaults: ModelDefaults
+    init_lora: LoraFile | None
     examples: Sequence[Example]
     fingerprint: dict[str, str]
     train_on: str
@@ -67,23 +70,24 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     Errors: ValueError in one line
     """
     command, files = train_command(config), find_model(config.model)
-    shape = read_flux_config(files.flux)
-    defaults = model_row(shape)
-    if config.method == UNO and config.init_lora:
-        config = as_trained(config, [Path(config.init_lora)])
-    config = settle_training(config, defaults, pick_device(config.device, defaults, note))
+    defaults = model_defaults(files.flux.config)
+    init_lora = read_lora(config.init_lora) if config.init_lora else None
+    if config.method == UNO and init_lora:
+        config = follow_loras(config, [init_lora])
+    config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
         board_writer()  # refuses what is not installed
     with torch.device("meta"):
-        flux = Flux(shape)
-    add_adapters(flux, config)  # refuses unknown targets, and a wrong --init-lora
-    examples = feeds.find(config, note)
+        flux = Flux(files.flux.config)
+    add_adapters(flux, config, init_lora)  # refuses unknown targets, and a wrong --init-lora
+    examples = load(config.data, config.grid and parse_grid(config.grid), note, config.method)
     count = sum(p.numel() for p in trainable(flux))
-    check_training_memory(config, feeds.sort_out(config, examples, shape), files.flux, shape, count, world_size)
-    fingerprint = feeds.origin(examples, files, config.init_lora)
+    layouts = bucket(examples, config.panel_size, defaults.long_sides(config.ref_size))
+    check_training_memory(config, layouts, files.flux, count, world_size)
+    fingerprint = fingerprints(examples, files, init_lora)
     refuse_other_run(Path(config.out) / CHECKPOINT, config, fingerprint, command)
-    return TrainingPlan(config, files, shape, defaults, examples, fingerprint, command)
+    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command)
 
 
 def board_writer() -> type:
@@ -99,19 +103,19 @@ def board_writer() -> type:
     return SummaryWriter
 
 
-def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -> tuple[feeds.Feed, Flux, State]:
+def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -> tuple[Loader, Flux, State]:
     """Encode the data and load the transformer with what is trained, new or from the run's checkpoint."""
     config, path = plan.config, Path(plan.config.out) / CHECKPOINT
     if world_size > 1:
         join_processes(config.device)
     if rank > 0:
         torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
-    bar = functools.partial(Bar, every=50)
-    loader = feeds.prepare(config, plan.examples, plan.files, plan.shape, note, bar)
+    loader = Loader(config, plan.examples, plan.files)
+    loader.encode(note, config.sample_prompt)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
     flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
-    report = add_adapters(flux, config)
+    report = add_adapters(flux, config, plan.init_lora)
     if config.checkpointing:
         checkpoint_blocks(flux)
     state = new_state(trainable(flux))
@@ -120,7 +124,7 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
         further = f"to train on from it: {plan.train_on}" if config.decay else "a larger --steps goes on from it"
         report = f"going on from step {state.step}" if state.step < config.steps else f"this run is finished; {further}"
     note(report)
-    note_doubts(config, loader.layouts, note)
+    note_doubts(plan, loader.layouts, note)
     return loader, flux, state
 
 
@@ -134,14 +138,14 @@ def try_command(config: TrainConfig, layout: Layout) -> str:
 # adapters
 
 
-def add_adapters(flux: Flux, config: TrainConfig) -> str:
+def add_adapters(flux: Flux, config: TrainConfig, init_lora: LoraFile | None) -> str:
     """Attach the adapters that are trained: those of --init-lora, else fresh ones.
 
     Returns a line about them
     Errors: ValueError for targets that mean nothing here or cannot be saved, or a file that is no LoRA for this model
     """
-    if config.init_lora:
-        report = load_lora(flux, config.init_lora, train=True)
+    if init_lora:
+        report = load_lora(flux, init_lora, train=True)
         report = f"starting from {report}; --rank and --targets are those of the file"
     else:
         attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
@@ -160,8 +164,9 @@ def checkpoint_blocks(flux: Flux) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def note_doubts(config: TrainConfig, layouts: Sequence[Layout], note: Note) -> None:
+def note_doubts(plan: TrainingPlan, layouts: Sequence[Layout], note: Note) -> None:
     """Note what is possible, but seldom meant."""
+    config = plan.config
     most = max(len(layout.references) for layout in layouts)
     if config.stage == 1 and most > 1:
         note(f"rows of --data have up to {most} references; the paper's stage 1 has one, several are for --stage 2")
@@ -169,9 +174,8 @@ def note_doubts(config: TrainConfig, layouts: Sequence[Layout], note: Note) -> N
         note("every row of --data has one reference; the paper's stage 2 has several")
     if config.stage == 2 and not config.init_lora:
         note("stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes to --init-lora")
-    if config.method == IN_CONTEXT and config.init_lora:
-        ways = {name: getattr(config, name) for name in ("condition", "concat", "text")}
-        note_other_ways([Path(config.init_lora)], ways, note)
+    if config.method == IN_CONTEXT and plan.init_lora:
+        note_other_modes([plan.init_lora], {name: getattr(config, name) for name in MODES}, note)
 
 
 # noise, times and the learning rate
@@ -241,7 +245,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 # the loss
 
 
-def flow_loss(flux: Flux, batch: Sets, noise: Tensor, t: Tensor) -> Tensor:
+def flow_loss(flux: Flux, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
     """Measure the squared error of the velocity; known panels and references stand clean in the input, as in sampling.
 
     noise: (B, I, 64), t: (B,)
@@ -250,22 +254,24 @@ def flow_loss(flux: Flux, batch: Sets, noise: Tensor, t: Tensor) -> Tensor:
     data = pack(batch.z)
     x = interpolate(data, noise, t[:, None, None])
     if batch.known is not None:
-        x = x.where(batch.generated, pack(batch.known))
+        x = x.where(batch.generate_mask, pack(batch.known))
     count, text = batch.txt.shape[:2]
     ids = grid_ids(batch.z.shape[2] // 2, batch.z.shape[3] // 2).to(x.device) if batch.ids is None else batch.ids
     ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(x, ids, batch.txt, txt_ids, t, batch.vec, guidance, batch.mask, batch.references, batch.alone)
+    v = flux(
+        x, ids, batch.txt, txt_ids, t, batch.vec, guidance, batch.attention_mask, batch.references, batch.isolate_refs
+    )
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
-    if batch.generated is None:
+    if batch.generate_mask is None:
         return error.mean(dim=1)
-    weight = batch.generated[..., 0].float()
+    weight = batch.generate_mask[..., 0].float()
     return (error * weight).sum(dim=1) / weight.sum(dim=1)
 
 
 @torch.no_grad()
-def validation_loss(flux: Flux, loader: Feed, condition: str, device: torch.device) -> float:
+def validation_loss(flux: Flux, loader: Loader, condition: str, device: torch.device) -> float:
     """The loss on held-out examples at fixed times, noise and kept panels; unlike that of training it can be compared.
 
     References are the mean of their posterior.
@@ -277,7 +283,7 @@ def validation_loss(flux: Flux, loader: Feed, condition: str, device: torch.devi
         generator = torch.Generator("cpu").manual_seed(number)
         for example, t in product(examples, VALIDATION_TIMES):
             kept = sample_kept(layout.panels, generator) if condition == "clean" else ()
-            batch = to(loader.sets(layout, [example], [kept], [False]), device)
+            batch = loader.collate(layout, [example], [kept], [False]).to(device)
             noise = torch.randn(1, layout.tokens_high * layout.tokens_wide, 64, generator=generator).to(device)
             losses.append(flow_loss(flux, batch, noise, torch.full((1,), t, device=device)))
     return float(torch.cat(losses).mean()) if losses else math.nan
@@ -307,6 +313,17 @@ def join_processes(device: str) -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def lost_process_is_one_line() -> Iterator[None]:
+    """Turn what a process raises when another one has ended into one line. Errors: ValueError"""
+    try:
+        yield
+    except RuntimeError as error:
+        if "WORLD_SIZE" in os.environ and LOST.search(str(error)):
+            raise ValueError("another process of this run has ended; it says why") from None
+        raise
 
 
 def leave_processes(world_size: int) -> None:

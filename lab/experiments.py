@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from iclora.cache import file_mark
+from iclora.cache import fingerprint
 from iclora.checkpoint import CHECKPOINT, RESULT, write_atomic
 from lab.benchmarks.rounds import take_turns
 from model.checkpoint import save_safetensors
@@ -163,7 +163,7 @@ def remembered(
     """Find something, or read what was found before with the same files; remove judged/ when judges have changed."""
     folders = sorted({find_model(model).root for model in (args.model, args.judges or args.model)})
     weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name != "loras"]
-    mark = file_mark([*weights, *([what] if isinstance(what, Path) else [])])[:16]
+    mark = fingerprint([*weights, *([what] if isinstance(what, Path) else [])])[:16]
     kind = "truth" if what == "truth" else "made"
     path = args.work / "judged" / f"{judge.name}-{task}-{args.count}-{kind}-{mark}.safetensors"
     if not path.exists():
@@ -221,7 +221,7 @@ def write(
     lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds, paces)
     rows = [{"task": task, "name": "true sets", "figures": [figures]} for task, (figures, _) in truth.items()]
     for i, (arm, figures, took) in enumerate(zip(experiment.arms, of_arms, seconds, strict=True)):
-        marks = [lora and file_mark([lora]) for lora in files[i]]
+        marks = [lora and fingerprint([lora]) for lora in files[i]]
         pace = {"seconds a set": paces[i]} if paces else {}
         rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, **pace, "figures": figures})
     values = {"model": Path(args.model).name, "count": args.count, "steps": steps, "rows": rows}

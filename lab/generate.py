@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iclora.config import ALONE, JOINT, model_row
-from iclora.layout import Layout, sight, through, token_mask
+from iclora.config import ALONE, JOINT, model_defaults
+from iclora.layout import Layout, generate_mask, panel_attention_mask
 from iclora.pipeline import encode_captions
-from iclora.references import encode, fit_reference, place
+from iclora.references import encode, fit_reference, image_ids
 from model.autoencoder import AutoEncoder
 from model.flux import Flux
 from model.text import TextEncoders, load_text_encoders
@@ -41,9 +41,9 @@ def load_networks(model: str) -> Networks:
     """
     files = find_model(model)
     flux = load_flux(files.flux, dtype=torch.float32)
-    row = model_row(flux.config)
+    row = model_defaults(flux.config)
     text = load_text_encoders(files, dtype=torch.float32)
-    return Networks(flux, load_autoencoder(files.autoencoder), text, row.shift, row.text)
+    return Networks(flux, load_autoencoder(files.autoencoder), text, row.shift, row.text_length)
 
 
 @torch.inference_mode()
@@ -101,22 +101,22 @@ def _generate(
 ) -> Tensor:  # fmt: skip
     flux = networks.flux
     txt, vec = encode_captions(networks.text, captions, networks.length, layout, text)
-    seen = sight(layout, txt.shape[1] // layout.panels) if text == "panel" else None
+    seen = panel_attention_mask(layout, txt.shape[1] // layout.panels) if text == "panel" else None
     start = pack(torch.cat([noise(layout.height, layout.width, seed) for seed in seeds]))
     streams = [torch.Generator().manual_seed(~seed) if posterior == "sample" else None for seed in seeds]  # Pipeline's
     tokens = [encode(networks.autoencoder, *own) for own in zip(shown, streams, strict=True)]
     references = torch.cat(tokens)  # (N, R, 64)
-    ids = place(layout, offset, offset_scale)
-    mask = torch.ones(1, start.shape[1], 1) if kept is None else token_mask(masked, layout)
+    ids = image_ids(layout, offset, offset_scale)
+    mask = torch.ones(1, start.shape[1], 1) if kept is None else generate_mask(masked, layout)
     known = torch.zeros_like(start)
     if kept is not None:
-        known = pack(through(networks.autoencoder.encode, kept, layout, concat))
+        known = pack(encode_by_panel(networks.autoencoder.encode, kept, layout, concat))
 
     ts = times(steps, tokens=start.shape[1], shift=networks.shift)
     keep = keep_clean(known, mask) if clean else keep_known(known, start, mask)
     x = denoise(flux, keep(start, 1.0), ts, ids, txt, vec, guidance, references, seen, alone, keep)
     z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
-    image = through(networks.autoencoder.decode, z, layout, concat).clamp(-1, 1)
+    image = encode_by_panel(networks.autoencoder.decode, z, layout, concat).clamp(-1, 1)
     if kept is None:
         return image
     pixels = unpack(mask.expand(1, -1, 64), 2 * layout.tokens_high, 2 * layout.tokens_wide)[:, :1]

@@ -41,7 +41,7 @@ GUIDANCE = (1.0, 5.0)  # drawn uniformly; says nothing until it is distilled
 def new_config(width: int, guidance: bool) -> FluxConfig:
     """The shape of a transformer of another width, or without a guidance embedding.
 
-    width: of whole heads, and of a tiny model (iclora.config.model_row)
+    width: of whole heads, and of a tiny model (iclora.config.model_defaults)
     Errors: ValueError for another width
     """
     head = CONFIG.hidden_size // CONFIG.num_heads

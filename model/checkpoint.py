@@ -1,30 +1,31 @@
-"""Checkpoints on disk: open and check safetensors files, say what they hold, fill a module, save.
+"""Checkpoints on disk: read the header of a safetensors file, say what it holds, map its tensors; write files whole.
 
-Nothing is ever unpickled. A header is checked against the size of its file before any data is touched, so a
-damaged file costs one line, not a crash. Data is mapped into memory, not copied, where the file already has
-the wanted dtype; else each tensor is read and cast by itself, so there are never two full copies.
+Nothing is ever unpickled, and every header is read once: it is carried in a Checkpoint.
 """
 
+import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+from .autoencoder import AutoEncoderConfig
+from .flux import FluxConfig
+from .infer import infer_autoencoder_config, infer_flux_config
 
 PREFIX = "model.diffusion_model."  # on every name in some repackaged files
-MAX_JSON = 100_000_000  # bytes; the format's own limit for a header
+MAX_JSON = 100_000_000  # bytes
+MAX_HASHED = 10**9  # bytes; of larger files, name and size stand for the content
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "BOOL": 8, "C64": 64}
-BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4}
-BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}
 
 # What can be wanted: how a message calls it, what to use instead of a wrong file, the file's name in a folder.
 WANTED = {
@@ -86,16 +87,37 @@ class Stored:
     path: Path
     dtype: str  # the format's name, e.g. BF16
     shape: tuple[int, ...]
-    start: int  # byte in the file
-    size: int  # bytes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one file or of all its shards, by name; none of their data is read yet."""
+    """What the header of a file, or of all its shards, says; no data is read yet."""
 
-    name: str  # the path, for messages
-    tensors: dict[str, Stored]
+    path: Path  # the file, or the index JSON of shards
+    kind: str  # a key of WANTED
+    tensors: dict[str, Stored]  # by the name that the network has for it
+    prefix: str  # before each of these names in the file
+
+    @property
+    def paths(self) -> list[Path]:
+        """List the files."""
+        return list(dict.fromkeys(stored.path for stored in self.tensors.values()))
+
+    @cached_property
+    def config(self) -> FluxConfig | AutoEncoderConfig:
+        """Read the configuration off the shapes. Errors: ValueError for shapes that no such network can have"""
+        infer = infer_flux_config if self.kind == "transformer" else infer_autoencoder_config
+        try:
+            return infer({key: stored.shape for key, stored in self.tensors.items()})
+        except ValueError as error:
+            raise ValueError(f"{self.path} {error}") from None
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Map tensors into memory, privately: writing to one changes this process's copy, never the file."""
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                for key in (key for key in keys if self.tensors[key].path == path):
+                    yield key, file.get_tensor(self.prefix + key)
 
 
 def kind(tensors: dict[str, Stored]) -> str:
@@ -109,7 +131,7 @@ def kind(tensors: dict[str, Stored]) -> str:
 
 
 def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
-    """Open one file, or all shards, and refuse by name whatever is not wanted.
+    """Read the header of one file, or of all shards, and refuse by name whatever is not wanted.
 
     path: a safetensors file, an index JSON of shards, or a folder with one of them
     wanted: a key of WANTED
@@ -117,24 +139,22 @@ def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
     """
     path = Path(path)
     what, instead, pattern = WANTED[wanted]
-    found = file_in(path, pattern) if path.is_dir() else path
-    if found is None:
+    file = file_in(path, pattern) if path.is_dir() else path
+    if file is None:
         raise ValueError(f"{path} has no {pattern} and no index JSON of shards; {instead}")
-    path = found
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; {instead}")
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; {instead}")
     tensors: dict[str, Stored] = {}
-    for file in _shards(path):
-        more, _ = read_header(file)
+    for shard in _shards(file):
+        more, _ = read_header(shard)
         if double := tensors.keys() & more.keys():
-            raise ValueError(f"{file} repeats tensors of another shard ({_some(double)}); download the shards again")
+            raise ValueError(f"{shard} repeats tensors of another shard ({_some(double)}); download the shards again")
         tensors |= more
     if (holds := kind(tensors)) != wanted:
         advice = "pass it with --lora" if holds == "LoRA weights" else instead
-        raise ValueError(f"{path} holds {WANTED[holds][0] if holds in WANTED else holds}, not {what}; {advice}")
-    if all(key.startswith(PREFIX) for key in tensors):
-        tensors = {key.removeprefix(PREFIX): stored for key, stored in tensors.items()}
-    return Checkpoint(str(path), tensors)
+        raise ValueError(f"{file} holds {WANTED[holds][0] if holds in WANTED else holds}, not {what}; {advice}")
+    prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
+    return Checkpoint(file, wanted, {key.removeprefix(prefix): stored for key, stored in tensors.items()}, prefix)
 
 
 def file_in(folder: Path, pattern: str) -> Path | None:
@@ -142,15 +162,15 @@ def file_in(folder: Path, pattern: str) -> Path | None:
 
     Errors: ValueError if there are several
     """
-    found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob(pattern))
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} has {len(found)} candidates ({names}); give the path of one of them")
-    return found[0] if found else None
+    files = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob(pattern))
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise ValueError(f"{folder} has {len(files)} candidates ({names}); give the path of one of them")
+    return files[0] if files else None
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files that an index JSON names, or the file itself."""
+    """List the files that an index JSON names, or the file itself."""
     if path.suffix != ".json":
         return [path]
     names = read_json(path).get("weight_map")
@@ -158,57 +178,34 @@ def _shards(path: Path) -> list[Path]:
         raise ValueError(f"{path} has no weight_map from tensors to shards; download it again")
     shards = [path.parent / name for name in sorted(set(names.values()))]
     for shard in shards:
-        if shard.parent != path.parent or not shard.is_file():
+        if shard.parent != path.parent or not os.path.isfile(shard):
             raise ValueError(f"{path} names a shard {shard.name!r} that is not beside it; download the shards again")
     return shards
 
 
 def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Read what a safetensors file holds, and check that all of it is there.
+    """Read what a safetensors file holds; the library checks that all of it is there, whole and without overlaps.
 
     Returns the tensors by name, and the header's metadata
     Errors: ValueError in one line that names the file, for whatever is not a whole safetensors file
-    Source: the format's own rules, huggingface/safetensors README
     """
     path = Path(path)
     try:
+        if not path.is_file():  # a pipe would never end
+            raise ValueError(f"{path} is no file; name one that is")
         with open(path, "rb") as file:
-            first = file.read(32)
-            length = int.from_bytes(first[:8], "little")
-            file.seek(8)
-            header = file.read(length) if length <= MAX_JSON else b""
-            size = file.seek(0, os.SEEK_END)
+            start = file.read(32)
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            tensors = {key: Stored(path, s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+            return tensors, file.metadata() or {}
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    if not header.startswith(b"{"):
-        for magic, message in MAGICS:
-            if first.startswith(magic):
-                raise ValueError(f"{path} {message}")
-    try:
-        content = _json_object(header)
-        metadata = content.pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError
-        tensors = {name: _entry(path, 8 + length, entry) for name, entry in content.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is no safetensors file, or its header is damaged; download it again") from None
-    end = 8 + length
-    for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.size)):
-        if stored.start != end:
-            raise ValueError(f"{path} has a damaged header (tensors overlap or leave gaps); download it again")
-        end += stored.size
-    if end != size:
-        raise ValueError(f"{path} is damaged: it has {size} bytes where its header says {end}; download it again")
-    return tensors, metadata
-
-
-def _entry(path: Path, offset: int, entry: dict) -> Stored:
-    shape, (start, end) = entry["shape"], entry["data_offsets"]
-    if not all(type(n) is int and 0 <= n < 2**60 for n in (*shape, start, end)):
-        raise ValueError
-    if BITS[entry["dtype"]] * math.prod(shape) != 8 * (end - start):
-        raise ValueError
-    return Stored(path, entry["dtype"], tuple(shape), offset + start, end - start)
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
+    except SafetensorError:
+        if message := next((message for magic, message in MAGICS if start.startswith(magic)), ""):
+            raise ValueError(f"{path} {message}") from None
+        what = "is no safetensors file, or it is cut short or its header is damaged"
+        raise ValueError(f"{path} {what}; download it again") from None
 
 
 def read_json(path: Path) -> dict:
@@ -216,33 +213,21 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} is no file; download it again")
     try:
-        data = path.read_bytes() if path.stat().st_size <= MAX_JSON else b""
-        return _json_object(data)
+        content = json.loads(path.read_bytes().decode() if path.stat().st_size <= MAX_JSON else "")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise ValueError(f"{path} is not a JSON object; it is damaged, download it again") from None
-
-
-def _json_object(data: bytes) -> dict:
-    try:
-        content = json.loads(data.decode())
-    except RecursionError:
-        raise ValueError("nested without end") from None
+    except (ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict):
-        raise ValueError("not an object")
+        raise ValueError(f"{path} is not a JSON object; it is damaged, download it again")
     return content
 
 
-def fill(module: nn.Module, checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """Give a module built on the meta device its tensors, freeze it and set it to eval mode.
+def refuse_mismatch(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare a checkpoint with the shapes that a network has.
 
-    Names and shapes must match exactly. A tensor under two names is read once.
-
-    dtype: of all parameters; tensors that have it already are mapped, not copied, on the CPU
     Errors: ValueError that counts and names missing, unexpected and misshapen tensors
     """
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     tensors = checkpoint.tensors
     missing = [key for key in expected if key not in tensors]
     extra = [key for key in tensors if key not in expected]
@@ -256,76 +241,95 @@ def fill(module: nn.Module, checkpoint: Checkpoint, device: str | torch.device, 
         f"has {len(odd)} tensors that are no floats of 16 bits or more ({_some(odd)})" if odd else "",
     ]
     if any(problems):
-        raise ValueError(f"{checkpoint.name} {'; '.join(filter(None, problems))}")
-    maps: dict[Path, Tensor] = {}
-    scratch = torch.empty(max(stored.size for stored in tensors.values()), dtype=torch.uint8)  # one, reused: see _read
-    device = torch.device(device)
-    read = {stored: _read(stored, device, dtype, maps, scratch) for stored in dict.fromkeys(tensors.values())}
-    module.load_state_dict({key: read[stored] for key, stored in tensors.items()}, assign=True)
-    return module.requires_grad_(False).eval()
-
-
-def _read(
-    stored: Stored, device: torch.device, dtype: torch.dtype, maps: dict[Path, Tensor], scratch: Tensor
-) -> Tensor:
-    """One tensor: a view of the mapped file if nothing has to change, else read and converted.
-
-    Mappings are private: writing to a weight changes this process's copy of a page, never the file. What is
-    converted is not read through a mapping, whose pages would stay in memory beside the result, nor into buffers
-    of its own, which would leave holes in the heap as large as themselves.
-    """
-    own = FLOATS[stored.dtype]
-    if own is dtype and device.type == "cpu" and stored.start % own.itemsize == 0:
-        if stored.path not in maps:
-            size = stored.path.stat().st_size
-            maps[stored.path] = torch.from_file(str(stored.path), shared=False, size=size, dtype=torch.uint8)
-        data = maps[stored.path][stored.start : stored.start + stored.size]
-        return data.view(own).view(stored.shape)
-    data = scratch[: stored.size]
-    with open(stored.path, "rb") as file:
-        file.seek(stored.start)
-        if file.readinto(data.numpy()) != stored.size:
-            raise ValueError(f"{stored.path} became shorter while it was read; download it again")
-    return data.view(own).view(stored.shape).to(device, dtype, copy=True)
-
-
-def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all: beside the target first, then renamed onto it.
-
-    tensors: by name; copied to the CPU and made contiguous as needed
-    metadata: text for the header
-    Errors: OSError if the file cannot be written; nothing is left behind then
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    try:
-        temporary.touch()  # safetensors writes files that only their owner can read; keep the usual permissions
-        mode = temporary.stat().st_mode
-        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            _sort_header(file)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sort_header(file: BinaryIO) -> None:
-    """Bring the metadata of a fresh file into order, in place: safetensors shuffles it from one save to the next."""
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-    header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) > size:  # spelled in another way: leave what is right, if unsorted
-        return
-    file.seek(8)
-    file.write(text.ljust(size))
+        raise ValueError(f"{checkpoint.path} {'; '.join(filter(None, problems))}")
 
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def fingerprint(paths: Iterable[str | Path], dated: bool = False) -> str:
+    """Identify files by their content; those over 1 GB by name, size and, if dated, time of change."""
+    marks = []
+    for path in map(Path, paths):
+        stat = path.stat()
+        marks.append(file_sha256(path) or [path.name, stat.st_size, *[stat.st_mtime_ns] * dated])
+    return hashlib.sha256(json.dumps(["files", marks]).encode()).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str | None:
+    """Hash a file; None if it is over 1 GB."""
+    if Path(path).stat().st_size > MAX_HASHED:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; the same tensors and metadata give the same bytes.
+
+    tensors: by name; copied to the CPU and made contiguous as needed
+    metadata: text for the header
+    Errors: OSError if the file cannot be written; an earlier one is still there then
+    """
+    ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        mode = temporary.stat().st_mode  # safetensors writes files that only their owner can read
+        try:
+            save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error})") from None
+        temporary.chmod(mode)
+        _sort_header(temporary)
+
+    write_atomic(path, write)
+
+
+def _sort_header(path: Path) -> None:
+    """Bring the metadata of a fresh file into order, in place: safetensors shuffles it from one save to the next."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # else spelled in another way: leave what is right, if unsorted
+            file.seek(8)
+            file.write(text.ljust(size))
+
+
+def write_atomic(path: str | Path, write: bytes | str | Callable[[Path], None], overwrite: bool = True) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed onto it.
+
+    write: what it holds, or a function that writes it to the path that it is given, which is an empty file
+    overwrite: False refuses a name that is taken
+    Errors: OSError if the disk is full or read-only, FileExistsError if the name is taken; nothing is left behind then
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.touch()
+        if callable(write):
+            write(temporary)
+        else:
+            temporary.write_bytes(write.encode() if isinstance(write, str) else write)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file a name unless that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # exFAT and mounted cloud drives have no hard links: reserve the name, then rename onto it
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, path)

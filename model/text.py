@@ -1,46 +1,34 @@
 """The two text encoders of FLUX.1, run through transformers: T5 tokens for the sequence, a CLIP vector for the whole.
 
 Letters: B batch, T text tokens, C width of the T5 tokens, V width of the CLIP vector.
-
-Configurations are inferred from tensor shapes; a config.json, where there is one, adds what shapes do not show.
-Loading is our own and strict: transformers 5 loads nothing, without an error, from CLIP names with a prefix.
 """
 
-import os
 import re
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import fill, open_checkpoint, read_json
-from .weights import ModelFiles, count_blocks, dimensions, infer
+from .checkpoint import open_checkpoint, read_json
+from .flux import FluxConfig
+from .weights import ModelFiles
 
 UNLIMITED = 1_000_000  # a tokenizer without a limit says 1e30
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 WORDS = 6  # shown of what a prompt loses
-CLIP_PREFIX = "text_model."  # on the names in released files, but not in today's transformers
-CLIP_EXTRAS = r"^(vision_model|visual_projection|text_projection|logit_scale)\b|position_ids$"
-T5_EXTRAS = r"^(decoder|lm_head)\."  # parts of a whole T5 that the encoder does not have
-T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor under two names; files have one or both
-
-
-def _positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < 1_000_000
-
-
-# What shapes do not show, and what it may be; taken from a config.json where there is one.
-T5_SETTINGS = {
-    "feed_forward_proj": lambda value: value in ("gated-gelu", "gated-silu", "relu", "gelu"),
-    "relative_attention_max_distance": lambda value: type(value) is int and _positive(value),
-    "layer_norm_epsilon": _positive,
+EXTRAS = {  # parts of whole models that the encoders do not have
+    "t5": r"^(decoder|lm_head)\.",
+    "clip": r"^(vision_model|visual_projection|text_projection|logit_scale)\b|position_ids$",
 }
-CLIP_SETTINGS = {
-    "hidden_act": lambda value: value in ("quick_gelu", "gelu"),
-    "num_attention_heads": lambda value: type(value) is int and _positive(value),
-    "layer_norm_eps": _positive,
+KNOWN = {  # configurations of the single files that go round, T5 v1.1 XXL and CLIP-L
+    "t5": {
+        **{"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+        **{"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False},
+    },
+    "clip": {
+        **{"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+        **{"num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
+    },
 }
 
 
@@ -63,9 +51,9 @@ class TextEncoders:
         """
         if not prompts:
             raise ValueError("there is no prompt to encode; give at least one, which may be empty")
-        ids = self._ids("T5", self.t5_tokenizer, self.t5.shared, prompts, self._t5_limit(max_length))  # (B, T)
+        ids = self._ids("T5", self.t5_tokenizer, self.t5, prompts, self._t5_limit(max_length))  # (B, T)
         txt = self.t5(input_ids=ids, attention_mask=None).last_hidden_state  # (B, T, C)
-        ids = self._ids("CLIP", self.clip_tokenizer, _embedding(self.clip), prompts, self._clip_limit())
+        ids = self._ids("CLIP", self.clip_tokenizer, self.clip, prompts, self._clip_limit())
         hidden = self.clip(input_ids=ids, attention_mask=None).last_hidden_state
         # The first end-of-text token has seen the whole prompt. It is found here, because transformers goes by the id
         # in the config, and a wrong id silently gives the first token, which has seen nothing.
@@ -73,16 +61,20 @@ class TextEncoders:
         vec = hidden[torch.arange(len(prompts), device=hidden.device), end]  # (B, V)
         return txt.to(self.dtype), vec.to(self.dtype)
 
-    def lost(self, prompt: str, max_length: int | None) -> list[str]:
+    def truncated(self, prompt: str, max_length: int | None) -> list[str]:
         """Say in one line per encoder what of a prompt lies beyond its limit; no lines if nothing does."""
         lines = []
-        t5 = _lost(self.t5_tokenizer, prompt, self._t5_limit(max_length))
-        if t5:
+        if t5 := _lost(self.t5_tokenizer, prompt, self._t5_limit(max_length)):
             lines.append(f"T5 reads only the start of the prompt: {t5}; shorten it")
-        clip = _lost(self.clip_tokenizer, prompt, self._clip_limit())
-        if clip:
+        if clip := _lost(self.clip_tokenizer, prompt, self._clip_limit()):
             lines.append(f"CLIP reads only the start, which is usual for joint prompts (T5 gives the rest): {clip}")
         return lines
+
+    def spelled(self, prompt: str) -> list[str]:
+        """List the words that T5 does not know and reads letter by letter; real ones have none."""
+        words = dict.fromkeys(re.findall("[A-Za-z]{3,}", re.sub(r"\[[^]]*\]", " ", prompt)))
+        pieces = {word: self.t5_tokenizer.tokenize(word) for word in words}
+        return [word for word in words if all(len(piece.lstrip("\u2581")) <= 1 for piece in pieces[word])]
 
     def _t5_limit(self, max_length: int | None) -> int:
         limit = self.t5_tokenizer.model_max_length if max_length is None else max_length
@@ -93,26 +85,17 @@ class TextEncoders:
         return limit
 
     def _clip_limit(self) -> int:
-        positions = next(m.num_embeddings for n, m in self.clip.named_modules() if n.endswith("position_embedding"))
-        return min(positions, self.clip_tokenizer.model_max_length)
+        return min(self.clip.config.max_position_embeddings, self.clip_tokenizer.model_max_length)
 
-    def _ids(self, name: str, tokenizer, embedding: nn.Embedding, prompts: list[str], length: int) -> Tensor:
+    def _ids(self, name: str, tokenizer, encoder: nn.Module, prompts: list[str], length: int) -> Tensor:
         padded = {"padding": "max_length", "truncation": True, "max_length": length}
         ids = _tokenize(tokenizer, prompts, **padded, return_tensors="pt").input_ids
-        _check_known(name, int(ids.max()), embedding.num_embeddings)
-        return ids.to(embedding.weight.device)
-
-
-def _embedding(clip: nn.Module) -> nn.Embedding:
-    return next(module for name, module in clip.named_modules() if name.endswith("token_embedding"))
-
-
-def _check_known(name: str, token: int, vocabulary: int) -> None:
-    if token >= vocabulary:
-        raise ValueError(
-            f"the {name} tokenizer makes token {token}, but the {name} encoder knows {vocabulary}; "
-            "use the tokenizer that belongs to the encoder"
-        )
+        if (token := int(ids.max())) >= encoder.config.vocab_size:
+            raise ValueError(
+                f"the {name} tokenizer makes token {token}, but the {name} encoder knows {encoder.config.vocab_size}; "
+                "use the tokenizer that belongs to the encoder"
+            )
+        return ids.to(next(encoder.parameters()).device)
 
 
 def _tokenize(tokenizer, prompts: list[str], **settings):
@@ -139,6 +122,21 @@ def _lost(tokenizer, prompt: str, limit: int) -> str:
     return f"{number - limit} of {number} tokens are lost, from '{first} ...' on"
 
 
+def check_widths(txt: Tensor, vec: Tensor, config: FluxConfig, name: str) -> None:
+    """Refuse encoders that do not belong to a transformer.
+
+    txt, vec: what they made, of any batch
+    name: of the model
+    Errors: ValueError with both widths
+    """
+    widths, wanted = (txt.shape[-1], vec.shape[-1]), (config.context_in_dim, config.vec_in_dim)
+    if widths != wanted:
+        raise ValueError(
+            f"the T5 and CLIP encoders beside {name} give widths {widths[0]} and {widths[1]}, but its transformer "
+            f"takes {wanted[0]} and {wanted[1]}; use the encoders that belong to it"
+        )
+
+
 def load_text_encoders(
     files: ModelFiles, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> TextEncoders:
@@ -149,14 +147,47 @@ def load_text_encoders(
     Errors: ValueError for damaged, incomplete or quantised files, by name
     """
     # transformers takes seconds to import, so only those who encode text wait for it
+    from transformers.models.clip.modeling_clip import CLIPTextConfig, CLIPTextModel
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
+    from transformers.models.t5.modeling_t5 import T5Config, T5EncoderModel
     from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
     clip_tokenizer = load_tokenizer(CLIPTokenizer, files.clip_tokenizer)
     t5_tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
-    clip = _load_clip(files, clip_tokenizer, device, dtype)
-    t5 = _load_t5(files, device, torch.bfloat16 if dtype is torch.float16 else dtype)
-    return TextEncoders(t5, clip, t5_tokenizer, clip_tokenizer, dtype)
+    clip = _load(CLIPTextModel, CLIPTextConfig, files.clip, "clip", dtype)
+    t5 = _load(T5EncoderModel, T5Config, files.t5, "t5", torch.bfloat16 if dtype is torch.float16 else dtype)
+    return TextEncoders(t5.to(device), clip.to(device), t5_tokenizer, clip_tokenizer, dtype)
+
+
+def _load(network: type, config: type, path: Path, kind: str, dtype: torch.dtype) -> nn.Module:
+    """Load one encoder through transformers, which only reports what is missing or left over: here that is an error.
+
+    Errors: ValueError in one line
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    checkpoint = open_checkpoint(path, kind)  # says by name what is damaged, quantised or something else
+    settings = path / "config.json" if path.is_dir() else Path()
+    try:
+        config = config.from_dict(read_json(settings) if settings.is_file() else KNOWN[kind])
+        config = getattr(config, "text_config", config)  # of a whole CLIP
+        source = {"pretrained_model_name_or_path": path, "local_files_only": True, "use_safetensors": True}
+        if not path.is_dir():
+            source = {"pretrained_model_name_or_path": None, "state_dict": dict(checkpoint.read(checkpoint.tensors))}
+        module, report = network.from_pretrained(**source, config=config, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # of many kinds, for settings and shapes that do not fit
+        if str(settings) in str(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{checkpoint.path} does not load ({reason}); download its folder again") from None
+    missing, extra = sorted(report["missing_keys"]), report["unexpected_keys"]
+    extra = sorted(key for key in extra if not re.search(EXTRAS[kind], key.removeprefix("text_model.")))
+    for keys, problem in ((missing, "lacks"), (extra, "has the unexpected")):
+        if keys:
+            raise ValueError(f"{checkpoint.path} {problem} {', '.join(keys[:3])} ({len(keys)} tensors)")
+    return module.requires_grad_(False).eval()
 
 
 def load_tokenizer(kind: type, folder: Path):
@@ -177,101 +208,3 @@ def load_tokenizer(kind: type, folder: Path):
 def _unreadable(folder: str | Path, error: Exception) -> str:
     reason = " ".join(str(error).split())[:120]
     return f"the tokenizer in {folder} cannot be read ({reason}); download the folder again"
-
-
-def _load_t5(files: ModelFiles, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    from transformers.models.t5.modeling_t5 import T5Config, T5EncoderModel
-
-    checkpoint = open_checkpoint(files.t5, "t5")
-    tensors = {key: stored for key, stored in checkpoint.tensors.items() if not re.search(T5_EXTRAS, key)}
-    if embedding := next((tensors[key] for key in T5_EMBEDDINGS if key in tensors), None):
-        tensors |= dict.fromkeys(T5_EMBEDDINGS, embedding)
-    checkpoint = replace(checkpoint, tensors=tensors)
-    config = infer(infer_t5_config, checkpoint) | _settings(files.t5, "text_encoder_2", T5_SETTINGS)
-    with torch.device("meta"):
-        t5 = T5EncoderModel(T5Config(**config))
-        t5.set_input_embeddings(t5.shared)  # one module under both names
-    return fill(t5, checkpoint, device, dtype)
-
-
-def _load_clip(files: ModelFiles, tokenizer, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    from transformers.models.clip.modeling_clip import CLIPTextConfig, CLIPTextModel
-
-    checkpoint = open_checkpoint(files.clip, "clip")
-    tensors = {key: stored for key, stored in checkpoint.tensors.items() if not re.search(CLIP_EXTRAS, key)}
-    checkpoint = replace(checkpoint, tensors={key.removeprefix(CLIP_PREFIX): tensors[key] for key in tensors})
-    config = infer(infer_clip_config, checkpoint) | _settings(files.clip, "text_encoder", CLIP_SETTINGS)
-    if config["hidden_size"] % config["num_attention_heads"]:
-        raise ValueError(
-            f"{checkpoint.name} has width {config['hidden_size']}, which {config['num_attention_heads']} "
-            "attention heads do not divide; put its config.json with num_attention_heads beside it"
-        )
-    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for token in filter(None, tokens.values()):
-        _check_known("CLIP", token, config["vocab_size"])
-    with torch.device("meta"):
-        clip = CLIPTextModel(CLIPTextConfig(**config, **tokens))
-    if any(key.startswith(CLIP_PREFIX) for key in clip.state_dict()):  # an older transformers
-        tensors = {CLIP_PREFIX + key: stored for key, stored in checkpoint.tensors.items()}
-        checkpoint = replace(checkpoint, tensors=tensors)
-    positions = torch.arange(config["max_position_embeddings"], device=device)[None]
-    for module in clip.modules():
-        if "position_ids" in dict(module.named_buffers(recurse=False)):  # computed, so not in the file
-            module.position_ids = positions
-    return fill(clip, checkpoint, device, dtype)
-
-
-def infer_t5_config(shapes: dict[str, tuple[int, ...]]) -> dict[str, int | float | str]:
-    """Read the arguments of a T5Config off the encoder's tensor shapes; the rest is as in T5 1.1.
-
-    Errors: ValueError, without a subject, for shapes that no T5 encoder has
-    """
-    vocabulary, width = dimensions(shapes, "shared.weight", 2)
-    attention, mlp = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
-    buckets, heads = dimensions(shapes, attention + "relative_attention_bias.weight", 2)
-    inner = dimensions(shapes, attention + "q.weight", 2)[0]
-    if inner % heads:
-        raise ValueError(f"has {heads} attention heads, which do not divide the {inner} rows of {attention}q.weight")
-    gated = mlp + "wi_0.weight" in shapes
-    return {
-        "vocab_size": vocabulary,
-        "d_model": width,
-        "d_kv": inner // heads,
-        "d_ff": dimensions(shapes, mlp + ("wi_0.weight" if gated else "wi.weight"), 2)[0],
-        "num_layers": count_blocks(shapes, "encoder.block"),
-        "num_heads": heads,
-        "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu" if gated else "relu",
-    }
-
-
-def infer_clip_config(shapes: dict[str, tuple[int, ...]]) -> dict[str, int | float | str]:
-    """Read the arguments of a CLIPTextConfig off the encoder's tensor shapes; the rest is as in CLIP-L.
-
-    Errors: ValueError, without a subject, for shapes that no CLIP text encoder has
-    """
-    vocabulary, width = dimensions(shapes, "embeddings.token_embedding.weight", 2)
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": dimensions(shapes, "encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "num_hidden_layers": count_blocks(shapes, "encoder.layers"),
-        "num_attention_heads": max(width // 64, 1),
-        "max_position_embeddings": dimensions(shapes, "embeddings.position_embedding.weight", 2)[0],
-    }
-
-
-def _settings(path: Path, subfolder: str, wanted: dict[str, Callable]) -> dict[str, int | float | str]:
-    """What shapes do not show, from the config.json in the folder (of a single file: in the subfolder beside it).
-
-    wanted: by name, the test that a value must pass
-    """
-    file = (path if path.is_dir() else path.parent / subfolder) / "config.json"
-    given = read_json(file) if os.path.lexists(file) else {}
-    if isinstance(given.get("text_config"), dict):  # of a whole CLIP
-        given = given["text_config"]
-    settings = {key: given[key] for key in wanted if key in given}
-    for key, value in settings.items():
-        if not wanted[key](value):
-            raise ValueError(f"{file} has {key} = {value!r:.80}, which is not valid here; download it again")
-    return settings

@@ -1,26 +1,23 @@
-"""From a model's name to its networks: find the files, infer the configuration from tensor shapes, load strictly.
+"""From a model's name to its networks: find -> recognise -> configuration from tensor shapes -> strict load.
 
-What a checkpoint is and how its bytes become tensors is in checkpoint.py; the text encoders are in text.py.
+Data is mapped into memory, not copied, where the file already has the wanted dtype; else each tensor is cast by itself,
+so there are never two full copies. What a checkpoint is stands in checkpoint.py; the text encoders are in text.py.
 """
 
+import math
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
+from torch import nn
 
-from .autoencoder import AutoEncoder, AutoEncoderConfig
-from .checkpoint import WANTED, Checkpoint, file_in, fill, open_checkpoint, save_safetensors
-from .flux import Flux, FluxConfig
+from .autoencoder import AutoEncoder
+from .checkpoint import FLOATS, Checkpoint, file_in, open_checkpoint, refuse_mismatch
+from .flux import Flux
 
-__all__ = ["ModelFiles", "find_model", "infer_autoencoder_config", "infer_flux_config", "load_autoencoder", "load_flux"]
-__all__ += ["examples_folder", "read_flux_config", "save_safetensors", "weight_files"]
-
-Config = TypeVar("Config")
-INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}  # channels per token of models that need more than noise
+CHUNK = 2**28  # bytes that are mapped at a time where tensors are cast, as mapped pages count as memory too
 PARTS = {
     "flux": "flux1-*.safetensors",
     "autoencoder": "ae.safetensors",
@@ -34,10 +31,10 @@ DOWNLOAD = "hf download black-forest-labs/{} --exclude 'transformer/*' --exclude
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the parts of one model lie."""
+    """Where the parts of one model lie; the headers of transformer and autoencoder are read."""
 
-    flux: Path  # a file, or the index JSON of shards
-    autoencoder: Path
+    flux: Checkpoint
+    autoencoder: Checkpoint
     clip: Path  # a folder of the hub layout, or a single file
     t5: Path  # likewise
     clip_tokenizer: Path  # folders
@@ -54,48 +51,45 @@ def find_model(name: str) -> ModelFiles:
         transformer or the autoencoder is recognised as something else
     """
     name = str(name)
-    advice = _advice(name)
-    found = _locate(name)
-    if found is None:
+    which = ("FLUX.1-schnell", "flux-schnell") if "schnell" in name.lower() else ("FLUX.1-dev", "flux-dev")
+    advice = f"a model folder holds {', '.join(PARTS.values())}; to get one: {DOWNLOAD.format(*which)}"
+    place = _locate(name)
+    if place is None:
         raise ValueError(
             f"there is no model {name[:80]!r} (models found: {', '.join(_models()) or 'none'}; looked in "
             f"{', '.join(map(str, _places()))}); {advice}"
         )
-    root = found if found.is_dir() else found.parent
+    root = place if place.is_dir() else place.parent
     files = {
-        "flux": file_in(found, PARTS["flux"]) if found.is_dir() else found,
+        "flux": file_in(place, PARTS["flux"]) if place.is_dir() else place,
         "autoencoder": _first(root, "ae.safetensors"),
         "clip": _first(root, "text_encoder/*.safetensors", "clip_l.safetensors"),
         "t5": _first(root, "text_encoder_2/*.safetensors", "t5xxl_fp16.safetensors", "t5xxl*.safetensors"),
         "clip_tokenizer": _first(root, "tokenizer/tokenizer.json", "tokenizer/vocab.json"),
         "t5_tokenizer": _first(root, "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model"),
     }
+    missing = [PARTS[part] for part, path in files.items() if path is None]
     for part, wanted in (("flux", "transformer"), ("autoencoder", "autoencoder")):
-        if files[part] is not None:  # refused now, not after minutes of encoding text
-            open_checkpoint(files[part], wanted)
-    if missing := [PARTS[part] for part, path in files.items() if path is None]:
+        if files[part] is not None:  # what is there is refused before what is missing is told
+            files[part] = open_checkpoint(files[part], wanted)
+    if missing:
         raise ValueError(f"{root} lacks {', '.join(missing)}; {advice}")
     for part in ("clip", "t5", "clip_tokenizer", "t5_tokenizer"):
         if files[part].parent != root:
             files[part] = files[part].parent
-    return ModelFiles(**files, root=root, name=root.resolve().name if found.is_dir() else found.stem)
-
-
-def _advice(name: str) -> str:
-    which = ("FLUX.1-schnell", "flux-schnell") if "schnell" in name.lower() else ("FLUX.1-dev", "flux-dev")
-    return f"a model folder holds {', '.join(PARTS.values())}; to get one: {DOWNLOAD.format(*which)}"
+    return ModelFiles(**files, root=root, name=root.resolve().name if place.is_dir() else place.stem)
 
 
 def _places() -> list[Path]:
-    """Folders whose subfolders are models: the user's, the repository's, the current one's."""
-    own = os.environ.get("ICLORA_WEIGHTS")
-    places = ([Path(own)] if own else []) + [Path(__file__).resolve().parents[1] / "weights"]
+    """List folders whose subfolders are models: the user's, the repository's, the current one's."""
+    mine = os.environ.get("ICLORA_WEIGHTS")
+    places = ([Path(mine)] if mine else []) + [Path(__file__).resolve().parents[1] / "weights"]
     here = Path("weights")
     return places if here.resolve() in [place.resolve() for place in places] else [*places, here]
 
 
 def _locate(name: str) -> Path | None:
-    """The first that exists: a bare name is a model before it is a path, anything with a slash is a path first."""
+    """Find the first that exists: a bare name is a model before it is a path, anything with a slash is a path first."""
     if not name:
         return None
     candidates = [place / name for place in _places()]
@@ -104,13 +98,12 @@ def _locate(name: str) -> Path | None:
 
 
 def _models() -> list[str]:
-    transformers = (
-        path
-        for place in _places()
-        for part in (PARTS["flux"], "*.safetensors.index.json")
-        for path in place.glob(f"*/{part}")
-    )
-    return sorted({path.parent.name for path in transformers})
+    patterns = (f"*/{PARTS['flux']}", "*/*.safetensors.index.json")
+    return sorted({path.parent.name for place in _places() for pattern in patterns for path in place.glob(pattern)})
+
+
+def _first(root: Path, *patterns: str) -> Path | None:
+    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
 
 
 def examples_folder() -> Path:
@@ -122,145 +115,59 @@ def examples_folder() -> Path:
 
 
 def weight_files(files: ModelFiles) -> list[Path]:
-    """List the files that hold a model's tensors, shards included; all headers are checked on the way.
-
-    Errors: ValueError for damaged files, by name
-    """
-    parts = ((files.flux, "transformer"), (files.autoencoder, "autoencoder"), (files.clip, "clip"), (files.t5, "t5"))
-    opened = [open_checkpoint(path, wanted) for path, wanted in parts]
-    return list(dict.fromkeys(stored.path for checkpoint in opened for stored in checkpoint.tensors.values()))
-
-
-def _first(root: Path, *patterns: str) -> Path | None:
-    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
-
-
-def dimensions(shapes: dict[str, tuple[int, ...]], key: str, ndim: int) -> tuple[int, ...]:
-    """Look up a shape that an inference needs. Errors: ValueError, without a subject, if it is not there or not such"""
-    if key not in shapes:
-        raise ValueError(f"lacks {key}, from which the configuration is inferred")
-    if len(shapes[key]) != ndim or not all(shapes[key]):
-        raise ValueError(f"has {key} of shape {shapes[key]}; it should have {ndim} dimensions, none of them 0")
-    return shapes[key]
-
-
-def count_blocks(keys: Iterable[str], stem: str) -> int:
-    """Count the blocks stem.0, stem.1, ... Errors: ValueError, without a subject, if the numbers have gaps"""
-    found = {int(match[1]) for key in keys if (match := re.match(rf"{re.escape(stem)}\.([0-9]{{1,6}})\.", key))}
-    gaps = set(range(len(found))) - found
-    if gaps:
-        raise ValueError(f"lacks {stem}.{min(gaps)} although it has {stem}.{max(found)}; blocks are numbered from 0")
-    return len(found)
-
-
-def infer(function: Callable[[dict[str, tuple[int, ...]]], Config], checkpoint: Checkpoint) -> Config:
-    """Call one of the infer functions on a checkpoint; its name becomes the subject of their messages."""
-    try:
-        return function({key: stored.shape for key, stored in checkpoint.tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.name} {error}") from None
-
-
-def infer_flux_config(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
-    """Read the configuration of a transformer off its tensor shapes.
-
-    shapes: by official name, e.g. {"img_in.weight": (3072, 64), ...}
-    Errors: ValueError, without a subject ("lacks img_in.weight, ..."), for shapes that no FLUX.1 here can have
-    """
-    hidden, inputs = dimensions(shapes, "img_in.weight", 2)
-    outputs, _ = dimensions(shapes, "final_layer.linear.weight", 2)
-    if inputs != 64 or outputs != 64:
-        name = f" ({INPUTS[inputs]})" if inputs in INPUTS else ""
-        raise ValueError(
-            f"takes {inputs} and gives {outputs} channels per token{name}; only models with 64 and 64 are run here: "
-            "use FLUX.1-dev, -schnell or -Krea-dev"
-        )
-    depth, singles = count_blocks(shapes, "double_blocks"), count_blocks(shapes, "single_blocks")
-    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if depth else "single_blocks.0.norm.query_norm.scale"
-    (head,) = dimensions(shapes, norm, 1)
-    if head % 32 or hidden % head:
-        raise ValueError(
-            f"has attention heads of width {head} at width {hidden}; the head width must be a multiple of 32, for "
-            "rotary axes of 1/8, 7/16 and 7/16 of it, and divide the width"
-        )
-    if depth:
-        mlp_hidden = dimensions(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0]
-    else:
-        mlp_hidden = dimensions(shapes, "single_blocks.0.linear2.weight", 2)[1] - hidden
-    if mlp_hidden < 1:
-        raise ValueError(f"has single_blocks.0.linear2.weight too narrow for the width {hidden}")
-    return FluxConfig(
-        in_channels=inputs,
-        out_channels=outputs,
-        vec_in_dim=dimensions(shapes, "vector_in.in_layer.weight", 2)[1],
-        context_in_dim=dimensions(shapes, "txt_in.weight", 2)[1],
-        hidden_size=hidden,
-        mlp_hidden=mlp_hidden,
-        num_heads=hidden // head,
-        depth=depth,
-        depth_single_blocks=singles,
-        axes_dim=(head // 8, head * 7 // 16, head * 7 // 16),
-        guidance_embed=any(key.startswith("guidance_in.") for key in shapes),
-    )
-
-
-def infer_autoencoder_config(shapes: dict[str, tuple[int, ...]]) -> AutoEncoderConfig:
-    """Read the configuration of an autoencoder off its tensor shapes.
-
-    shapes: by official name, e.g. {"encoder.conv_in.weight": (128, 3, 3, 3), ...}
-    Errors: ValueError, without a subject, for shapes that no FLUX.1 autoencoder can have
-    """
-    ch = dimensions(shapes, "encoder.conv_in.weight", 4)[0]
-    latent = dimensions(shapes, "encoder.conv_out.weight", 4)[0] // 2
-    levels = count_blocks(shapes, "encoder.down")
-    if latent != 16 or levels != 4:
-        raise ValueError(
-            f"has {latent} latent channels and {levels} resolutions; the FLUX.1 autoencoder has 16 and 4: "
-            + WANTED["autoencoder"][1]
-        )
-    widths = [dimensions(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
-    if ch % 32 or any(width % ch for width in widths):
-        raise ValueError(f"has channels {ch} and {widths}; they must be multiples of 32 and of the first")
-    return AutoEncoderConfig(
-        ch=ch,
-        ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=count_blocks(shapes, "encoder.down.0.block"),
-        z_channels=latent,
-    )
-
-
-def read_flux_config(path: str | Path) -> FluxConfig:
-    """Read the configuration of a transformer off its header alone; path and errors as for load_flux."""
-    return infer(infer_flux_config, open_checkpoint(path, "transformer"))
+    """List the files that hold a model's tensors, shards included. Errors: ValueError for damaged files, by name"""
+    text = open_checkpoint(files.clip, "clip").paths + open_checkpoint(files.t5, "t5").paths
+    return list(dict.fromkeys(files.flux.paths + files.autoencoder.paths + text))
 
 
 def load_flux(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
-) -> Flux:  # fmt: skip
+    path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Flux:
     """Load a FLUX.1 transformer of any depth and width, frozen and in eval mode.
 
     path: a file with the official names (or these behind model.diffusion_model.), an index JSON of such shards,
-        or a folder with one of them (flux1-*.safetensors)
+        a folder with one of them (flux1-*.safetensors), or what find_model opened
     dtype: of the parameters; a file that has it already is mapped, not copied, on the CPU
     Errors: ValueError for anything else, saying what it is and what to use instead
     """
-    checkpoint = open_checkpoint(path, "transformer")
-    config = infer(infer_flux_config, checkpoint)
-    with torch.device("meta"):
-        flux = Flux(config)
-    return fill(flux, checkpoint, device, dtype)
+    return _load(Flux, path, "transformer", device, dtype)
 
 
 def load_autoencoder(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> AutoEncoder:
     """Load a FLUX.1 autoencoder, frozen and in eval mode.
 
-    path: a file with the official names, or a folder with ae.safetensors
+    path: a file with the official names, a folder with ae.safetensors, or what find_model opened
     Errors: ValueError for anything else, saying what it is and what to use instead
     """
-    checkpoint = open_checkpoint(path, "autoencoder")
-    config = infer(infer_autoencoder_config, checkpoint)
+    return _load(AutoEncoder, path, "autoencoder", device, dtype)
+
+
+def _load(
+    network: Callable, path: str | Path | Checkpoint, wanted: str, device: str | torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """Build a network on the meta device and give it its tensors; names and shapes must match exactly."""
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
     with torch.device("meta"):
-        autoencoder = AutoEncoder(config)
-    return fill(autoencoder, checkpoint, device, dtype)
+        module = network(checkpoint.config)
+    refuse_mismatch(checkpoint, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()})
+    tensors, device = {}, torch.device(device)
+    for keys in _chunks(checkpoint):
+        for key, tensor in checkpoint.read(keys):
+            tensors[key] = tensor.to(device, dtype)  # as it is, if nothing changes
+            del tensor
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _chunks(checkpoint: Checkpoint) -> Iterator[list[str]]:
+    """Group tensors, file by file, into lists of about CHUNK bytes."""
+    chunk, size = [], 0
+    for key in sorted(checkpoint.tensors, key=lambda key: str(checkpoint.tensors[key].path)):
+        stored = checkpoint.tensors[key]
+        chunk, size = [*chunk, key], size + math.prod(stored.shape) * FLOATS[stored.dtype].itemsize
+        if size > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk

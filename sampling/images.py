@@ -6,7 +6,6 @@ Letters: h, w in pixels. A picture is a PIL image in mode RGB; an image is a ten
 import io
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +27,7 @@ _ENDS = {"PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """Reads one picture file as 8-bit RGB, upright and opaque; of an animation the first frame.
+    """Read one picture file as 8-bit RGB, upright and opaque; of an animation the first frame.
 
     path: PNG, JPEG, WEBP, BMP, GIF or TIFF. EXIF orientation is applied, transparency is laid on white, CMYK, palette,
         1-bit, grey and 16-bit pictures are converted; colour profiles are not applied
@@ -47,7 +46,7 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
-    """Reads width and height of a picture file off its header, before any EXIF orientation.
+    """Read width and height of a picture file off its header, before any EXIF orientation.
 
     Errors: as open_picture, as far as a header tells
     """
@@ -57,7 +56,7 @@ def picture_size(path: str | Path) -> tuple[int, int]:
 
 
 def fit(picture: Image.Image, width: int, height: int, rule: str = "crop") -> Image.Image:
-    """Brings a picture to width x height with Lanczos; one of that size already is returned as it is.
+    """Bring a picture to width x height with Lanczos; one of that size already is returned as it is.
 
     width, height: pixels
     rule: "crop" scales to cover and cuts the centre, "pad" scales to fit inside and adds mid-grey bars, "stretch"
@@ -65,32 +64,20 @@ def fit(picture: Image.Image, width: int, height: int, rule: str = "crop") -> Im
     Errors: ValueError if the rule has another name or the picture is not RGB
     """
     _check_rgb(picture)
+    size, lanczos = (width, height), Image.Resampling.LANCZOS
     if rule not in FIT_RULES:
         raise ValueError(f"fit rule {rule!r} is unknown; choose one of {', '.join(FIT_RULES)}")
-    if picture.size == (width, height):
+    if picture.size == size:
         return picture
-    if rule == "stretch":
-        return picture.resize((width, height), Image.Resampling.LANCZOS)
-    wide, high = picture.size
-    wider = wide * height > high * width
-    if rule == "crop":  # resizing from a box spares the intermediate picture, which a narrow input would make huge
-        box_wide = high * width / height if wider else wide
-        box_high = high if wider else wide * height / width
-        left, top = (wide - box_wide) / 2, (high - box_high) / 2
-        box = (left, top, min(wide, left + box_wide), min(high, top + box_high))
-        return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    inner_wide = width if wider else max(1, round(wide * height / high))
-    inner_high = max(1, round(high * width / wide)) if wider else height
-    inner = picture.resize((inner_wide, inner_high), Image.Resampling.LANCZOS)
-    padded = Image.new("RGB", (width, height), GREY)
-    padded.paste(inner, ((width - inner_wide) // 2, (height - inner_high) // 2))
-    return padded
+    if rule == "crop":
+        return ImageOps.fit(picture, size, lanczos)
+    return ImageOps.pad(picture, size, lanczos, GREY) if rule == "pad" else picture.resize(size, lanczos)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """Turns an RGB picture into an image: 0..255 -> -1..1, float32.
+    """Turn an RGB picture into an image: 0..255 -> -1..1, float32.
 
-    returns: (1, 3, h, w) image
+    Returns (1, 3, h, w) image
     Errors: ValueError if the picture is not RGB
     """
     _check_rgb(picture)
@@ -99,7 +86,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """Turns one image into an RGB picture, rounded and clamped; the exact inverse of to_tensor.
+    """Turn one image into an RGB picture, rounded and clamped; the exact inverse of to_tensor.
 
     image: (1, 3, h, w) or (3, h, w) in -1..1, any float type, any device
     Errors: ValueError if the shape is another or a value is NaN or infinite
@@ -115,11 +102,10 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def save_png(picture: Image.Image, path: str | Path, text: dict[str, str] | None = None) -> None:
-    """Writes a new PNG with text chunks; the same picture and text give the same bytes.
+def to_png(picture: Image.Image, text: dict[str, str] | None = None) -> bytes:
+    """Turn a picture into a PNG file with text chunks; the same picture and text give the same bytes.
 
     text: keyword -> text, such as the prompt; sorted by keyword, no time or path is added
-    Errors: as write_new
     """
     chunks = PngImagePlugin.PngInfo()
     for keyword, value in sorted((text or {}).items()):
@@ -128,46 +114,7 @@ def save_png(picture: Image.Image, path: str | Path, text: dict[str, str] | None
     bare.info = {}  # else a profile or resolution of the source file is written along
     buffer = io.BytesIO()
     bare.save(buffer, "PNG", pnginfo=chunks, compress_level=6)
-    write_new(path, buffer.getvalue())
-
-
-def write_new(path: str | Path, data: bytes) -> None:
-    """Writes a file whole or not at all, and never over an existing one.
-
-    path: in an existing folder; the temporary file is beside it and gone afterwards, whatever happens
-    Errors: FileExistsError if the name is taken; ValueError if the folder is missing, read-only or full
-    """
-    path = Path(path)
-    temporary = path.parent / f".{secrets.token_hex(8)}.part"
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            _name_exclusively(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except FileExistsError as error:
-        raise FileExistsError(f"{_shown(path)} exists and is not overwritten; choose another name") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot write {_shown(path)}: {reason}; free space there or choose another --out") from error
-
-
-def _name_exclusively(temporary: Path, path: Path) -> None:
-    """Gives a finished temporary file its name unless that is taken."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # exFAT and mounted cloud drives have no hard links: reserve the name, then rename onto it
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            path.unlink()
-            raise
+    return buffer.getvalue()
 
 
 class _Refusal(ValueError):
@@ -176,7 +123,7 @@ class _Refusal(ValueError):
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[io.BufferedReader]:
-    """Opens a regular file and turns whatever its decoding raises into one line that names it."""
+    """Open a regular file and turn whatever its decoding raises into one line that names it."""
     try:
         if not Path(path).exists():
             raise _Refusal("there is no such file; check the name")
@@ -217,7 +164,7 @@ def _strict_pillow() -> Iterator[None]:
 
 @contextmanager
 def _quiet_libtiff() -> Iterator[None]:
-    """Silences file descriptor 2, where libtiff writes what Pillow raises as well."""
+    """Silence file descriptor 2, where libtiff writes what Pillow raises as well."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
@@ -229,7 +176,7 @@ def _quiet_libtiff() -> Iterator[None]:
 
 
 def _check_size(size: tuple[int, int]) -> None:
-    """Refuses pictures that would fill the memory or that no panel can show."""
+    """Refuse pictures that would fill the memory or that no panel can show."""
     wide, high = size
     if wide * high > MAX_PIXELS:
         raise _Refusal(f"{wide}x{high} is {_TOO_LARGE}")
@@ -238,7 +185,7 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _check_end(kind: str | None, file: io.BufferedReader) -> None:
-    """Refuses a PNG or GIF without its end marker; the other decoders miss a missing end themselves.
+    """Refuse a PNG or GIF without its end marker; the other decoders miss a missing end themselves.
 
     file: for PNG as verify() leaves it, behind the letters IEND
     """
@@ -251,13 +198,13 @@ def _check_end(kind: str | None, file: io.BufferedReader) -> None:
 
 
 def _check_rgb(picture: Image.Image) -> None:
-    """Refuses what would lose transparency or depth silently."""
+    """Refuse what would lose transparency or depth silently."""
     if picture.mode != "RGB":
         raise ValueError(f"picture has mode {picture.mode}, not RGB; read it with open_picture, which converts")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Converts any mode to opaque 8-bit RGB, without the metadata."""
+    """Convert any mode to opaque 8-bit RGB, without the metadata."""
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _to_eight_bit(picture)
     if picture.has_transparency_data:
@@ -269,7 +216,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _to_eight_bit(picture: Image.Image) -> Image.Image:
-    """Scales 16-bit, 32-bit and float grey to 8 bits instead of clipping it to white.
+    """Scale 16-bit, 32-bit and float grey to 8 bits instead of clipping it to white.
 
     White is 65535 for 16 bits. Wider types don't say what white is: it is the smallest of 1 (float), 255, 65535 and
     the picture's own maximum that clips nothing.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from iclora.forms import Findings, read_drafts
+from iclora.records import Findings, read_records
 from lab import experiments, judge
 from lab.arms import BASE, EXPERIMENTS, Arm, Experiment, Training, on_sets
 from lab.scores import ratio
@@ -280,9 +280,9 @@ def test_the_first_sets_of_a_task_are_the_committed_ones():
 
 def test_what_a_training_learns_from_is_drawn_once_and_readable(tmp_path, monkeypatch):
     panels = experiments.draw_data(Training((("panels", 3),)), tmp_path)
-    found = Findings()
-    drafts = read_drafts(panels, None, found)
-    assert panels == tmp_path / "panels-3" / "sets.jsonl" and len(drafts) == 3 and not found.broken
+    findings = Findings()
+    records = read_records(panels, None, findings)
+    assert panels == tmp_path / "panels-3" / "sets.jsonl" and len(records) == 3 and not findings.broken
     monkeypatch.setattr(experiments, "write_sets", None)
     assert experiments.draw_data(Training((("panels", 3),)), tmp_path) == panels
     assert experiments.draw_data(Training((("walk", COUNT),)), tmp_path) == Path("sets", "walk")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from iclora.cache import file_mark
+from iclora.cache import fingerprint
 from iclora.cli import parse
 from iclora.config import TINY_TRAINING, TRAINING, SampleConfig, TrainConfig
 from iclora.pipeline import Pipeline, resolve
@@ -296,7 +296,7 @@ def test_the_bundled_rank_fits_into_its_file(tmp_path):
 def test_the_figures_of_bundled_loras_are_theirs(name, experiment):
     rows = json.loads((ROOT / "lab" / "results" / f"{experiment}.json").read_text())["rows"]
     marks = {mark for row in rows for mark in row.get("loras", ()) if mark}
-    assert marks == {file_mark([find_model("tiny").root / "loras" / f"{name}.safetensors"])}
+    assert marks == {fingerprint([find_model("tiny").root / "loras" / f"{name}.safetensors"])}
 
 
 def test_the_bundled_uno_takes_colours_from_references():

@@ -8,8 +8,18 @@ from types import SimpleNamespace
 import pytest
 
 from iclora.cli import parse, read_record
-from iclora.config import DEV, LAST_SEED, SCHNELL, TINY, TINY_UNGUIDED, SampleConfig, model_row, settle
-from iclora.knobs import flag, saved
+from iclora.config import (
+    DEV,
+    LAST_SEED,
+    SCHNELL,
+    TINY,
+    TINY_UNGUIDED,
+    SampleConfig,
+    flag,
+    model_defaults,
+    resolve_defaults,
+    saved,
+)
 from iclora.prompts import TASKS, preset
 from model.position import MODES
 from sampling.flow import SCHEDULES
@@ -200,7 +210,7 @@ def test_a_missing_file_is_refused(tmp_path, name):
     ],
 )
 def test_the_row_follows_from_what_the_model_is(guidance_embed, hidden_size, row):
-    assert model_row(SimpleNamespace(guidance_embed=guidance_embed, hidden_size=hidden_size)) is row
+    assert model_defaults(SimpleNamespace(guidance_embed=guidance_embed, hidden_size=hidden_size)) is row
 
 
 @pytest.mark.parametrize(
@@ -214,7 +224,7 @@ def test_the_row_follows_from_what_the_model_is(guidance_embed, hidden_size, row
     ],
 )
 def test_the_models_row_decides_what_is_left_open(row, device, steps, guidance, size, dtype):
-    config = settle(SampleConfig(), None, row, device)
+    config = resolve_defaults(SampleConfig(), None, row, device)
     assert (config.steps, config.guidance, config.panel_size, config.dtype) == (steps, guidance, size, dtype)
     assert (config.grid, config.device) == ("2x2", device)
 
@@ -231,7 +241,7 @@ def test_the_models_row_decides_what_is_left_open(row, device, steps, guidance, 
     ],
 )
 def test_references_bring_unos_defaults(row, references, guidance, size):
-    config = settle(SampleConfig(ref=("a.png",) * references), None, row, "cpu")
+    config = resolve_defaults(SampleConfig(ref=("a.png",) * references), None, row, "cpu")
     assert (config.grid, config.guidance, config.ref_size) == ("1x1", guidance, size)
     assert (config.offset, config.offset_scale, config.posterior, config.schedule) == ("d", 1.0, "sample", "tokens")
     assert config.reference_attention == "joint"
@@ -239,21 +249,21 @@ def test_references_bring_unos_defaults(row, references, guidance, size):
         ref=("a.png",), guidance=2.0, grid="1x2", ref_size=100, offset="w", posterior="mean",
         reference_attention="alone",
     )  # fmt: skip
-    assert settle(given, None, row, "cpu") == replace(
+    assert resolve_defaults(given, None, row, "cpu") == replace(
         given, steps=row.steps, panel_size=str(row.panel), offset_scale=1.0, device="cpu", dtype=row.cpu_dtype
     )
 
 
 def test_a_flag_beats_the_preset_and_the_preset_beats_the_model():
     task = preset("film-storyboard")
-    config = settle(SampleConfig(), task, DEV, "cpu")
+    config = resolve_defaults(SampleConfig(), task, DEV, "cpu")
     assert (config.grid, config.panel_size, config.steps) == ("3x1", "1024x512", 20)
-    assert settle(SampleConfig(), task, TINY, "cpu").panel_size == "64", "it can draw no others"
-    config = settle(SampleConfig(grid="1x3", panel_size="64", steps=2), task, TINY, "cpu")
+    assert resolve_defaults(SampleConfig(), task, TINY, "cpu").panel_size == "64", "it can draw no others"
+    config = resolve_defaults(SampleConfig(grid="1x3", panel_size="64", steps=2), task, TINY, "cpu")
     assert (config.grid, config.panel_size, config.steps) == ("1x3", "64", 2)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_preset_settles_to_its_published_size(name):
-    config = settle(SampleConfig(preset=name), TASKS[name], DEV, "cpu")
+    config = resolve_defaults(SampleConfig(preset=name), TASKS[name], DEV, "cpu")
     assert config.panel_size == "{}x{}".format(*TASKS[name].panel_size)

@@ -12,8 +12,8 @@ from PIL import Image
 import iclora.pipeline as pipeline
 from golden import FLUX
 from iclora.config import SampleConfig
-from iclora.data import read_set
 from iclora.pipeline import Pipeline, resolve
+from iclora.records import read_set
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.weights import examples_folder, find_model
 from sampling.images import fit, open_picture, to_picture

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import iclora.cache
 import iclora.checkpoint
-import iclora.feed
+import iclora.loader
 import iclora.monitor
 import iclora.references
 import iclora.training
@@ -36,13 +36,12 @@ import model.lora
 import sample
 import train
 from golden import WHOLE
-from iclora.cli import Bar, parse
-from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, model_row, settle_training
-from iclora.feed import prepare
-from iclora.knobs import flag
+from iclora.cli import parse
+from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, flag, model_defaults, resolve_training_defaults
+from iclora.data import load
+from iclora.loader import Loader, fingerprints
 from iclora.monitor import GAP, LEFT, NARROW, TOP, labelled
 from iclora.pipeline import Pipeline, resolve
-from iclora.references import place
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
 from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
@@ -134,6 +133,13 @@ def out(world):
     """A folder for a run, beside the shared cache."""
     (world / "runs").mkdir(exist_ok=True)
     return world / "runs" / str(len(os.listdir(world / "runs")))
+
+
+def encoded(config, files, shape):
+    """The whole way: files, cache, loader."""
+    loader = Loader(config, load(config.data), files, shape)
+    loader.encode(lambda line: None)
+    return loader
 
 
 def beside(out, name):
@@ -343,7 +349,7 @@ def test_another_model_beside_the_settings_of_a_run_brings_its_own_defaults(whol
     argv = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "out")]
     same, other = parse(TrainConfig, argv, ""), parse(TrainConfig, [*argv, "--model", "flux-dev"], "")
     assert (same.steps, same.batch, same.lr, same.panel_size, same.dtype) == (6, 2, 0.01, 32, "float32")
-    settled = settle_training(other, DEV, "cuda")
+    settled = resolve_training_defaults(other, DEV, "cuda")
     assert (settled.steps, settled.batch, settled.lr, settled.panel_size) == (5000, 4, 1e-4, 512)
     assert (settled.rank, settled.dropout, settled.dtype) == (2, 0.3, "bfloat16"), "what does not depend on the model"
     assert parse(TrainConfig, [*argv, "--model", "flux-dev", "--steps", "7"], "").steps == 7
@@ -522,11 +528,11 @@ def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
 
 def test_a_large_model_is_marked_by_its_size_and_not_by_its_date(world, monkeypatch):
     model = find_model(str(world / "model"))
-    before = iclora.feed.origin([], model)["model"]
-    monkeypatch.setattr(iclora.cache, "HASHED", 1000)
-    large = iclora.feed.origin([], model)["model"]
+    before = fingerprints([], model)["model"]
+    monkeypatch.setattr(iclora.cache, "MAX_HASHED", 1000)
+    large = fingerprints([], model)["model"]
     os.utime(model.flux)
-    assert large == iclora.feed.origin([], model)["model"] != before
+    assert large == fingerprints([], model)["model"] != before
 
 
 def test_every_shard_of_a_model_and_the_settings_beside_a_lora_count(world, tmp_path):
@@ -541,7 +547,7 @@ def test_every_shard_of_a_model_and_the_settings_beside_a_lora_count(world, tmp_
     save_file({"a": torch.zeros(1)}, tmp_path / "lora" / "adapter_model.safetensors")
 
     def marks():
-        return iclora.feed.origin([], replace(model, flux=index), str(tmp_path / "lora"))
+        return fingerprints([], replace(model, flux=index), str(tmp_path / "lora"))
 
     first = marks()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
@@ -875,15 +881,15 @@ def test_pixels_of_masked_panels_never_reach_the_kept_latents(world, tmp_path):
         if name == "after":
             Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0" / "2.png")
         argv = command(world, tmp_path / "run", "--condition", "clean", "--data", str(tmp_path / name))
-        config = settle_training(parse(TrainConfig, argv, ""), model_row(shape), "cpu")
-        feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
+        config = resolve_training_defaults(parse(TrainConfig, argv, ""), model_defaults(shape), "cpu")
+        feed = encoded(config, files_of_model, shape)
         ((layout, examples),) = [(feed.layouts[0], feed.trained[0][:1])]
-        known.append([feed.sets(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
+        known.append([feed.collate(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
     left, right, none = zip(*known, strict=True)
     assert torch.equal(left[0].known, left[1].known)
     assert not torch.equal(right[0].known, right[1].known), "panel 2 was changed, and here it is kept"
-    assert not none[0].known.any() and none[0].generated.all()
-    assert left[0].generated.flatten().tolist() == [False, False, True, True] * 2
+    assert not none[0].known.any() and none[0].generate_mask.all()
+    assert left[0].generate_mask.flatten().tolist() == [False, False, True, True] * 2
     assert not torch.equal(left[0].z[..., :4], left[1].z[..., :4]), "else nothing could leak and the test not fail"
 
 
@@ -961,9 +967,9 @@ def test_kept_panels_stay_clean_beside_drafts(world, clean):
 def test_the_12b_model_recomputes_its_activations_unless_told_not_to(world, out):
     for method in METHODS:
         config = TrainConfig(method=method)
-        chosen = [settle_training(config, row, "cpu").checkpointing for row in (DEV, TINY)]
+        chosen = [resolve_training_defaults(config, row, "cpu").checkpointing for row in (DEV, TINY)]
         assert chosen == [True, False]
-        assert not settle_training(replace(config, checkpointing=False), DEV, "cpu").checkpointing
+        assert not resolve_training_defaults(replace(config, checkpointing=False), DEV, "cpu").checkpointing
     assert go(world, out, "--no-checkpointing", steps=1) == 0
     assert json.loads((out / "config.json").read_text())["config"]["checkpointing"] is False
 
@@ -974,9 +980,11 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     assert go(world, out, *flags, "--sample-every", "1", steps=1) == 0
     files_of_model = find_model(str(world / "model"))
     shape = read_flux_config(files_of_model.flux)
-    config = settle_training(parse(TrainConfig, command(world, out, *flags), ""), model_row(shape), "cpu")
-    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
-    sets = feed.sets(feed.layouts[0], feed.trained[0][:1], [(1,)], [False])
+    config = resolve_training_defaults(
+        parse(TrainConfig, command(world, out, *flags), ""), model_defaults(shape), "cpu"
+    )
+    feed = encoded(config, files_of_model, shape)
+    sets = feed.collate(feed.layouts[0], feed.trained[0][:1], [(1,)], [False])
     panel = str(world / "sets" / "0" / "1.png")
     told = {"prompt": feed.trained[0][0].caption, "mask": "2", "panels": (panel,)}
     networks, _ = pipeline(world, out / "lora.safetensors", **told)
@@ -990,7 +998,7 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     masks, real = [], networks.flux.prefill
     networks.flux.prefill = lambda *given: masks.append(given[3]) or real(*given)
     networks.sample(0, lambda *_: None)
-    assert len(masks) == 1 and torch.equal(masks[0], sets.mask)
+    assert len(masks) == 1 and torch.equal(masks[0], sets.attention_mask)
 
 
 def test_a_caption_that_a_lora_of_panel_texts_cannot_read_is_refused_before_anything_loads(world, out):
@@ -1045,7 +1053,7 @@ def test_batches_of_one_and_two_references_take_turns_and_no_pair_is_left_out(wo
     config = parse(TrainConfig, argv, "")
     files_of_model = find_model(str(world / "model"))
     shape = read_flux_config(files_of_model.flux)
-    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
+    feed = encoded(config, files_of_model, shape)
     seen = [feed.batch(number) for number in range(feed.batches.before(2))]
     assert {len(layout.references) for layout, _ in seen} == {1, 2}
     assert all(len(e.references) == len(layout.references) for layout, some in seen for e in some)
@@ -1081,9 +1089,9 @@ def test_the_sampler_feeds_the_references_and_places_that_training_fed(world, re
     config = parse(TrainConfig, ["--config", str(referred / "config.json"), "--out", str(referred)], "")
     files_of_model = find_model(str(world / "model"))
     shape = read_flux_config(files_of_model.flux)
-    feed = prepare(config, iclora.feed.find(config, print), files_of_model, shape, lambda line: None, Bar)
+    feed = encoded(config, files_of_model, shape)
     layout, example = next((layout, e) for layout, some in feed.held_out for e in some if len(e.references) == 2)
-    sets = feed.sets(layout, [example], [()], [False])
+    sets = feed.collate(layout, [example], [()], [False])
     networks, _ = shown(world, referred / "lora.safetensors", posterior="mean")
     networks.plan = pipeline_plan(world, referred, tuple(map(str, example.references)))
     with torch.inference_mode():
@@ -1126,7 +1134,7 @@ def test_references_alone_are_trained_and_followed_by_the_sampler_and_the_second
     told, real = [], iclora.training.flow_loss
     monkeypatch.setattr(iclora.training, "flow_loss", lambda flux, *sets: told.append(sets[0]) or real(flux, *sets))
     assert uno(world, out, "--reference-attention", "alone", "--sample-every", "2", steps=2) == 0
-    assert len(told) >= 2 and all(sets.alone for sets in told) and (out / "sheet-000002.png").exists()
+    assert len(told) >= 2 and all(sets.isolate_refs for sets in told) and (out / "sheet-000002.png").exists()
     shutil.copy(out / "lora.safetensors", world / "alone.safetensors")
     networks, _ = shown(world, world / "alone.safetensors")
     config, (points, velocities) = networks.plan.config, steps_of_sampling(networks)
@@ -1158,7 +1166,7 @@ def test_two_processes_of_uno_equal_one(world, out, attention):
 
 
 def test_more_references_than_memory_allows_are_refused_before_anything_is_encoded(world, out, capsys, monkeypatch):
-    monkeypatch.setattr(iclora.feed, "prepare", None)
+    monkeypatch.setattr(iclora.loader.Loader, "encode", None)
     about = (
         r"^error: 6 tokens of references \(2 in a row of --data\) beside 4 of the picture, {} examples at once, take "
         r"about \S+ GB in the transformer"

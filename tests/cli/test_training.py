@@ -14,7 +14,6 @@ from PIL import Image
 
 import iclora.training as training
 import model.checkpoint
-from iclora.batch import Sets, to
 from iclora.checkpoint import (
     averaged,
     load_checkpoint,
@@ -25,12 +24,10 @@ from iclora.checkpoint import (
     start_folder,
     write_atomic,
 )
-from iclora.config import DEV, SCHNELL, TINY, TrainConfig, settle_training
-from iclora.feed import hold_out
-from iclora.knobs import saved
-from iclora.layout import Layout, token_mask
+from iclora.config import DEV, SCHNELL, TINY, TrainConfig, resolve_training_defaults, saved
+from iclora.layout import Layout, generate_mask
+from iclora.loader import Batch
 from iclora.monitor import CURVE, Metrics, draw_curve, write_png
-from iclora.references import place
 from iclora.training import flow_loss, micro_batches, sample_kept, sample_step, sample_times
 from model.checkpoint import save_safetensors
 from model.flux import Flux, FluxConfig
@@ -43,7 +40,9 @@ from train import train
 PAIR = Layout(1, 2, 32, 32)  # 8 tokens
 TOKENS = PAIR.tokens_high * PAIR.tokens_wide
 ORIGIN = {"data": "sets", "model": "base", "encoders": "T5", "init_lora": "one"}
-CONFIG = settle_training(TrainConfig(rank=2, steps=6, batch=4, lr=0.01, warmup=2, decay=0.0, dropout=0.5), TINY, "cpu")
+CONFIG = resolve_training_defaults(
+    TrainConfig(rank=2, steps=6, batch=4, lr=0.01, warmup=2, decay=0.0, dropout=0.5), TINY, "cpu"
+)
 PANELS = replace(CONFIG, condition="clean")
 
 
@@ -72,14 +71,14 @@ class Shelf:
     def batch(self, number):
         return self.layout, [(4 * number + i) % 6 for i in range(4)]
 
-    def sets(self, layout, examples, kept, dropped):
+    def collate(self, layout, examples, kept, dropped):
         told = 1 - torch.tensor(dropped, dtype=torch.float)
         texts = self.txt[examples] * told[:, None, None], self.vec[examples] * told[:, None]
         if not any(kept):
-            return Sets(self.z[examples], *texts)
+            return Batch(self.z[examples], *texts)
         hidden = [[p for p in range(1, layout.panels + 1) if p not in some] for some in kept]
-        generated = torch.cat([token_mask(panels, layout).bool() for panels in hidden])
-        return Sets(self.z[examples], *texts, self.known[examples], generated)
+        generated = torch.cat([generate_mask(panels, layout).bool() for panels in hidden])
+        return Batch(self.z[examples], *texts, self.known[examples], generated)
 
 
 class Ledger:
@@ -221,7 +220,7 @@ class Spy(torch.nn.Module):
 
 def ingredients(kept=((), ())):
     noise = torch.randn(2, TOKENS, 64, generator=torch.Generator().manual_seed(5))
-    return Shelf().sets(PAIR, [0, 1], kept, [False, False]), noise, torch.tensor([0.25, 0.75])
+    return Shelf().collate(PAIR, [0, 1], kept, [False, False]), noise, torch.tensor([0.25, 0.75])
 
 
 def test_the_loss_is_the_squared_error_of_the_velocity():
@@ -253,7 +252,7 @@ def test_kept_panels_stand_clean_in_the_input_and_do_not_count():
     spy = Spy(v)
     loss = flow_loss(spy, sets, noise, t)
     x, data, known = spy.called[0], pack(sets.z), pack(sets.known)
-    left, right = (token_mask([panel], PAIR)[0, :, 0].bool() for panel in (1, 2))
+    left, right = (generate_mask([panel], PAIR)[0, :, 0].bool() for panel in (1, 2))
     assert torch.equal(x[0, left], known[0, left])
     assert torch.allclose(x[0, right], (0.75 * data + 0.25 * noise)[0, right])
     assert torch.allclose(x[1], (0.25 * data + 0.75 * noise)[1]), "the second example keeps nothing"
@@ -268,7 +267,7 @@ def test_what_is_kept_is_never_taken_from_the_whole_composite():
     spy = Spy(noise)
     flow_loss(spy, sets, noise, t)
     before = spy.called[0]
-    left = token_mask([1], PAIR)[0, :, 0].bool()
+    left = generate_mask([1], PAIR)[0, :, 0].bool()
     z = sets.z.clone()
     z[0, :, :, 4:] += 1  # of the panel that is asked for, in the first example
     z[0, :, :, :4] += 1  # and what the autoencoder made of its neighbour beside it
@@ -280,7 +279,8 @@ def test_what_is_kept_is_never_taken_from_the_whole_composite():
 def referred(posterior=None):
     sets, noise, t = ingredients()
     shown = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(6))
-    return replace(sets, references=shown[0], spread=shown[1], ids=place(WITH, "d", 1)).drawn(posterior), noise, t
+    batch = replace(sets, references=shown[0], std=shown[1], ids=place(WITH, "d", 1))
+    return batch.sample_references(posterior), noise, t
 
 
 def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_alone():
@@ -289,7 +289,7 @@ def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_
     loss = flow_loss(spy, sets, noise, t)
     assert torch.equal(spy.called[8], sets.references) and spy.called[0].shape == (2, TOKENS, 64)
     assert spy.called[9] is False
-    flow_loss(spy, replace(to(sets, torch.device("cpu")), alone=True), noise, t)
+    flow_loss(spy, replace(sets.to("cpu"), isolate_refs=True), noise, t)
     assert spy.called[9] is True
     ids = torch.cat([grid_ids(2, 4), *reference_ids((2, 4), [(1, 2), (1, 1)])])
     assert torch.equal(spy.called[1], torch.stack((ids, ids)))
@@ -302,7 +302,7 @@ def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_
 def test_a_drawn_reference_is_the_mean_and_the_spread_times_noise():
     posterior = torch.randn(2, 3, 64)
     mean, drawn = referred()[0], referred(posterior)[0]
-    assert torch.equal(drawn.references, mean.references + mean.spread * posterior)
+    assert torch.equal(drawn.references, mean.references + mean.std * posterior)
 
 
 def test_the_transformer_predicts_the_same_with_references_in_front_or_aside():
@@ -365,8 +365,8 @@ def test_validation_keeps_panels_clean_if_training_does():
     kept = {}
     for condition in ("none", "clean"):
         shelf, asked = Shelf(), []
-        real = shelf.sets
-        shelf.sets = lambda layout, examples, some, dropped, real=real, asked=asked: (
+        real = shelf.collate
+        shelf.collate = lambda layout, examples, some, dropped, real=real, asked=asked: (
             asked.extend(some) or real(layout, examples, some, dropped)
         )
         training.validation_loss(flux, shelf, condition, torch.device("cpu"))
@@ -723,10 +723,10 @@ def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monke
     ],
 )
 def test_the_models_row_decides_what_is_left_open(row, device, expected):
-    config = settle_training(TrainConfig(), row, device)
+    config = resolve_training_defaults(TrainConfig(), row, device)
     assert (config.steps, config.batch, config.lr, config.panel_size, config.dtype) == expected
     assert (config.rank, config.ema, config.dropout, config.times) == (16, 0.99, 0.05, "logit-normal")
-    assert settle_training(TrainConfig(steps=3, lr=0.5), row, device).steps == 3
+    assert resolve_training_defaults(TrainConfig(steps=3, lr=0.5), row, device).steps == 3
 
 
 @pytest.mark.parametrize(
@@ -738,12 +738,12 @@ def test_the_models_row_decides_what_is_left_open(row, device, expected):
     ],
 )
 def test_uno_has_settings_of_its_own(row, expected):
-    config = settle_training(TrainConfig(method="uno"), row, "cpu")
+    config = resolve_training_defaults(TrainConfig(method="uno"), row, "cpu")
     assert (config.steps, config.batch, config.lr, config.rank, config.panel_size) == expected
     assert (config.targets, config.dropout, config.times, config.stage) == ("uno", 0.1, "shifted", 1)
     assert (config.offset, config.offset_scale, config.posterior, config.ref_size) == ("d", 1.0, "sample", None)
     assert config.reference_attention == "joint"
-    assert settle_training(config, row, "cpu") == config
+    assert resolve_training_defaults(config, row, "cpu") == config
 
 
 @pytest.mark.parametrize(
@@ -761,41 +761,7 @@ def test_uno_has_settings_of_its_own(row, expected):
 )
 def test_settings_of_the_other_method_are_refused(given, flag):
     with pytest.raises(ValueError, match=f"^{flag} means nothing to --method [a-z-]+; leave it out$"):
-        settle_training(TrainConfig(**given), TINY, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("count", "part", "held"),
-    [
-        (20, 0.1, 2),
-        (4, 0.1, 0),
-        (1, 0.9, 0),
-        (2, 0.9, 1),
-        (20, 0, 0),
-        (2000, 0.1, 32),
-    ],
-)
-def test_held_out_sets_are_the_last_of_each_bucket_and_never_all_or_very_many(count, part, held):
-    trained, kept = hold_out({PAIR: list(range(count))}, part)
-    assert trained[PAIR] == list(range(count - held))
-    assert kept == ([(PAIR, list(range(count - held, count)))] if held else [])
-
-
-def test_held_out_sets_are_shared_by_the_buckets():
-    sizes = {replace(PAIR, panel_width=16 * n): list(range(40 * n)) for n in (1, 2, 3, 4)}
-    trained, kept = hold_out(sizes, 0.25)  # 10, 20, 30 and 40 of them would be 100
-    assert [len(sets) for _, sets in kept] == [8, 8, 8, 8]
-    assert [len(sets) for sets in trained.values()] == [32, 72, 112, 152]
-    assert [len(sets) for _, sets in hold_out(sizes, 0.04)[1]] == [2, 3, 5, 6]
-
-
-def test_what_rounding_leaves_over_is_held_out_from_the_largest_buckets():
-    cases = ((4, 4, 4), [1, 0, 0]), ((1, 1, 2, 2, 2, 2, 5, 5, 10), [0, 0, 0, 0, 0, 0, 1, 0, 2]), ((4,), [0])
-    for counts, held in cases:
-        sizes = {replace(PAIR, panel_width=16 * (n + 1)): list(range(count)) for n, count in enumerate(counts)}
-        trained, kept = hold_out(sizes, 0.1)
-        assert [count - len(sets) for count, sets in zip(counts, trained.values(), strict=True)] == held
-        assert sum(len(sets) for _, sets in kept) == sum(held)
+        resolve_training_defaults(TrainConfig(**given), TINY, "cpu")
 
 
 def test_sums_over_one_process_are_left_alone():

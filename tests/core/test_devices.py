@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import iclora.pipeline
-from iclora.batch import Sets, to
 from iclora.checkpoint import new_state
 from iclora.config import SampleConfig
-from iclora.layout import Layout, sight, token_mask
+from iclora.layout import Layout, generate_mask, panel_attention_mask
+from iclora.loader import Batch
 from iclora.pipeline import Pipeline, resolve
-from iclora.references import place
+from iclora.references import image_ids
 from iclora.training import checkpoint_blocks, flow_loss
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora
@@ -59,10 +59,10 @@ def black(image):
 
 WAYS = {
     "panels": (PAIR, {}),
-    "clean panels": (PAIR, {"known": torch.zeros(2, 16, 4, 8), "generated": token_mask((2,), PAIR).bool()}),
-    "texts of their own": (PAIR, {"mask": sight(PAIR, 2)}),
-    "references": (SHOWN, {"alone": False}),
-    "references alone": (SHOWN, {"alone": True}),
+    "clean panels": (PAIR, {"known": torch.zeros(2, 16, 4, 8), "generate_mask": generate_mask((2,), PAIR).bool()}),
+    "texts of their own": (PAIR, {"attention_mask": panel_attention_mask(PAIR, 2)}),
+    "references": (SHOWN, {"isolate_refs": False}),
+    "references alone": (SHOWN, {"isolate_refs": True}),
 }
 
 
@@ -70,13 +70,13 @@ WAYS = {
 def test_all_that_training_computes_is_on_its_device(way):
     layout, more = WAYS[way]
     if layout is SHOWN:
-        more = more | {"references": torch.zeros(2, 4, 64), "ids": place(layout, "d", 1.0)}
-    sets = Sets(torch.zeros(2, 16, 4, 8), torch.zeros(2, 4, 5), torch.zeros(2, 6), **more)
+        more = more | {"references": torch.zeros(2, 4, 64), "ids": image_ids(layout, "d", 1.0)}
+    sets = Batch(torch.zeros(2, 16, 4, 8), torch.zeros(2, 4, 5), torch.zeros(2, 6), **more)
     with META:
         flux = Flux(FluxConfig(64, 64, 6, 5, 32, 48, 1, 2, 2, (4, 14, 14), True)).requires_grad_(False)
     checkpoint_blocks(flux)
     state = new_state(attach(flux, "all-linear", 2, generator=torch.Generator("cpu")))
-    loss = flow_loss(flux, to(sets, META), torch.zeros(2, 8, 64, device=META), torch.zeros(2, device=META))
+    loss = flow_loss(flux, sets.to(META), torch.zeros(2, 8, 64, device=META), torch.zeros(2, device=META))
     loss.sum().backward()
     torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)
     assert {p.grad.device for p in state.parameters} == {loss.device} == {META} == {p.device for p in state.average}

@@ -6,15 +6,13 @@ from PIL import Image
 from iclora.layout import (
     Layout,
     compose,
+    generate_mask,
     parse_grid,
     parse_mask,
     parse_size,
     paste,
-    sight,
     split,
     stitch,
-    through,
-    token_mask,
 )
 from sampling.images import to_tensor
 from sampling.latents import pack
@@ -60,7 +58,7 @@ def test_the_token_mask_agrees_with_a_packed_pixel_mask(grid):
     for panel in masked:
         left, top, right, bottom = (edge // 8 for edge in layout.box(panel))
         cells[:, :, top:bottom, left:right] = 1
-    mask = token_mask(masked, layout)
+    mask = generate_mask(masked, layout)
     assert mask.shape == (1, layout.tokens_high * layout.tokens_wide, 1) and mask.dtype == torch.float32
     assert torch.equal(mask.expand(-1, -1, 64), pack(cells))
 
@@ -121,7 +119,7 @@ def test_absurd_grids_are_refused(layout, message):
 def test_a_panel_outside_the_grid_is_refused_with_the_valid_range():
     for panel in (0, 5):
         with pytest.raises(ValueError, match=f"panel {panel} is outside the 2x2 grid; panels are numbered 1 to 4"):
-            token_mask([panel], Layout(2, 2, 64, 64))
+            generate_mask([panel], Layout(2, 2, 64, 64))
 
 
 def test_panels_of_a_wrong_number_size_or_mode_are_refused():
@@ -209,13 +207,13 @@ def test_other_masks_are_refused_in_one_line(text):
 
 def test_panels_see_each_other_but_each_its_own_text_only():
     layout = Layout(1, 2, 32, 16)  # tokens 1 1 2 2
-    seen = sight(layout, text=3)
+    seen = panel_attention_mask(layout, text=3)
     words, cells = [1, 1, 1, 2, 2, 2], [1, 1, 2, 2]
     expected = [[w == one for w in words] + [c == one for c in cells] for one in words]
     expected += [[w == one for w in words] + [True] * 4 for one in cells]
     assert seen.tolist() == expected
-    assert sight(Layout(1, 1, 32, 32), 5).all(), "a single panel reads everything"
-    assert sight(Layout(2, 2, 16, 16), 1).sum() == 4 * 2 + 4 * 5
+    assert panel_attention_mask(Layout(1, 1, 32, 32), 5).all(), "a single panel reads everything"
+    assert panel_attention_mask(Layout(2, 2, 16, 16), 1).sum() == 4 * 2 + 4 * 5
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -228,7 +226,7 @@ def test_the_autoencoder_is_shown_the_composite_or_its_panels_in_reading_order(g
         return x[..., ::2, ::2]
 
     for concat in ("pixels", "tokens"):
-        assert torch.equal(through(halved, image, layout, concat), halved(image))
+        assert torch.equal(encode_by_panel(halved, image, layout, concat), halved(image))
     whole, _, panels, _ = shown
     assert torch.equal(whole, image) and panels.shape == (2 * layout.panels, 3, 32, 48)
     for panel in range(1, layout.panels + 1):

@@ -13,9 +13,7 @@ import model.lora as lora
 from golden import EXACT, FLUX, GOLDEN, WHOLE, case, far
 from model.flux import Flux, FluxConfig
 from model.lora import TARGETS, LoraLinear, attach, detach, load_lora, merge, save_lora, trainable
-from model.lora_formats import Delta, lora_file
-from model.lora_formats import DIFFUSERS, locate, names_in
-from model.lora_formats import write_lora
+from model.lora_formats import DIFFUSERS, Delta, locate, lora_file, names_in, write_lora
 from model.position import grid_ids, reference_ids
 from model.weights import load_flux
 from sampling.latents import pack

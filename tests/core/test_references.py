@@ -20,8 +20,8 @@ from golden import EXACT, FLUX, GOLDEN, WHOLE, case, far
 from iclora.config import DEV, SCHNELL, TINY, SampleConfig
 from iclora.layout import Layout
 from iclora.pipeline import Pipeline, resolve
-from iclora.plan import choose_loras, pick_device
-from iclora.references import encode, fit_reference, follow_loras, place, read_references
+from iclora.plan import choose_loras, pick_device, read_references
+from iclora.references import encode, fit_reference, follow_loras
 from lab.export import REFERENCES, write_references
 from model.checkpoint import save_safetensors
 from model.lora import attach, load_lora, merge, save_lora
@@ -479,7 +479,7 @@ def test_more_tokens_than_are_possible_are_refused():
 
 
 def test_the_released_schedule_for_a_model_with_even_times_is_ignored_and_said(monkeypatch):
-    monkeypatch.setattr("iclora.plan.model_row", lambda shape: SCHNELL)
+    monkeypatch.setattr("iclora.plan.model_defaults", lambda shape: SCHNELL)
     plan, notes = plan_for(schedule="uno-release")
     said = "tiny has even times; --schedule uno-release is ignored"
     assert plan.config.schedule == "tokens" and said in notes

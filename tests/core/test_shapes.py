@@ -142,7 +142,7 @@ def test_every_documented_shape_holds_in_a_sampling_run(seen, tmp_path):
     command = ["--grid", "2x2", "--mask", "3", "--steps", "2", "--out", str(tmp_path), "--ref", *references]
     assert sample.main(command) == 0
     sampling.inpaint.keep_clean(torch.zeros(1, 4, 64), torch.ones(1, 4, 1))
-    iclora.layout.sight(iclora.layout.Layout(1, 2, 32, 16), 3)
+    iclora.layout.panel_attention_mask(iclora.layout.Layout(1, 2, 32, 16), 3)
     iclora.references.encode_posterior(load_autoencoder(AE), Image.new("RGB", (32, 16)))
     case_of = case("dev")
     names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")

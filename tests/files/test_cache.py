@@ -9,16 +9,26 @@ import torch
 from PIL import Image
 
 from iclora import cache as caching
-from iclora.cache import Cache, LatentCache, ReferenceCache, TextCache, every_mask, file_mark, text_mark
-from iclora.data import read_source
-from iclora.examples import buckets, find_examples
+from iclora.cache import (
+    Cache,
+    file_sha256,
+    fingerprint,
+    latent_entry,
+    reference_entry,
+    text_encoder_paths,
+    text_entry,
+)
+from iclora.data import bucket, load, read_panels
 from iclora.layout import Layout, compose
-from iclora.references import encode, read_references
+from iclora.loader import every_mask
+from iclora.references import encode, fit_reference
 from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder
+from sampling.images import open_picture
 from sampling.latents import pack
 
 TWO = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
+OF_WEIGHTS = "5177acb3626323e8c29e1ba9c0e215159c1561b21b16be1ba10d41871ccea617"
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +36,34 @@ def autoencoder():
     return load_autoencoder(find_model("tiny").autoencoder)
 
 
+def draw(path, size, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
 def data_set(folder, seeds=((1, 2), (3, 4))):
-    """Sets of two panels; returns them in their buckets."""
+    """Sets of two panels; returns their layout and examples."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "set.json").write_text('{"grid": "1x2"}')
     for number, pair in enumerate(seeds):
         (folder / str(number)).mkdir(exist_ok=True)
         (folder / str(number) / "caption.txt").write_text(TWO)
         for panel, seed in enumerate(pair, start=1):
-            pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / str(number) / f"{panel}.png")
-    return buckets(find_examples(folder), 32)
+            draw(folder / str(number) / f"{panel}.png", (32, 32), seed)
+    ((layout, examples),) = bucket(load(folder), 32, (512, 320)).items()
+    return layout, examples
 
 
-def never():
+def latents(example, layout, masked=(), rule="crop", concat="pixels", autoencoder="ae"):
+    return latent_entry(example, layout, masked, rule, concat, autoencoder)
+
+
+def never(*_):
     raise AssertionError("nothing is missing, so nothing should be loaded")
 
 
-def entries(folder):
-    return sorted(folder.rglob("*.safetensors"))
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 # entries
@@ -55,10 +74,9 @@ def test_an_entry_comes_back_bit_for_bit_from_two_levels_of_folders(tmp_path):
     cache = Cache(tmp_path)
     assert cache.get("abcdef") is None
     cache.put("abcdef", tensors)
-    assert entries(tmp_path) == [tmp_path / "ab" / "cd" / "abcdef.safetensors"]
-    found = cache.get("abcdef")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert files(tmp_path) == [tmp_path / "ab" / "cd" / "abcdef.safetensors"]
+    read = cache.get("abcdef")
+    assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 DAMAGE = {
@@ -71,94 +89,101 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_entry_is_made_anew(tmp_path, kind, autoencoder):
-    sets, latents = data_set(tmp_path / "sets"), LatentCache(tmp_path / "cache", "ae")
-    assert latents.encode(sets, lambda: autoencoder) == 2
-    path = entries(tmp_path / "cache")[0]
-    good = latents.cache.get(path.stem)["z"]
+    layout, examples = data_set(tmp_path / "sets")
+    entries, cache = [latents(example, layout) for example in examples], Cache(tmp_path / "cache")
+    assert cache.fill(entries, lambda: autoencoder, "") == 2
+    path, good = cache.path(entries[0].key), cache.get(entries[0].key)["z"]
     path.write_bytes(DAMAGE[kind](path.read_bytes()))
-    assert latents.cache.get(path.stem) is None
-    assert latents.encode(sets, lambda: autoencoder) == 1
-    assert torch.equal(latents.cache.get(path.stem)["z"], good)
+    assert cache.get(entries[0].key) is None
+    assert cache.fill(entries, lambda: autoencoder, "") == 1
+    assert torch.equal(cache.get(entries[0].key)["z"], good)
 
 
-def test_an_entry_lost_during_training_is_one_clear_line(tmp_path):
-    ((layout, (example, *_)),) = data_set(tmp_path / "sets").items()
-    with pytest.raises(ValueError, match="entry of .* is gone or damaged; run again"):
-        LatentCache(tmp_path / "cache", "ae").get(example, layout)
+def test_what_is_read_stays_in_memory_as_long_as_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "MEMORY", 10)
+    cache = Cache(tmp_path)
+    entries = [text_entry(text, None, torch.float32, "e") for text in ("one", "two")]
+    for entry, values in zip(entries, (2, 1), strict=True):
+        cache.put(entry.key, {"vec": torch.ones(values)})
+        cache.read(entry)
+        cache.path(entry.key).unlink()
+    assert cache.read(entries[0])["vec"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match=f"the cached caption 'two' in {tmp_path} is gone or damaged; run again"):
+        cache.read(entries[1])
+
+
+def test_a_failure_while_encoding_keeps_what_was_done(tmp_path):
+    def fail(network):
+        raise ValueError("no such picture")
+
+    good = replace(text_entry("a", None, torch.float32, "e"), make=lambda network: {"vec": torch.ones(1)})
+    bad = replace(text_entry("b", None, torch.float32, "e"), make=fail)
+    cache = Cache(tmp_path)
+    with pytest.raises(ValueError, match="no such picture"):
+        cache.fill([good, bad], object, "")
+    assert cache.fill([good], never, "") == 0
 
 
 # latents
 
 
 def test_latents_are_those_of_the_composite_and_nothing_is_loaded_twice(tmp_path, autoencoder):
-    sets, latents = data_set(tmp_path / "sets"), LatentCache(tmp_path / "cache", "ae")
-    seen = []
-    assert latents.encode(sets, lambda: autoencoder, progress=lambda *done: seen.append(done)) == 2
-    assert seen == [(1, 2), (2, 2)]
-    assert latents.encode(sets, never) == 0
-    ((layout, examples),) = sets.items()
-    for example in examples:
-        pictures = [read_source(path, (32, 32), "crop", False).picture for path in example.files]
+    (layout, examples), cache, loads = data_set(tmp_path / "sets"), Cache(tmp_path / "cache"), []
+    entries = [latents(example, layout) for example in examples]
+    assert cache.fill([*entries, *entries], lambda: loads.append(1) or autoencoder, "") == 2 and len(loads) == 1
+    assert cache.fill(entries, never, "") == 0
+    for example, entry in zip(examples, entries, strict=True):
         with torch.no_grad():
-            z = autoencoder.encode(compose(dict(enumerate(pictures, start=1)), layout))[0]
-        assert torch.equal(latents.get(example, layout), z)
+            z = autoencoder.encode(compose(dict(enumerate(read_panels(example, layout), start=1)), layout))[0]
+        assert torch.equal(cache.read(entry)["z"], z)
+    layout, changed = data_set(tmp_path / "sets", ((1, 2), (3, 5)))
+    assert cache.fill([latents(example, layout) for example in changed], lambda: autoencoder, "") == 1
 
 
 def test_the_key_covers_everything_that_the_latents_depend_on(tmp_path):
-    ((layout, (example, other)),) = data_set(tmp_path).items()
-    latents = LatentCache(tmp_path, "ae")
+    layout, (example, other) = data_set(tmp_path)
     keys = {
-        latents.key(example, layout),
-        latents.key(other, layout),
-        latents.key(example, layout, (1,)),
-        latents.key(example, layout, (2,)),
-        latents.key(example, Layout(2, 1, 32, 32)),
-        latents.key(example, Layout(1, 2, 32, 48)),
-        LatentCache(tmp_path, "another").key(example, layout),
-        LatentCache(tmp_path, "ae", "pad").key(example, layout),
-        LatentCache(tmp_path, "ae", concat="tokens").key(example, layout),
+        latents(example, layout).key,
+        latents(other, layout).key,
+        latents(example, layout, (1,)).key,
+        latents(example, layout, (2,)).key,
+        latents(example, Layout(2, 1, 32, 32)).key,
+        latents(example, Layout(1, 2, 32, 48)).key,
+        latents(example, layout, autoencoder="another").key,
+        latents(example, layout, rule="pad").key,
+        latents(example, layout, concat="tokens").key,
     }
     assert len(keys) == 9
-    assert latents.key(replace(example, name="x", caption="y", files=()), layout) == latents.key(example, layout)
+    assert latents(replace(example, name="x", caption="y", files=()), layout).key == latents(example, layout).key
+
+
+def two_that_differ_in_the_second_panel(tmp_path):
+    for name, seeds in (("a", (1, 2)), ("b", (1, 9))):
+        layout, (example,) = data_set(tmp_path / name, (seeds,))
+        yield layout, example
 
 
 def test_panels_encoded_by_themselves_stand_side_by_side_and_know_nothing_of_each_other(tmp_path, autoencoder):
-    latents, found = LatentCache(tmp_path / "cache", "ae", concat="tokens"), []
-    for name, seeds in (("a", (1, 2)), ("b", (1, 9))):  # the second panel differs
-        ((layout, (example,)),) = data_set(tmp_path / name, (seeds,)).items()
-        assert latents.encode({layout: [example]}, lambda: autoencoder) == 1
-        found.append(latents.get(example, layout))
-    picture = read_source(example.files[0], (32, 32), "crop", False).picture
-    with torch.no_grad():
-        alone = autoencoder.encode(compose({1: picture}, Layout(1, 1, 32, 32)))[0]
-    assert torch.allclose(found[0][..., :4], alone, atol=1e-5)
-    assert torch.equal(found[0][..., :4], found[1][..., :4]) and not torch.equal(found[0], found[1])
-
-
-def test_a_changed_picture_is_encoded_again(tmp_path, autoencoder):
-    latents = LatentCache(tmp_path / "cache", "ae")
-    assert latents.encode(data_set(tmp_path / "sets"), lambda: autoencoder) == 2
-    assert latents.encode(data_set(tmp_path / "sets", ((1, 2), (3, 5))), lambda: autoencoder) == 1
+    z = []
+    for layout, example in two_that_differ_in_the_second_panel(tmp_path):
+        with torch.no_grad():
+            z.append(latents(example, layout, concat="tokens").make(autoencoder)["z"])
+            first = autoencoder.encode(compose({1: read_panels(example, layout)[0]}, Layout(1, 1, 32, 32)))[0]
+    assert torch.allclose(z[0][..., :4], first, atol=1e-5)
+    assert torch.equal(z[0][..., :4], z[1][..., :4]) and not torch.equal(z[0], z[1])
 
 
 def test_kept_latents_know_nothing_of_what_is_masked(tmp_path, autoencoder):
-    latents, kept, whole = LatentCache(tmp_path / "cache", "ae"), [], []
-    for name, seeds in (("a", (1, 2)), ("b", (1, 9))):  # the second panel differs
-        ((layout, (example,)),) = data_set(tmp_path / name, (seeds,)).items()
-        latents.encode({layout: [example]}, lambda: autoencoder, every_mask)
-        kept.append(latents.get(example, layout, masked=(2,)))
-        whole.append(latents.get(example, layout))
+    kept, whole, cache = [], [], Cache(tmp_path / "cache")
+    for layout, example in two_that_differ_in_the_second_panel(tmp_path):
+        entries = [latents(example, layout, masked) for masked in every_mask(layout)]
+        assert cache.fill(entries, lambda: autoencoder, "") == 3
+        kept.append(cache.read(latents(example, layout, (2,)))["z"])
+        whole.append(cache.read(latents(example, layout))["z"])
     assert torch.equal(kept[0], kept[1])
     left = slice(0, 4)  # cells of the panel that is kept
     assert not torch.equal(whole[0][..., left], whole[1][..., left]), "else the test could not fail: there is no leak"
     assert not torch.equal(kept[0][..., left], whole[0][..., left])
-
-
-def test_every_subset_that_training_may_draw_is_there_up_front(tmp_path, autoencoder):
-    ((layout, (example,)),) = data_set(tmp_path / "sets", ((1, 2),)).items()
-    latents = LatentCache(tmp_path / "cache", "ae")
-    assert latents.encode({layout: [example]}, lambda: autoencoder, every_mask) == 3
-    assert {latents.get(example, layout, masked).shape for masked in ((), (1,), (2,))} == {(16, 4, 8)}
 
 
 # references
@@ -168,101 +193,88 @@ def pairs(folder):
     """Two pairs of one target: a single reference, and that one beside another."""
     folder.mkdir()
     for name, size in {"target": (32, 32), "one": (100, 70), "other": (32, 48)}.items():
-        pixels = np.random.default_rng(list(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
+        draw(folder / f"{name}.png", size, list(size))
     rows = [
         {"prompt": "x", "image_paths": [f"{name}.png" for name in names], "image_tgt_path": "target.png"}
         for names in (["one"], ["one", "other"])
     ]
     (folder / "pairs.json").write_text(json.dumps(rows))
-    return find_examples(folder / "pairs.json")
+    return load(folder / "pairs.json")
 
 
 def test_references_are_cached_as_sampling_encodes_them_with_all_that_drawing_needs(tmp_path, autoencoder):
     single, several = pairs(tmp_path / "pairs")
-    cached, done = ReferenceCache(Cache(tmp_path / "cache"), "ae", (64, 48)), []
-    assert cached.encode([single, several], lambda: autoencoder, lambda *of: done.append(of)) == 3, "one in two sizes"
-    assert done == [(1, 3), (2, 3), (3, 3)] and cached.encode([single, several], never, None) == 0
-    for example, long_side in ((single, 64), (several, 48)):
-        pictures = [source.picture for source in read_references(example.references, long_side)]
-        mean, spread = cached.get(example)
+    entries = [reference_entry(single, 0, 64, "ae"), *(reference_entry(several, i, 48, "ae") for i in range(2))]
+    cache = Cache(tmp_path / "cache")
+    assert cache.fill(entries, lambda: autoencoder, "") == 3, "one in two sizes"
+    for entry, path, long_side in zip(entries, (*single.references, *several.references), (64, 48, 48), strict=True):
+        picture, tensors = fit_reference(open_picture(path), long_side), cache.read(entry)
         with torch.no_grad():
-            assert torch.allclose(encode(autoencoder, pictures)[0], mean, atol=1e-6)
-            drawn = encode(autoencoder, pictures[:1], torch.Generator().manual_seed(3))[0]
-        wide, high = pictures[0].size
-        noise = torch.randn(1, 16, high // 8, wide // 8, generator=torch.Generator().manual_seed(3))
-        count = len(drawn)
-        assert torch.allclose(mean[:count] + spread[:count] * pack(noise)[0], drawn, atol=1e-5)
-        assert spread.min() > 0 and len(mean) == sum(p.width * p.height // 256 for p in pictures)
+            assert torch.allclose(encode(autoencoder, [picture])[0], tensors["mean"], atol=1e-6)
+            sample = encode(autoencoder, [picture], torch.Generator().manual_seed(3))[0]
+        noise = torch.randn(1, 16, picture.height // 8, picture.width // 8, generator=torch.Generator().manual_seed(3))
+        assert torch.allclose(tensors["mean"] + tensors["spread"] * pack(noise)[0], sample, atol=1e-5)
+        assert tensors["spread"].min() > 0 and len(sample) == picture.width * picture.height // 256
 
 
 def test_the_keys_of_references_cover_pixels_size_and_autoencoder_and_nothing_else(tmp_path):
     single, several = pairs(tmp_path / "pairs")
-    cache = Cache(tmp_path)
-    of = ReferenceCache(cache, "ae", (64, 48)).keys
-    assert len({*of(single), *of(several)}) == 3
-    assert of(single) != ReferenceCache(cache, "ae", (65, 48)).keys(single), "though it is cut to the same tokens"
-    assert of(single) != ReferenceCache(cache, "another", (64, 48)).keys(single)
-    assert of(replace(single, caption="y", sha256=("z",), references=several.references[:1])) == of(single)
-
-
-def test_there_are_fourteen_ways_to_keep_some_of_four_panels():
-    masks = every_mask(Layout(2, 2, 16, 16))
-    assert len(set(masks)) == 15 and masks[0] == () and (1, 2, 3, 4) not in masks
-    assert every_mask(Layout(1, 1, 16, 16)) == [()]
-    with pytest.raises(ValueError, match="3x3 grid has 510 ways .* up to 6 panels"):
-        every_mask(Layout(3, 3, 16, 16))
+    key = reference_entry(single, 0, 64, "ae").key
+    others = [(several, 1, 64, "ae"), (single, 0, 48, "ae"), (single, 0, 65, "ae"), (single, 0, 64, "another")]
+    assert len({key, *(reference_entry(*other).key for other in others)}) == 5
+    same = replace(single, caption="y", sha256=("z",), references=several.references[:1])
+    assert reference_entry(same, 0, 64, "ae").key == reference_entry(several, 0, 64, "ae").key == key
 
 
 # text
 
 
-def test_captions_are_encoded_once_with_encoders_that_are_gone_afterwards(tmp_path):
-    files = find_model("tiny")
-    texts = TextCache(tmp_path, text_mark(files), None, torch.float32)
-    encoders = load_text_encoders(files, dtype=torch.float32)
-    assert texts.encode([TWO, "", TWO], lambda: encoders) == 2
-    assert texts.encode(["", TWO], never) == 0
-    for caption in (TWO, ""):
-        for cached, fresh in zip(texts.get(caption), encoders.encode([caption], None), strict=True):
-            assert torch.equal(cached, fresh[0])
-    with pytest.raises(ValueError, match="the cached caption 'never seen' .* is gone or damaged"):
-        texts.get("never seen")
+def test_captions_are_encoded_once(tmp_path):
+    encoders, cache = load_text_encoders(find_model("tiny"), dtype=torch.float32), Cache(tmp_path)
+    entries = [text_entry(text, None, torch.float32, "e") for text in (TWO, "", TWO)]
+    assert cache.fill(entries, lambda: encoders, "") == 2
+    assert cache.fill(entries, never, "") == 0
+    for entry, caption in zip(entries, (TWO, ""), strict=False):
+        txt, vec = encoders.encode([caption], None)
+        assert torch.equal(cache.read(entry)["txt"], txt[0]) and torch.equal(cache.read(entry)["vec"], vec[0])
 
 
-def test_text_keys_tell_length_type_and_encoders_apart(tmp_path):
-    kinds = [("a", 80, torch.float32), ("a", 512, torch.float32), ("a", 80, torch.bfloat16), ("b", 80, torch.float32)]
-    assert len({TextCache(tmp_path, *kind).key(TWO) for kind in kinds}) == 4
+def test_text_keys_tell_length_type_and_encoders_apart():
+    kinds = [(80, torch.float32, "a"), (512, torch.float32, "a"), (80, torch.bfloat16, "a"), (80, torch.float32, "b")]
+    assert len({text_entry(TWO, *kind).key for kind in kinds}) == 4
 
 
-# marks
+# fingerprints
 
 
-def test_a_mark_follows_the_content_and_not_the_name(tmp_path):
+def test_a_fingerprint_follows_the_content_and_not_the_name(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"weights")
     two.write_bytes(b"weights")
-    assert file_mark([one]) == file_mark([two])
+    assert fingerprint([one]) == fingerprint([two]) == fingerprint([one], dated=True) != fingerprint([one, two])
+    assert fingerprint([one]) == OF_WEIGHTS, "else no run goes on that was begun before"
     two.write_bytes(b"weightz")
-    assert file_mark([one]) != file_mark([two])
+    assert fingerprint([one]) != fingerprint([two])
 
 
-def test_large_files_are_marked_without_being_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(caching, "HASHED", 4)
+def test_large_files_are_identified_without_being_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "MAX_HASHED", 4)
+    monkeypatch.setattr(caching.hashlib, "file_digest", never)
     path = tmp_path / "large"
     path.write_bytes(b"weights")
-    before = file_mark([path])
-    monkeypatch.setattr(caching.hashlib, "file_digest", never)
-    assert file_mark([path]) == before
+    before = [fingerprint([path], dated) for dated in (False, True)]
+    path.touch()
+    assert file_sha256(path) is None and fingerprint([path]) == before[0]
+    assert fingerprint([path], dated=True) not in before
     path.write_bytes(b"more weights")
-    assert file_mark([path]) != before
+    assert fingerprint([path]) != before[0]
 
 
-def test_the_mark_of_the_text_encoders_covers_their_tokenizers(tmp_path):
-    files = find_model("tiny")
-    for source in files.t5_tokenizer.iterdir():
+def test_the_files_of_the_text_encoders_are_all_of_their_settings_and_tokenizers_too(tmp_path):
+    tiny = find_model("tiny")
+    for source in tiny.t5_tokenizer.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
-    same = replace(files, t5_tokenizer=tmp_path)
-    assert text_mark(same) == text_mark(files)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert text_mark(same) != text_mark(files)
+    paths = text_encoder_paths(replace(tiny, t5_tokenizer=tmp_path))
+    assert fingerprint(paths) == fingerprint(text_encoder_paths(tiny)) and tmp_path / "tokenizer_config.json" in paths
+    assert {path.parent.name for path in paths[:4]} == {"text_encoder", "text_encoder_2"}
+    assert [path.name for path in paths[2:4]] == ["config.json"] * 2

@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
 import shutil
-from collections import Counter
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,13 @@ import pytest
 from PIL import Image
 
 from iclora import data
-from iclora.examples import Batches, Example, bucket_of, buckets, cropped, find_examples, look, read_panels
+from iclora.data import Example, bucket, choose_layout, load, read_panels, scan, share_cropped
 from iclora.layout import Layout
 from model.weights import find_model
 
 SETS = Path(__file__).parents[2] / "sets"
 TWO = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
+SIDES = (512, 320)  # of references
 
 
 def picture(path, size=(32, 32), seed=0):
@@ -55,7 +59,7 @@ def test_composites_with_texts_of_the_same_name_are_examples(tmp_path):
     write(tmp_path / "set.json", {"grid": "1x2"})
     first = composite(tmp_path, "0001", seed=1)
     second = composite(tmp_path / "deeper" / "still", "b", seed=2)
-    examples = find_examples(tmp_path)
+    examples = load(tmp_path)
     assert [example.files for example in examples] == [(first,), (second,)]
     assert {(example.grid, example.caption) for example in examples} == {((1, 2), TWO)}
     assert examples[0].panel_sizes() == [(32, 32), (32, 32)]
@@ -64,7 +68,7 @@ def test_composites_with_texts_of_the_same_name_are_examples(tmp_path):
 def test_a_folder_of_numbered_panels_with_a_joint_caption_is_one_example(tmp_path):
     write(tmp_path / "set.json", {"grid": "3x4"})
     panel_set(tmp_path / "one", 12, " ".join(f"[IMAGE{n}] fox" for n in range(1, 13)))
-    (example,) = find_examples(tmp_path)
+    (example,) = load(tmp_path)
     assert [path.name for path in example.files] == [f"{number}.png" for number in range(1, 13)]
 
 
@@ -76,7 +80,7 @@ def test_texts_of_panels_are_joined_with_the_markers_and_tag_of_the_task(tmp_pat
     write(tmp_path / "one" / "2.txt", "the fox in sand")
     if summary:
         write(tmp_path / "one" / "summary.txt", summary)
-    (example,) = find_examples(tmp_path)
+    (example,) = load(tmp_path)
     assert example.grid == (2, 1)
     middle = f"{summary} " if summary else ""
     assert example.caption == f"[SANDSTORM-PSA] {middle}[TOP] a fox [BOTTOM] the fox in sand"
@@ -92,7 +96,7 @@ def test_rows_name_panels_or_composites_and_their_captions(tmp_path):
     ]
     write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
     for place in (tmp_path, tmp_path / "rows.jsonl"):
-        first, second = find_examples(place)
+        first, second = load(place)
         assert (first.grid, second.grid) == ((1, 2), (2, 1))
         assert second.caption == "two foxes: [IMAGE1] a fox [IMAGE2] the fox"
         assert first.panel_sizes() == second.panel_sizes() == [(32, 32)] * 2
@@ -102,7 +106,7 @@ def test_a_row_with_a_joint_caption_and_a_summary_is_refused(tmp_path):
     panel_set(tmp_path / "p", caption=None)
     write(tmp_path / "rows.jsonl", {"panels": ["p/1.png", "p/2.png"], "grid": "1x2", "prompt": TWO, "summary": "foxes"})
     with pytest.raises(ValueError, match='line 1: "summary" stands before "prompts"; with "prompt", put its words'):
-        find_examples(tmp_path / "rows.jsonl")
+        load(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "deep/../../outside.png", "a\0.png"])
@@ -110,7 +114,7 @@ def test_rows_do_not_reach_out_of_their_folder(tmp_path, name):
     picture(tmp_path / "outside.png")
     write(tmp_path / "in" / "rows.jsonl", {"panels": [name], "prompt": "a fox"})
     with pytest.raises(ValueError, match="rows.jsonl line 1: .*leads out of its folder"):
-        find_examples(tmp_path / "in")
+        load(tmp_path / "in")
 
 
 def test_the_grid_comes_from_the_nearest_set_json_and_the_command_line_overrules_it(tmp_path):
@@ -118,20 +122,26 @@ def test_the_grid_comes_from_the_nearest_set_json_and_the_command_line_overrules
     write(tmp_path / "tall" / "set.json", {"grid": "2x1"})
     panel_set(tmp_path / "wide" / "1", seed=1)
     panel_set(tmp_path / "tall" / "1", seed=5)
-    assert {Path(e.name).parent.name: e.grid for e in find_examples(tmp_path)} == {"wide": (1, 2), "tall": (2, 1)}
-    assert {example.grid for example in find_examples(tmp_path, (1, 2))} == {(1, 2)}
+    assert {Path(e.name).parent.name: e.grid for e in load(tmp_path)} == {"wide": (1, 2), "tall": (2, 1)}
+    assert {example.grid for example in load(tmp_path, (1, 2))} == {(1, 2)}
 
 
 def test_numbered_composites_are_not_taken_for_panels(tmp_path):
     write(tmp_path / "set.json", {"grid": "1x2"})
     for number in range(1, 4):
         composite(tmp_path, str(number), seed=number)
-    assert [len(example.files) for example in find_examples(tmp_path)] == [1, 1, 1]
+    assert [len(example.files) for example in load(tmp_path)] == [1, 1, 1]
 
 
 def test_single_pictures_need_no_grid_where_they_are_panels(tmp_path):
     panel_set(tmp_path / "one", 1, "a fox")
-    assert find_examples(tmp_path)[0].grid == (1, 1)
+    assert load(tmp_path)[0].grid == (1, 1)
+
+
+def test_a_pipe_is_no_list_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="rows.jsonl: it is no file"):
+        load(tmp_path)
 
 
 def test_junk_is_passed_over_in_silence(tmp_path):
@@ -139,15 +149,15 @@ def test_junk_is_passed_over_in_silence(tmp_path):
     composite(tmp_path, "a")
     for name in (".DS_Store", "Thumbs.db", "._a.png", "__MACOSX/b.png", "@eaDir/c.png", ".cache/d.txt"):
         write(tmp_path / name, "junk")
-    examples, found = look(tmp_path)
-    assert (len(examples), found.broken, found.notes) == (1, [], [])
+    examples, findings = scan(tmp_path)
+    assert (len(examples), findings.broken, findings.notes) == (1, [], [])
 
 
 def test_a_link_round_in_circles_ends(tmp_path):
     panel_set(tmp_path / "one", 1, "a fox")
     (tmp_path / "one" / "again").symlink_to(tmp_path)
-    examples, found = look(tmp_path)
-    assert len(examples) == 1 and "read already" in found.notes[0]
+    examples, findings = scan(tmp_path)
+    assert len(examples) == 1 and "read already" in findings.notes[0]
 
 
 # what is broken
@@ -203,11 +213,11 @@ def test_whatever_is_broken_is_named_and_stops_the_training_but_not_the_check(tm
     write(tmp_path / "set.json", {"grid": "1x2"})
     composite(tmp_path, "a")
     panel_set(tmp_path / "s")
-    assert len(find_examples(tmp_path)) == 2
+    assert len(load(tmp_path)) == 2
     damage, message = BREAKAGES[kind]
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
-        find_examples(tmp_path)
+        load(tmp_path)
     status, lines = check(capsys, tmp_path)
     assert status == 2 and lines[-1].startswith("not usable")
     assert any(line.startswith("broken: ") for line in lines)
@@ -225,14 +235,14 @@ def test_every_broken_file_of_many_is_named(tmp_path, capsys):
     assert lines[0].startswith(f"{tmp_path}: 3 sets")
     assert lines[-1] == "not usable (broken: 2, notes: 1)"
     with pytest.raises(ValueError, match="the first of 2 things that are broken.*lists everything"):
-        find_examples(tmp_path)
+        load(tmp_path)
 
 
 def test_one_line_says_that_many_sets_lack_a_grid(tmp_path):
     for number in range(4):
         panel_set(tmp_path / str(number), seed=10 * number)
-    _, found = look(tmp_path)
-    assert len(found.broken) == 1 and "sets of 2 panels" in found.broken[0]
+    _, findings = scan(tmp_path)
+    assert len(findings.broken) == 1 and "sets of 2 panels" in findings.broken[0]
 
 
 # pairs
@@ -251,7 +261,7 @@ TWO_SHOWN = {"prompt": "two foxes", "image_paths": ["p/a.png", "p/c.png"], "imag
 
 
 def test_pairs_have_references_and_one_panel_as_their_target(tmp_path):
-    first, second = find_examples(pairs_of(tmp_path, PAIR, TWO_SHOWN))
+    first, second = load(pairs_of(tmp_path, PAIR, TWO_SHOWN))
     a, b, c = ((tmp_path / "p" / f"{name}.png").resolve() for name in "abc")
     assert (first.files, first.references, first.grid, first.caption) == ((b,), (a,), (1, 1), "a fox")
     assert (second.references, second.reference_sizes) == ((a, c), ((32, 32),) * 2)
@@ -261,7 +271,7 @@ def test_pairs_have_references_and_one_panel_as_their_target(tmp_path):
 def test_a_bucket_holds_one_number_of_references_and_sizes_are_those_of_sampling(tmp_path):
     picture(tmp_path / "p" / "wide.png", (100, 70))
     rows = [PAIR, TWO_SHOWN, {**PAIR, "image_path": "p/wide.png"}, PAIR]
-    found = buckets(find_examples(pairs_of(tmp_path, *rows)), 32, (64, 48))
+    found = bucket(load(pairs_of(tmp_path, *rows)), 32, (64, 48))
     shapes = {layout.references: len(members) for layout, members in found.items()}
     assert shapes == {((64, 64),): 2, ((48, 48), (48, 48)): 1, ((64, 32),): 1}
     assert {(b.panels, b.panel_width, b.panel_height) for b in found} == {(1, 32, 32)}
@@ -294,23 +304,23 @@ def test_broken_pairs_are_named_by_their_row(tmp_path, kind, capsys):
     path = pairs_of(tmp_path)
     write(path, rows)
     with pytest.raises(ValueError, match=message) as caught:
-        find_examples(path)
+        load(path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_of_pairs_that_is_no_json_or_not_there_is_one_line(tmp_path):
     write(tmp_path / "a.json", "{")
     with pytest.raises(ValueError, match="cannot read .*a.json: it is damaged or no JSON; correct it"):
-        find_examples(tmp_path / "a.json")
+        load(tmp_path / "a.json")
     with pytest.raises(ValueError, match="there is no file .*b.json'; --data takes"):
-        find_examples(tmp_path / "b.json")
+        load(tmp_path / "b.json")
 
 
 def test_a_reference_too_narrow_for_a_token_is_named(tmp_path):
     path = pairs_of(tmp_path, PAIR, {**PAIR, "image_path": "p/thin.png"})
     picture(tmp_path / "p" / "thin.png", (320, 40))
     with pytest.raises(ValueError, match="row 2: thin.png of 320x40 pixels becomes 64x8, but a token has 16x16"):
-        buckets(find_examples(path), 64, (64, 64))
+        bucket(load(path), 64, (64, 64))
 
 
 def test_the_check_lists_every_reference_that_is_too_narrow_and_takes_a_size_for_it(tmp_path, capsys):
@@ -377,6 +387,50 @@ def test_the_check_answers_mistakes_in_one_line(tmp_path, capsys):
     assert status == 2 and lines[-1] == "not usable, there are no sets (broken: 0, notes: 0)"
 
 
+def test_the_check_names_the_markers_of_the_preset_and_the_longest_of_many_captions(tmp_path, capsys):
+    write(tmp_path / "set.json", {"preset": "film-storyboard"})
+    for number in range(3):
+        composite(tmp_path, f"c{number}", (32, 96), "[MOVIE-SHOTS] <Ann>" + " walks" * (60 + number), seed=number)
+    status, lines = check(capsys, tmp_path)
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert status == 0
+    assert sum("introduce each panel by its own, [SCENE-1] to [SCENE-3]" in note for note in notes) == 3
+    (length,) = (note for note in notes if "T5 reads" in note)
+    assert "c2.png: T5 reads 64 of" in length and length.endswith("; it is the longest of 3 that are too long")
+
+
+def test_an_interrupted_check_is_one_line_and_130(monkeypatch, capsys):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "open_picture", interrupt)
+    assert data.main([str(SETS / "sketch")]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "interrupted" in err
+
+
+def test_a_closed_pipe_is_no_traceback():
+    command = [sys.executable, "-m", "iclora.data", str(SETS / "sketch")]
+    read, write_end = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=SETS.parent, stdout=write_end, stderr=subprocess.PIPE, timeout=60)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_reading_shows_progress_on_a_terminal_and_nowhere_else():
+    main, side = pty.openpty()
+    termios.tcsetwinsize(side, (24, 80))
+    os.set_blocking(main, False)
+    script = f"from iclora.data import scan; scan({str(SETS / 'sketch')!r})"
+    command = {"args": [sys.executable, "-c", script], "cwd": SETS.parent, "timeout": 60}
+    subprocess.run(stderr=side, **command)
+    assert b"reading sets:   0%" in (drawn := os.read(main, 10_000)) and b"| 0/20 [" in drawn
+    assert subprocess.run(stderr=subprocess.PIPE, **command).stderr == b""
+    os.close(side)
+    os.close(main)
+
+
 def test_a_pipe_is_no_caption(tmp_path, capsys):
     composite(tmp_path, "01", seed=1)
     (tmp_path / "01.txt").unlink()
@@ -405,25 +459,25 @@ def test_buckets_keep_the_aspect_and_the_area_on_token_borders(resolution, bound
     losses = []
     for aspect in np.geomspace(1 / 3, 3, 25):
         example = example_of((round(600 * aspect**0.5), round(600 * aspect**-0.5)))
-        layout = bucket_of(example, resolution)
+        layout = choose_layout(example, resolution, SIDES)
         assert layout.panel_width % 16 == 0 == layout.panel_height % 16
         assert least * resolution**2 <= layout.panel_width * layout.panel_height <= 1.1 * resolution**2
-        losses.append(cropped(example, layout))
+        losses.append(share_cropped(example, layout))
     assert max(losses) < bound and losses[12] == 0
 
 
 def test_panels_are_not_enlarged():
-    assert bucket_of(example_of((100, 50)), 512) == Layout(1, 1, 96, 48)
-    assert bucket_of(example_of((3, 3)), 512) == Layout(1, 1, 16, 16)
+    assert choose_layout(example_of((100, 50)), 512, SIDES) == Layout(1, 1, 96, 48)
+    assert choose_layout(example_of((3, 3)), 512, SIDES) == Layout(1, 1, 16, 16)
 
 
 def test_the_size_of_the_published_storyboards_comes_out_exactly():
-    assert bucket_of(example_of((1024, 1536), (3, 1)), 724) == Layout(3, 1, 1024, 512)
+    assert choose_layout(example_of((1024, 1536), (3, 1)), 724, SIDES) == Layout(3, 1, 1024, 512)
 
 
 def test_a_composite_of_absurd_size_is_refused_by_name():
     with pytest.raises(ValueError, match="one: 8x8 panels .* at most 65536"):
-        buckets([example_of((16384, 16384), (8, 8))], 2048)
+        bucket([example_of((16384, 16384), (8, 8))], 2048, SIDES)
 
 
 def test_a_bucket_holds_one_grid_and_one_size(tmp_path):
@@ -433,7 +487,7 @@ def test_a_bucket_holds_one_grid_and_one_size(tmp_path):
         for number in range(3):
             composite(tmp_path / grid, f"c{number}", size, seed=number)
     composite(tmp_path / "1x2", "wide", (128, 32), seed=9)
-    found = buckets(find_examples(tmp_path), 32)
+    found = bucket(load(tmp_path), 32, SIDES)
     shapes = {(b.rows, b.cols, b.panel_width, b.panel_height): len(members) for b, members in found.items()}
     assert shapes == {(1, 2, 32, 32): 3, (1, 2, 32, 16): 1, (2, 1, 32, 32): 3}
 
@@ -445,51 +499,7 @@ def test_panels_of_a_composite_are_cut_at_their_own_borders_and_not_stretched(tm
     (tmp_path / "a").mkdir()
     Image.fromarray(pixels).save(tmp_path / "a" / "x.png")
     write(tmp_path / "a" / "x.txt", "[IMAGE1] a [IMAGE2] b [IMAGE3] c")
-    (example,) = find_examples(tmp_path, (3, 1))
+    (example,) = load(tmp_path, (3, 1))
     panels = read_panels(example, Layout(3, 1, 48, 32))
     assert [panel.size for panel in panels] == [(48, 32)] * 3
     assert [panel.getextrema()[0] for panel in panels] == [(40, 40), (120, 120), (200, 200)]
-
-
-# batches
-
-
-def test_batches_are_full_of_one_bucket_and_every_example_counts_the_same():
-    batches = Batches([20, 7, 1], 4, seed=3)
-    counts = Counter()
-    for number in range(batches.before(4)):
-        bucket, chosen = batches[number]
-        assert len(chosen) == 4
-        counts.update((bucket, index) for index in chosen)
-    assert counts == {(bucket, index): 4 for bucket, size in enumerate((20, 7, 1)) for index in range(size)}
-
-
-def test_every_pass_takes_every_example_once():
-    batches = Batches([20], 4, seed=3)
-    for epoch in range(3):
-        chosen = [index for number in range(5) for index in batches[5 * epoch + number][1]]
-        assert sorted(chosen) == list(range(20))
-
-
-def test_a_batch_depends_on_nothing_but_its_number_and_the_seed():
-    sizes = [9, 5, 4]
-    batches = [Batches(sizes, 4, 1)[number] for number in range(40)]
-    one = Batches(sizes, 4, 1)
-    assert [one[number] for number in reversed(range(40))] == batches[::-1]
-    assert [Batches(sizes, 4, 2)[number] for number in range(40)] != batches
-    assert [one.epoch_of(number) for number in range(40)] == sorted(one.epoch_of(number) for number in range(40))
-
-
-def test_the_order_changes_from_epoch_to_epoch_and_mixes_the_buckets():
-    batches = Batches([20, 20, 20], 4, 0)
-    epochs = [[batches[15 * epoch + number] for number in range(15)] for epoch in range(2)]
-    assert epochs[0] != epochs[1]
-    for epoch in epochs:
-        assert Counter(bucket for bucket, _ in epoch) == {0: 5, 1: 5, 2: 5}
-        assert [bucket for bucket, _ in epoch] != sorted(bucket for bucket, _ in epoch)
-
-
-@pytest.mark.parametrize("sizes, batch", [([], 4), ([3, 0], 4), ([3], 0)])
-def test_impossible_batches_are_refused(sizes, batch):
-    with pytest.raises(ValueError, match="impossible"):
-        Batches(sizes, batch, 0)

@@ -1,0 +1,95 @@
+"""Configurations of networks, read off the shapes of their tensors."""
+
+import re
+from collections.abc import Iterable
+
+from .autoencoder import AutoEncoderConfig
+from .flux import FluxConfig
+
+INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}  # channels per token of models that need more than noise
+
+
+def dimensions(shapes: dict[str, tuple[int, ...]], key: str, ndim: int) -> tuple[int, ...]:
+    """Look up a shape that an inference needs. Errors: ValueError, without a subject, if it is not there or not such"""
+    if key not in shapes:
+        raise ValueError(f"lacks {key}, from which the configuration is inferred")
+    if len(shapes[key]) != ndim or not all(shapes[key]):
+        raise ValueError(f"has {key} of shape {shapes[key]}; it should have {ndim} dimensions, none of them 0")
+    return shapes[key]
+
+
+def count_blocks(keys: Iterable[str], stem: str) -> int:
+    """Count the blocks stem.0, stem.1, ... Errors: ValueError, without a subject, if the numbers have gaps"""
+    found = {int(match[1]) for key in keys if (match := re.match(rf"{re.escape(stem)}\.([0-9]{{1,6}})\.", key))}
+    gaps = set(range(len(found))) - found
+    if gaps:
+        raise ValueError(f"lacks {stem}.{min(gaps)} although it has {stem}.{max(found)}; blocks are numbered from 0")
+    return len(found)
+
+
+def infer_flux_config(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
+    """Read the configuration of a transformer off its tensor shapes.
+
+    shapes: by official name, e.g. {"img_in.weight": (3072, 64), ...}
+    Errors: ValueError, without a subject ("lacks img_in.weight, ..."), for shapes that no FLUX.1 here can have
+    """
+    hidden, inputs = dimensions(shapes, "img_in.weight", 2)
+    outputs, _ = dimensions(shapes, "final_layer.linear.weight", 2)
+    if inputs != 64 or outputs != 64:
+        name = f" ({INPUTS[inputs]})" if inputs in INPUTS else ""
+        raise ValueError(
+            f"takes {inputs} and gives {outputs} channels per token{name}; only models with 64 and 64 are run here: "
+            "use FLUX.1-dev, -schnell or -Krea-dev"
+        )
+    depth, singles = count_blocks(shapes, "double_blocks"), count_blocks(shapes, "single_blocks")
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if depth else "single_blocks.0.norm.query_norm.scale"
+    (head,) = dimensions(shapes, norm, 1)
+    if head % 32 or hidden % head:
+        raise ValueError(
+            f"has attention heads of width {head} at width {hidden}; the head width must be a multiple of 32, for "
+            "rotary axes of 1/8, 7/16 and 7/16 of it, and divide the width"
+        )
+    if depth:
+        mlp_hidden = dimensions(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0]
+    else:
+        mlp_hidden = dimensions(shapes, "single_blocks.0.linear2.weight", 2)[1] - hidden
+    if mlp_hidden < 1:
+        raise ValueError(f"has single_blocks.0.linear2.weight too narrow for the width {hidden}")
+    return FluxConfig(
+        in_channels=inputs,
+        out_channels=outputs,
+        vec_in_dim=dimensions(shapes, "vector_in.in_layer.weight", 2)[1],
+        context_in_dim=dimensions(shapes, "txt_in.weight", 2)[1],
+        hidden_size=hidden,
+        mlp_hidden=mlp_hidden,
+        num_heads=hidden // head,
+        depth=depth,
+        depth_single_blocks=singles,
+        axes_dim=(head // 8, head * 7 // 16, head * 7 // 16),
+        guidance_embed=any(key.startswith("guidance_in.") for key in shapes),
+    )
+
+
+def infer_autoencoder_config(shapes: dict[str, tuple[int, ...]]) -> AutoEncoderConfig:
+    """Read the configuration of an autoencoder off its tensor shapes.
+
+    shapes: by official name, e.g. {"encoder.conv_in.weight": (128, 3, 3, 3), ...}
+    Errors: ValueError, without a subject, for shapes that no FLUX.1 autoencoder can have
+    """
+    ch = dimensions(shapes, "encoder.conv_in.weight", 4)[0]
+    latent = dimensions(shapes, "encoder.conv_out.weight", 4)[0] // 2
+    levels = count_blocks(shapes, "encoder.down")
+    if latent != 16 or levels != 4:
+        raise ValueError(
+            f"has {latent} latent channels and {levels} resolutions; the FLUX.1 autoencoder has 16 and 4: "
+            "use the ae.safetensors from the root of the FLUX.1 repository"
+        )
+    widths = [dimensions(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
+    if ch % 32 or any(width % ch for width in widths):
+        raise ValueError(f"has channels {ch} and {widths}; they must be multiples of 32 and of the first")
+    return AutoEncoderConfig(
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=count_blocks(shapes, "encoder.down.0.block"),
+        z_channels=latent,
+    )

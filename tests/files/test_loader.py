@@ -1,0 +1,207 @@
+"""The loader: batches in an order that never changes, what is held out, what is encoded and put together."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iclora import loader as loading
+from iclora.config import UNO, TrainConfig, model_defaults, resolve_training_defaults
+from iclora.data import load
+from iclora.layout import Layout, panel_attention_mask
+from iclora.loader import Batches, Loader, every_mask, hold_out
+from model.weights import find_model, read_flux_config
+
+TINY = find_model("tiny")
+SHAPE = read_flux_config(TINY.flux)
+PAIR = Layout(1, 2, 32, 32)
+ORDER = [(0, [4, 4]), (0, [3, 0]), (1, [0, 2]), (0, [2, 1]), (1, [2, 1]), (0, [1, 0]), (1, [1, 0]), (0, [3, 2])]
+
+
+def draw(path, size, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Three sets of two panels."""
+    for number in range(3):
+        folder = tmp_path / "sets" / str(number)
+        folder.mkdir(parents=True)
+        draw(folder / "1.png", (32, 32), number)
+        draw(folder / "2.png", (32, 32), 10 + number)
+        (folder / "caption.txt").write_text(f"both: [IMAGE1] fox {number}, [IMAGE2] the same")
+    (tmp_path / "sets" / "set.json").write_text('{"grid": "1x2"}')
+    return tmp_path / "sets"
+
+
+def loader_of(data, **settings):
+    config = TrainConfig(data=str(data), out=str(data.parent / "runs" / "a"), panel_size=32, batch=2, **settings)
+    config = resolve_training_defaults(config, model_defaults(SHAPE), "cpu")
+    notes = []
+    loader = Loader(config, load(data), TINY, SHAPE)
+    loader.encode(notes.append, ["[IMAGE1] a cat [IMAGE2] a cat"] * (config.method != UNO))
+    return loader, notes
+
+
+def never(*_):
+    raise AssertionError("nothing is missing, so nothing should be loaded")
+
+
+# what is encoded
+
+
+def test_everything_is_encoded_once_beside_the_run_and_no_encoder_is_loaded_again(sets, monkeypatch):
+    loader, notes = loader_of(sets, holdout=0.4)
+    assert notes[0] == "3 sets in 1 buckets; 3 pictures and 5 texts encoded, others cached"
+    assert [len(examples) for examples in loader.trained] == [2] and len(loader.held_out[0][1]) == 1
+    assert len(list((sets.parent / "runs" / ".cache").rglob("*.safetensors"))) == 8
+    monkeypatch.setattr(loading, "load_autoencoder", never)
+    monkeypatch.setattr(loading, "load_text_encoders", never)
+    assert loader_of(sets, holdout=0.4)[1][0].startswith("3 sets in 1 buckets; 0 pictures and 0 texts encoded")
+
+
+def test_encoders_of_another_model_are_refused(sets):
+    loader, _ = loader_of(sets)
+    loader.shape = replace(SHAPE, vec_in_dim=999)
+    with pytest.raises(
+        ValueError, match=r"encoders beside tiny give widths .*, but its transformer takes .* and 999; use the"
+    ):
+        loader.encode(print)
+
+
+def test_a_dropped_caption_is_the_empty_one_and_a_prompt_is_a_batch_of_its_text(sets):
+    loader, _ = loader_of(sets)
+    layout, examples = loader.batch(0)
+    kept = loader.collate(layout, examples, [(), ()], [False, False])
+    dropped = loader.collate(layout, examples, [(), ()], [True, False])
+    empty = loader.prompt("", layout)
+    assert torch.equal(dropped.txt[0], empty.txt[0]) and torch.equal(dropped.vec[0], empty.vec[0])
+    assert not torch.equal(kept.txt[0], dropped.txt[0]) and torch.equal(kept.txt[1], dropped.txt[1])
+    assert torch.equal(kept.z, dropped.z) and kept.known is kept.references is kept.attention_mask is None
+    assert empty.z.shape == (1, *kept.z.shape[1:])
+    assert loader.prompt("[IMAGE1] a cat [IMAGE2] a cat", layout).txt.isfinite().all()
+
+
+def test_clean_panels_and_texts_of_panels(sets):
+    loader, _ = loader_of(sets, condition="clean", text="panel")
+    layout, examples = loader.batch(0)
+    batch = loader.collate(layout, examples, [(1,), ()], [False, True])
+    assert batch.generate_mask[0].flatten().tolist() == [False, False, True, True] * 2 and batch.generate_mask[1].all()
+    assert batch.known[0].any() and not batch.known[1].any()
+    assert torch.equal(batch.attention_mask, panel_attention_mask(layout, batch.txt.shape[1] // 2))
+    assert not torch.equal(batch.txt[0, : len(batch.txt[0]) // 2], batch.txt[0, len(batch.txt[0]) // 2 :])
+
+
+def test_references_stand_one_behind_the_other_with_their_positions(tmp_path):
+    for number, size in enumerate(((32, 32), (64, 64), (32, 64))):
+        draw(tmp_path / f"{number}.png", size, number)
+    row = {"prompt": "a fox", "image_paths": ["1.png", "2.png"], "image_tgt_path": "0.png"}
+    (tmp_path / "pairs.json").write_text(json.dumps([row, {**row, "prompt": "a cat"}]))
+    loader, _ = loader_of(tmp_path / "pairs.json", method=UNO, reference_attention="alone")
+    layout, examples = loader.batch(0)
+    batch = loader.collate(layout, examples, [(), ()], [False, False])
+    assert batch.references.shape == batch.std.shape == (2, layout.reference_tokens, 64) == (2, 16 + 8, 64)
+    assert batch.ids.shape == (1, 4 + 24, 3) and batch.isolate_refs and (batch.std > 0).all()
+    noise = torch.randn(batch.std.shape)
+    assert torch.equal(batch.sample_references(noise).references, batch.references + batch.std * noise)
+    assert batch.sample_references(None) is batch
+
+
+def test_there_are_fourteen_ways_to_keep_some_of_four_panels():
+    masks = every_mask(Layout(2, 2, 16, 16))
+    assert len(set(masks)) == 15 and masks[0] == () and (1, 2, 3, 4) not in masks
+    assert every_mask(Layout(1, 1, 16, 16)) == [()]
+    with pytest.raises(ValueError, match="3x3 grid has 510 ways .* up to 6 panels"):
+        every_mask(Layout(3, 3, 16, 16))
+
+
+# batches
+
+
+def test_the_order_of_batches_is_that_of_all_runs_before():
+    batches = Batches([5, 3], 2, seed=7)
+    assert [batches[number] for number in range(8)] == ORDER, "a run goes on to the data that it would have had"
+
+
+def test_batches_are_full_of_one_bucket_and_every_example_counts_the_same():
+    batches = Batches([20, 7, 1], 4, seed=3)
+    counts = Counter()
+    for number in range(batches.before(4)):
+        which, chosen = batches[number]
+        assert len(chosen) == 4
+        counts.update((which, index) for index in chosen)
+    assert counts == {(which, index): 4 for which, size in enumerate((20, 7, 1)) for index in range(size)}
+
+
+def test_every_pass_takes_every_example_once():
+    batches = Batches([20], 4, seed=3)
+    for epoch in range(3):
+        chosen = [index for number in range(5) for index in batches[5 * epoch + number][1]]
+        assert sorted(chosen) == list(range(20))
+
+
+def test_a_batch_depends_on_nothing_but_its_number_and_the_seed():
+    sizes = [9, 5, 4]
+    batches = [Batches(sizes, 4, 1)[number] for number in range(40)]
+    one = Batches(sizes, 4, 1)
+    assert [one[number] for number in reversed(range(40))] == batches[::-1]
+    assert [Batches(sizes, 4, 2)[number] for number in range(40)] != batches
+    assert [one.epoch_of(number) for number in range(40)] == sorted(one.epoch_of(number) for number in range(40))
+
+
+def test_the_order_changes_from_epoch_to_epoch_and_mixes_the_buckets():
+    batches = Batches([20, 20, 20], 4, 0)
+    epochs = [[batches[15 * epoch + number] for number in range(15)] for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    for epoch in epochs:
+        assert Counter(which for which, _ in epoch) == {0: 5, 1: 5, 2: 5}
+        assert [which for which, _ in epoch] != sorted(which for which, _ in epoch)
+
+
+@pytest.mark.parametrize("sizes, batch", [([], 4), ([3, 0], 4), ([3], 0)])
+def test_impossible_batches_are_refused(sizes, batch):
+    with pytest.raises(ValueError, match="impossible"):
+        Batches(sizes, batch, 0)
+
+
+# held out
+
+
+@pytest.mark.parametrize(
+    ("count", "part", "held"),
+    [
+        (20, 0.1, 2),
+        (4, 0.1, 0),
+        (1, 0.9, 0),
+        (2, 0.9, 1),
+        (20, 0, 0),
+        (2000, 0.1, 32),
+    ],
+)
+def test_held_out_sets_are_the_last_of_each_bucket_and_never_all_or_very_many(count, part, held):
+    trained, kept = hold_out({PAIR: list(range(count))}, part)
+    assert trained[PAIR] == list(range(count - held))
+    assert kept == ([(PAIR, list(range(count - held, count)))] if held else [])
+
+
+def test_held_out_sets_are_shared_by_the_buckets():
+    sizes = {replace(PAIR, panel_width=16 * n): list(range(40 * n)) for n in (1, 2, 3, 4)}
+    trained, kept = hold_out(sizes, 0.25)  # 10, 20, 30 and 40 of them would be 100
+    assert [len(sets) for _, sets in kept] == [8, 8, 8, 8]
+    assert [len(sets) for sets in trained.values()] == [32, 72, 112, 152]
+    assert [len(sets) for _, sets in hold_out(sizes, 0.04)[1]] == [2, 3, 5, 6]
+
+
+def test_what_rounding_leaves_over_is_held_out_from_the_largest_buckets():
+    cases = ((4, 4, 4), [1, 0, 0]), ((1, 1, 2, 2, 2, 2, 5, 5, 10), [0, 0, 0, 0, 0, 0, 1, 0, 2]), ((4,), [0])
+    for counts, held in cases:
+        sizes = {replace(PAIR, panel_width=16 * (n + 1)): list(range(count)) for n, count in enumerate(counts)}
+        trained, kept = hold_out(sizes, 0.1)
+        assert [count - len(sets) for count, sets in zip(counts, trained.values(), strict=True)] == held
+        assert sum(len(sets) for _, sets in kept) == sum(held)
