@@ -12,7 +12,7 @@ from model.text import load_text_encoders
 from model.weights import examples_folder, find_model, load_autoencoder, load_flux
 from sampling.denoise import denoise
 from sampling.flow import times
-from sampling.images import open_picture, to_picture
+from sampling.images import fit, open_picture, to_picture
 from sampling.inpaint import keep_known
 from sampling.latents import noise, pack, unpack
 
@@ -28,7 +28,7 @@ def main(path: str = "minimal.png") -> None:
     txt, vec = encoders.encode([(example / "caption.txt").read_text().strip()], max_length=None)
 
     # the panels that are kept, as tokens; the one to make is grey and cannot leak in
-    kept = {panel: open_picture(example / f"{panel}.png") for panel in (1, 2, 4)}
+    kept = {panel: fit(open_picture(example / f"{panel}.png"), 64, 64) for panel in (1, 2, 4)}
     data = pack(autoencoder.encode(compose(kept, layout)))  # (1, I, 64)
     mask = generate_mask([3], layout)  # (1, I, 1)
 

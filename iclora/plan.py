@@ -70,7 +70,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     defaults = model_defaults(files.flux.config)
     config = drop_void(config, files.name, defaults, note)
     loras = choose_loras(config, files, note) if config.lora or config.ref else ()
-    config = follow_loras(config, [lora for lora, _ in loras])
+    config = follow_loras(config, [lora for lora, _ in loras]) if loras else config
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
@@ -209,19 +209,26 @@ def find_panels(config: SampleConfig, layout: Layout, generated: Sequence[int], 
         return PanelSet(config.panels)
     need_pictures = len(generated) < layout.panels or config.strength < 1
     need_caption = config.prompt is None and not config.panel_prompt
-    if not need_pictures and not need_caption:
-        return PanelSet()
+    return bundled_example(layout, need_pictures, need_caption, note) if need_pictures or need_caption else PanelSet()
+
+
+def bundled_example(layout: Layout, pictures: bool, caption: bool, note: Note) -> PanelSet:
+    """Give the bundled example of a grid, and say so.
+
+    pictures, caption: whether they are needed
+    Errors: ValueError if no example has this grid
+    """
     grid, examples = f"{layout.rows}x{layout.cols}", examples_folder()
     bundled = sorted(folder.name for folder in examples.glob("*x*"))
     if grid not in bundled:
-        needs = " and ".join(["panels (--panels or --set)"] * need_pictures + ["a --prompt"] * need_caption)
+        needs = " and ".join(["panels (--panels or --set)"] * pictures + ["a --prompt"] * caption)
         raise ValueError(f"give {needs}: there is no bundled example of a {grid} grid, only {', '.join(bundled)}")
     example = read_set(examples / grid)
-    if not need_pictures:
+    if not pictures:
         note(f"no prompt given: the caption of the bundled {grid} example is used: {example.caption}")
         return PanelSet(caption=example.caption, bundled=True)
-    caption = f"with its caption: {example.caption}" if need_caption else "with the given prompt"
-    note(f"no panels given: the bundled {grid} example is used, {caption}")
+    words = f"with its caption: {example.caption}" if caption else "with the given prompt"
+    note(f"no panels given: the bundled {grid} example is used, {words}")
     return replace(example, bundled=True)
 
 
@@ -230,15 +237,8 @@ def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, panel
 
     Errors: ValueError if there is none, or the panel prompts are not one for each panel
     """
-    grid, kind = (layout.rows, layout.cols), task.markers if task else "image"
     if config.panel_prompt:
-        if len(config.panel_prompt) != layout.panels:
-            raise ValueError(
-                f"{len(config.panel_prompt)} --panel-prompt for the {layout.panels} panels of the "
-                f"{config.grid} grid; give one for each, kept ones too, in reading order"
-            )
-        markers = markers_for(kind, *grid)
-        caption = build(config.prompt or "", config.panel_prompt, markers, task.tag if task else "")
+        caption = build_caption(config, layout, task)
     elif config.prompt is not None:
         caption = clean(config.prompt)
     elif panels.caption is not None:
@@ -247,9 +247,20 @@ def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, panel
         raise ValueError("there is no prompt; give --prompt, or --panel-prompt for each panel, or caption.txt in --set")
     if task and not caption.startswith(task.tag):
         note(f"captions of {config.preset} begin with {task.tag}; this one does not")
-    for finding in lint(caption, *grid, kind):
+    for finding in lint(caption, layout.rows, layout.cols, task.markers if task else "image"):
         note(f"prompt: {finding}")
     return caption
+
+
+def build_caption(config: SampleConfig, layout: Layout, task: Task | None) -> str:
+    """Join the panel prompts, behind the prompt. Errors: ValueError if they are not one for each panel"""
+    if len(config.panel_prompt) != layout.panels:
+        raise ValueError(
+            f"{len(config.panel_prompt)} --panel-prompt for the {layout.panels} panels of the {config.grid} grid; give "
+            "one for each, kept ones too, in reading order"
+        )
+    markers = markers_for(task.markers if task else "image", layout.rows, layout.cols)
+    return build(config.prompt or "", config.panel_prompt, markers, task.tag if task else "")
 
 
 def read_panels(
@@ -260,31 +271,34 @@ def read_panels(
     Returns both by panel
     Errors: ValueError for a wrong number of files, or one that cannot be read
     """
-    everything, count, drafted = range(1, layout.panels + 1), len(panels.paths), config.strength < 1
+    everything, drafted = range(1, layout.panels + 1), config.strength < 1
     kept = [panel for panel in everything if panel not in generated]
-    if count == layout.panels:
-        assigned = dict(zip(everything, panels.paths, strict=True))
-    elif count == len(kept) and not drafted:
-        assigned = dict(zip(kept, panels.paths, strict=True))
-    elif drafted:
-        raise ValueError(
-            f"{count} panels given; --strength {config.strength:g} starts from drafts and needs all {layout.panels} of "
-            f"the {config.grid} grid"
-        )
-    else:
-        takes = f"the {len(kept)} kept ones ({', '.join(map(str, kept))})" if kept else "none, as all are generated,"
-        raise ValueError(
-            f"{count} panels given; mask {','.join(map(str, generated))} in a {config.grid} grid takes {takes} "
-            f"or all {layout.panels}; --mask says which are generated"
-        )
-    used = assigned if drafted else {panel: path for panel, path in assigned.items() if panel in kept}
-    ignored = [f"{panel} ({_name(path)})" for panel, path in assigned.items() if panel not in used]
+    named = kept if len(panels.paths) == len(kept) and not drafted else everything
+    if len(panels.paths) != len(named):
+        raise wrong_count(config, len(panels.paths), layout.panels, kept)
+    paths = dict(zip(named, panels.paths, strict=True))
+    ignored = [f"{panel} ({_name(paths[panel])})" for panel in paths if panel in generated and not drafted]
     if ignored and not panels.bundled:
         note(f"masked panels are generated, so the given ones are ignored: {', '.join(ignored)}; --strength uses them")
-    size = layout.panel_width, layout.panel_height
-    sources = {panel: read_panel(path, size, config.fit, note) for panel, path in used.items()}
-    split = ({p: source for p, source in sources.items() if (p in generated) is draft} for draft in (False, True))
-    return tuple(split)
+
+    def read(numbers: Sequence[int]) -> dict[int, Source]:
+        size = layout.panel_width, layout.panel_height
+        return {panel: read_panel(paths[panel], size, config.fit, note) for panel in numbers}
+
+    return read(kept), read(generated if drafted else ())
+
+
+def wrong_count(config: SampleConfig, count: int, panels: int, kept: Sequence[int]) -> ValueError:
+    """Say how many panels should be given."""
+    if config.strength < 1:
+        needs = f"--strength {config.strength:g} starts from drafts and needs all {panels} of the {config.grid} grid"
+        return ValueError(f"{count} panels given; {needs}")
+    takes = f"the {len(kept)} kept ones ({', '.join(map(str, kept))})" if kept else "none, as all are generated,"
+    mask = ",".join(map(str, (panel for panel in range(1, panels + 1) if panel not in kept)))
+    return ValueError(
+        f"{count} panels given; mask {mask} in a {config.grid} grid takes {takes} or all {panels}; --mask says which "
+        "are generated"
+    )
 
 
 def read_panel(path: Path | Image.Image, size: tuple[int, int], rule: str, note: Note) -> Source:

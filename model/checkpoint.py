@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .autoencoder import AutoEncoderConfig
 from .flux import FluxConfig
@@ -190,11 +190,9 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     Errors: ValueError in one line that names the file, for whatever is not a whole safetensors file
     """
     path = Path(path)
+    if not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path} is no file; name one that is")
     try:
-        if not path.is_file():  # a pipe would never end
-            raise ValueError(f"{path} is no file; name one that is")
-        with open(path, "rb") as file:
-            start = file.read(32)
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
             tensors = {key: Stored(path, s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
@@ -202,10 +200,15 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
     except SafetensorError:
-        if message := next((message for magic, message in MAGICS if start.startswith(magic)), ""):
-            raise ValueError(f"{path} {message}") from None
-        what = "is no safetensors file, or it is cut short or its header is damaged"
-        raise ValueError(f"{path} {what}; download it again") from None
+        raise ValueError(f"{path} {_other_format(path)}") from None
+
+
+def _other_format(path: Path) -> str:
+    """Say what a file is that is no safetensors file, and what to use instead."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    damaged = "is no safetensors file, or it is cut short or its header is damaged; download it again"
+    return next((message for magic, message in MAGICS if start.startswith(magic)), damaged)
 
 
 def read_json(path: Path) -> dict:
@@ -223,25 +226,21 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def refuse_mismatch(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare a checkpoint with the shapes that a network has.
-
-    Errors: ValueError that counts and names missing, unexpected and misshapen tensors
-    """
-    tensors = checkpoint.tensors
-    missing = [key for key in expected if key not in tensors]
-    extra = [key for key in tensors if key not in expected]
-    both = [key for key in expected if key in tensors]
-    wrong = [f"{key} {tensors[key].shape}, not {expected[key]}" for key in both if tensors[key].shape != expected[key]]
-    odd = [f"{key} {tensors[key].dtype}" for key in both if tensors[key].dtype not in FLOATS]
+def mismatch(checkpoint: Checkpoint, module: nn.Module) -> ValueError:
+    """Say which tensors of a checkpoint are missing, unexpected, misshapen or no floats: counted and named."""
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    stored, both = checkpoint.tensors, expected.keys() & checkpoint.tensors.keys()
+    missing = [key for key in expected if key not in stored]
+    extra = [key for key in stored if key not in expected]
+    wrong = [f"{k} {stored[k].shape}, not {expected[k]}" for k in sorted(both) if stored[k].shape != expected[k]]
+    odd = [f"{key} {stored[key].dtype}" for key in sorted(both) if stored[key].dtype not in FLOATS]
     problems = [
         f"lacks {len(missing)} of {len(expected)} tensors ({_some(missing)})" if missing else "",
         f"has {len(extra)} unexpected tensors ({_some(extra)})" if extra else "",
         f"has {len(wrong)} tensors of the wrong shape ({_some(wrong)})" if wrong else "",
         f"has {len(odd)} tensors that are no floats of 16 bits or more ({_some(odd)})" if odd else "",
     ]
-    if any(problems):
-        raise ValueError(f"{checkpoint.path} {'; '.join(filter(None, problems))}")
+    return ValueError(f"{checkpoint.path} {'; '.join(filter(None, problems))}")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -35,39 +35,32 @@ def infer_flux_config(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
     """
     hidden, inputs = dimensions(shapes, "img_in.weight", 2)
     outputs, _ = dimensions(shapes, "final_layer.linear.weight", 2)
+    depth, singles = count_blocks(shapes, "double_blocks"), count_blocks(shapes, "single_blocks")
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if depth else "single_blocks.0.norm.query_norm.scale"
     if inputs != 64 or outputs != 64:
         name = f" ({INPUTS[inputs]})" if inputs in INPUTS else ""
         raise ValueError(
             f"takes {inputs} and gives {outputs} channels per token{name}; only models with 64 and 64 are run here: "
             "use FLUX.1-dev, -schnell or -Krea-dev"
         )
-    depth, singles = count_blocks(shapes, "double_blocks"), count_blocks(shapes, "single_blocks")
-    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if depth else "single_blocks.0.norm.query_norm.scale"
     (head,) = dimensions(shapes, norm, 1)
     if head % 32 or hidden % head:
         raise ValueError(
             f"has attention heads of width {head} at width {hidden}; the head width must be a multiple of 32, for "
             "rotary axes of 1/8, 7/16 and 7/16 of it, and divide the width"
         )
-    if depth:
-        mlp_hidden = dimensions(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0]
-    else:
-        mlp_hidden = dimensions(shapes, "single_blocks.0.linear2.weight", 2)[1] - hidden
-    if mlp_hidden < 1:
-        raise ValueError(f"has single_blocks.0.linear2.weight too narrow for the width {hidden}")
-    return FluxConfig(
-        in_channels=inputs,
-        out_channels=outputs,
-        vec_in_dim=dimensions(shapes, "vector_in.in_layer.weight", 2)[1],
-        context_in_dim=dimensions(shapes, "txt_in.weight", 2)[1],
-        hidden_size=hidden,
-        mlp_hidden=mlp_hidden,
-        num_heads=hidden // head,
-        depth=depth,
-        depth_single_blocks=singles,
-        axes_dim=(head // 8, head * 7 // 16, head * 7 // 16),
-        guidance_embed=any(key.startswith("guidance_in.") for key in shapes),
+    single = "single_blocks.0.linear2.weight"
+    mlp = (
+        dimensions(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0]
+        if depth
+        else dimensions(shapes, single, 2)[1] - hidden
     )
+    if mlp < 1:
+        raise ValueError(f"has {single} too narrow for the width {hidden}")
+    vec, context = (dimensions(shapes, f"{name}.weight", 2)[1] for name in ("vector_in.in_layer", "txt_in"))
+    axes = (head // 8, head * 7 // 16, head * 7 // 16)
+    guidance = any(key.startswith("guidance_in.") for key in shapes)
+    return FluxConfig(inputs, outputs, vec, context, hidden, mlp, hidden // head, depth, singles, axes, guidance)
 
 
 def infer_autoencoder_config(shapes: dict[str, tuple[int, ...]]) -> AutoEncoderConfig:
@@ -87,9 +80,5 @@ def infer_autoencoder_config(shapes: dict[str, tuple[int, ...]]) -> AutoEncoderC
     widths = [dimensions(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if ch % 32 or any(width % ch for width in widths):
         raise ValueError(f"has channels {ch} and {widths}; they must be multiples of 32 and of the first")
-    return AutoEncoderConfig(
-        ch=ch,
-        ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=count_blocks(shapes, "encoder.down.0.block"),
-        z_channels=latent,
-    )
+    blocks = count_blocks(shapes, "encoder.down.0.block")
+    return AutoEncoderConfig(ch, tuple(width // ch for width in widths), blocks, latent)

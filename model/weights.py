@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .autoencoder import AutoEncoder
-from .checkpoint import FLOATS, Checkpoint, file_in, open_checkpoint, refuse_mismatch
+from .checkpoint import FLOATS, Checkpoint, file_in, mismatch, open_checkpoint
 from .flux import Flux
 
 CHUNK = 2**28  # bytes that are mapped at a time where tensors are cast, as mapped pages count as memory too
@@ -151,21 +151,22 @@ def _load(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
     with torch.device("meta"):
         module = network(checkpoint.config)
-    refuse_mismatch(checkpoint, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()})
-    tensors, device = {}, torch.device(device)
-    for keys in _chunks(checkpoint):
-        for key, tensor in checkpoint.read(keys):
-            tensors[key] = tensor.to(device, dtype)  # as it is, if nothing changes
-            del tensor
-    module.load_state_dict(tensors, strict=True, assign=True)
+    tensors = {}
+    try:
+        for keys in _chunks(checkpoint):
+            for key, tensor in checkpoint.read(keys):
+                tensors[key] = tensor.to(device, dtype)  # as it is, if nothing changes
+                del tensor
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except (KeyError, RuntimeError):  # of tensors that are no floats; that are missing, unexpected or misshapen
+        raise mismatch(checkpoint, module) from None
     return module.requires_grad_(False).eval()
 
 
 def _chunks(checkpoint: Checkpoint) -> Iterator[list[str]]:
     """Group tensors, file by file, into lists of about CHUNK bytes."""
     chunk, size = [], 0
-    for key in sorted(checkpoint.tensors, key=lambda key: str(checkpoint.tensors[key].path)):
-        stored = checkpoint.tensors[key]
+    for key, stored in sorted(checkpoint.tensors.items(), key=lambda item: item[1].path):
         chunk, size = [*chunk, key], size + math.prod(stored.shape) * FLOATS[stored.dtype].itemsize
         if size > CHUNK:
             yield chunk
