@@ -75,7 +75,7 @@ def main(path: str = "minimal.safetensors", steps: int = 400) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 50 == 0:
-            sys.stderr.write(f"step {step + 1}/{steps}, loss {float(loss):.3f}\n")
+            sys.stderr.write(f"step {step + 1}/{steps}, loss {loss.item():.3f}\n")
     save_lora(flux, path)
 
 

@@ -27,7 +27,7 @@ from model.weights import ModelFiles
 from sampling.images import open_picture
 
 from .data import Example, read_panels
-from .layout import Layout, compose
+from .layout import Layout, compose, encode_by_panel
 from .references import encode_posterior, fit_reference
 
 Panels = tuple[int, ...]  # numbers of panels

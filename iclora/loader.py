@@ -146,8 +146,8 @@ class Loader:
             self._read_latents(example, layout, masked) if len(masked) < layout.panels else torch.zeros_like(z[0])
             for example, masked in zip(examples, masks, strict=True)
         ]
-        generate_mask = torch.cat([generate_mask(masked, layout).bool() for masked in masks])
-        return Batch(z, txt, vec, torch.stack(known), generate_mask, attention_mask)
+        generated = torch.cat([generate_mask(masked, layout).bool() for masked in masks])
+        return Batch(z, txt, vec, torch.stack(known), generated, attention_mask)
 
     def prompt(self, text: str, layout: Layout) -> Batch:
         """Return what it takes to sample from a text alone, which was told to encode; the latents are empty."""

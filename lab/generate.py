@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from iclora.config import ALONE, JOINT, model_defaults
-from iclora.layout import Layout, generate_mask, panel_attention_mask
+from iclora.layout import Layout, encode_by_panel, generate_mask, panel_attention_mask
 from iclora.pipeline import encode_captions
 from iclora.references import encode, fit_reference, image_ids
 from model.autoencoder import AutoEncoder
