@@ -70,7 +70,7 @@ class Monitor:
         if self.due(self.config.sample_every) and not self.sheet.exists():
             self.draw_sheet()
         file = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a log gets whole lines, every so often
-        counts = {"total": self.config.steps, "initial": self.state.step, "unit": " steps", "file": file}
+        counts = {"total": self.config.steps, "initial": self.state.step, "unit": "step", "file": file}
         self.bar = tqdm(desc="training", ascii=True, dynamic_ncols=file is sys.stderr, **counts)
         return self
 
