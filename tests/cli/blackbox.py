@@ -1,4 +1,4 @@
-"""What the black-box tests share: commands by name, pictures and files compared. Nothing of ours but the entry points."""
+"""What the black-box tests share: commands by name, pictures and files compared. They know entry points only."""
 
 import importlib
 import json

@@ -8,9 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
-
 from blackbox import FIXTURES, REFERENCES, ROOT, TINY, files, interrupting, levels_apart, main, pixels, pngs, record
+from PIL import Image
 
 PICTURES = FIXTURES / "pictures"
 LORAS = FIXTURES / "loras"
