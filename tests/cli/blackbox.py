@@ -1,5 +1,6 @@
 """What the black-box tests share: commands by name, pictures and files compared. They know entry points only."""
 
+import gc
 import importlib
 import json
 import os
@@ -81,6 +82,17 @@ def interrupting(ready: Callable[[], bool], number: int = signal.SIGINT):
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def quick_collection():
+    """Leave what is imported out of garbage collections, which follow every text encoder and take a while otherwise."""
+    import transformers.models.clip.modeling_clip
+    import transformers.models.t5.modeling_t5  # noqa: F401
+
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def refused(capsys, *fragments: str) -> str:

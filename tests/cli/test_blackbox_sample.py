@@ -8,7 +8,20 @@ import subprocess
 import sys
 
 import pytest
-from blackbox import FIXTURES, REFERENCES, ROOT, TINY, files, interrupting, levels_apart, main, pixels, pngs, record
+from blackbox import (
+    FIXTURES,
+    REFERENCES,
+    ROOT,
+    TINY,
+    files,
+    interrupting,
+    levels_apart,
+    main,
+    pixels,
+    pngs,
+    quick_collection,
+    record,
+)
 from PIL import Image
 
 PICTURES = FIXTURES / "pictures"
@@ -74,6 +87,12 @@ SELDOM = {"whole-set", "two-references", "tiled", "clean-lora", "uno-lora"}
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    with quick_collection():
+        yield
 
 
 def small(out, *argv):
