@@ -332,9 +332,12 @@ def test_a_run_folder_with_a_foreign_checkpoint_is_refused_and_left_alone(bad, m
 
 
 @pytest.mark.parametrize(("command", "argv", "told"), [
-    ("sample", ["--grid", "1x2", "--mask", "2", "--panels", "{bad}/cut.png", *TWO, "--out", "{out}"], "cut.png"),
+    pytest.param(
+        "sample", ["--grid", "1x2", "--mask", "2", "--panels", "{bad}/cut.png", *TWO, "--out", "{out}"], "cut.png",
+        marks=pytest.mark.slow,
+    ),
     ("train", ["--steps", "0", "--out", "{out}"], "--steps 0"),
-    ("data", ["nowhere"], "'nowhere'"),
+    pytest.param("data", ["nowhere"], "'nowhere'", marks=pytest.mark.slow),
     ("convert", ["{bad}/cut.safetensors", "{out}", "--to", "kohya"], "cut.safetensors"),
 ], ids=["sample", "train", "data", "convert"])  # fmt: skip
 def test_a_process_says_the_same_and_exits_with_2(bad, tmp_path, command, argv, told):

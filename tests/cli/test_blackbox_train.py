@@ -34,13 +34,13 @@ ONE_LINEAR = ["--rank", "1", "--targets", "double_blocks.0.img_attn.qkv"]
 FAST = [*ONE_LINEAR, "--steps", "6", "--batch", "2", "--device", "cpu", "--sample-every", "0"]
 RUNS = {
     "clean": ["--data", "sets/sketch", "--condition", "clean"],
-    "tokens": ["--data", "sets/sketch", "--concat", "tokens", "--text", "panel"],
+    "tokens": ["--data", "tests/fixtures/sets", "--concat", "tokens", "--text", "panel"],
     "uno": ["--method", "uno", "--data", PAIRS],
 }
 OLD = ["--steps", "8", "--batch", "2", "--save-every", "2", "--sample-every", "0", "--dropout", "0.3"]
 OLD_RUNS = {  # the commands of the run folders among the fixtures, which were killed after step 5
     "in-context": ["--data", "sets/sketch"],
-    "tokens": ["--data", "sets/sketch", "--condition", "clean", "--concat", "tokens", "--text", "panel"],
+    "tokens": ["--data", "tests/fixtures/sets", "--condition", "clean", "--concat", "tokens", "--text", "panel"],
     "uno": ["--method", "uno", "--data", "tests/fixtures/pairs/pairs.json"],
 }
 KEPT = {"checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json"}
@@ -246,14 +246,14 @@ def test_a_killed_process_is_continued_to_the_same_bytes(out):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert go(direct, "clean", "--steps", "16", "--holdout", "0") == 0
-        process = start(out, "clean", "--steps", "16", "--holdout", "0")
+        assert go(direct, "clean", "--steps", "10", "--holdout", "0") == 0
+        process = start(out, "clean", "--steps", "10", "--holdout", "0")
         while process.poll() is None and rows(out) < 4:
             time.sleep(0.001)
         process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL and 4 <= rows(out) < 16
-        assert go(out, "clean", "--steps", "16", "--holdout", "0") == 0
+        assert process.returncode == -signal.SIGKILL and 4 <= rows(out) < 10
+        assert go(out, "clean", "--steps", "10", "--holdout", "0") == 0
         assert same_end(out, direct) and complete(out)
     finally:
         torch.set_num_threads(threads)
@@ -352,7 +352,7 @@ def test_other_content_under_the_same_name_is_refused_but_moved_content_is_not(o
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_a_run_that_was_killed_before_is_continued_by_the_same_command(runs, name):
     folder = runs / f"old-{name}"
-    shutil.copytree(FIXTURES / "runs" / name, folder)
+    shutil.copytree(FIXTURES / "begun" / name, folder)
     old, losses = json.loads((folder / "config.json").read_text())["config"], metrics(folder)
     argv = [*OLD_RUNS[name], *ONE_LINEAR, *OLD, "--holdout", "0.2", "--out", folder]
     before = load_file(folder / "lora.safetensors")
@@ -362,7 +362,7 @@ def test_a_run_that_was_killed_before_is_continued_by_the_same_command(runs, nam
     assert metrics(folder)[4]["loss"] == pytest.approx(losses[4]["loss"], rel=1e-3), "the step after it is made again"
     after = load_file(folder / "lora.safetensors")
     assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
-    about, was = metadata(folder / "lora.safetensors"), metadata(FIXTURES / "runs" / name / "lora.safetensors")
+    about, was = metadata(folder / "lora.safetensors"), metadata(FIXTURES / "begun" / name / "lora.safetensors")
     assert about["iclora.steps"] == "8" and {key: about.get(key) for key in was} == {**was, "iclora.steps": "8"}
     new = json.loads((folder / "config.json").read_text())["config"]
     assert {key: new[key] for key in old} == old
@@ -370,7 +370,7 @@ def test_a_run_that_was_killed_before_is_continued_by_the_same_command(runs, nam
 
 def test_a_run_that_was_killed_before_still_refuses_other_settings(runs, capsys):
     folder = runs / "old-refusing"
-    shutil.copytree(FIXTURES / "runs" / "in-context", folder)
+    shutil.copytree(FIXTURES / "begun" / "in-context", folder)
     before = files(folder)
     argv = [*OLD_RUNS["in-context"], *ONE_LINEAR, *OLD, "--holdout", "0.2", "--out", folder]
     assert main("train", *argv, "--rank", "2") == 2
@@ -380,10 +380,11 @@ def test_a_run_that_was_killed_before_still_refuses_other_settings(runs, capsys)
     assert files(folder) == before
 
 
-@pytest.mark.parametrize("name", ["uno", pytest.param("in-context", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OLD_RUNS)
 def test_the_settings_of_a_run_of_before_repeat_it(out, name):
-    assert main("train", "--config", FIXTURES / "runs" / name / "config.json", "--out", out) == 0
-    losses = [[row["loss"] for row in metrics(folder)] for folder in (out, FIXTURES / "runs" / name)]
+    assert main("train", "--config", FIXTURES / "begun" / name / "config.json", "--out", out) == 0
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (out, FIXTURES / "begun" / name)]
     assert losses[0][:5] == pytest.approx(losses[1], rel=1e-3)
 
 
