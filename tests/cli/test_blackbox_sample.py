@@ -83,7 +83,7 @@ COMMANDS = {
         ["--lora", LORAS / "alone.safetensors", "--ref", CAT, ROBOT, "--prompt", "a cat and a robot on a beach."],
     ),
 }  # fmt: skip
-SELDOM = {"whole-set", "two-references", "tiled", "clean-lora", "uno-lora"}
+SELDOM = {"two-panels", "whole-set", "reference", "two-references", "tiled", "clean-lora", "uno-lora"}
 
 
 def slow(*values):
