@@ -1,4 +1,4 @@
-"""Converts a LoRA for FLUX.1 between dialects; the input's dialect is recognised.
+"""Convert a LoRA for FLUX.1 between dialects; the input's dialect is recognised.
 
 python -m iclora.convert IN OUT --to kohya        loads in kohya, ComfyUI and diffusers; Linears of blocks only
 python -m iclora.convert IN OUT --to diffusers    loads in diffusers and ComfyUI; every Linear
@@ -14,9 +14,7 @@ import torch
 
 from model.flux import Flux, FluxConfig
 from model.lora import shapes
-from model.lora_formats import LoraFile, describe, read_deltas, read_lora
-from model.lora_names import template
-from model.lora_write import DIALECTS, write_lora
+from model.lora_formats import DIALECTS, LoraFile, describe, read_deltas, read_lora, template, write_lora
 from model.weights import find_model
 
 from .cli import guard, parse, plain
@@ -24,17 +22,11 @@ from .config import check, option
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
 WIDTHS = {
-    "img_in": ("out", "channels"),
-    "txt_in": ("out", "context"),
-    "time_in.in_layer": ("out", ""),
-    "guidance_in.in_layer": ("out", ""),
-    "vector_in.in_layer": ("out", "vec"),
-    "double_blocks.{}.img_mlp.0": ("in", "M"),
-    "double_blocks.{}.txt_mlp.0": ("in", "M"),
-    "double_blocks.{}.img_mlp.2": ("out", "M"),
-    "double_blocks.{}.txt_mlp.2": ("out", "M"),
-    "single_blocks.{}.linear1": ("in", "3D + M"),
-    "single_blocks.{}.linear2": ("out", "D + M"),
+    **{"img_in": ("out", "channels"), "txt_in": ("out", "context"), "vector_in.in_layer": ("out", "vec")},
+    **{"time_in.in_layer": ("out", ""), "guidance_in.in_layer": ("out", "")},
+    **{f"double_blocks.{{}}.{stream}_mlp.0": ("in", "M") for stream in ("img", "txt")},
+    **{f"double_blocks.{{}}.{stream}_mlp.2": ("out", "M") for stream in ("img", "txt")},
+    **{"single_blocks.{}.linear1": ("in", "3D + M"), "single_blocks.{}.linear2": ("out", "D + M")},
 }
 
 
@@ -63,7 +55,7 @@ class ConvertConfig:
 
 
 def convert(source: str, target: str, config: ConvertConfig) -> str:
-    """Converts one file and describes the input in one line.
+    """Convert one file and describe the input in one line.
 
     Errors: ValueError if the input is no LoRA for FLUX.1, the dialect cannot hold it, or the output cannot be there
     """
@@ -83,14 +75,14 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
 
 
 def infer_config(file: LoraFile) -> FluxConfig:
-    """Reads the widths of the model off the shapes of a LoRA's tensors; what it does not touch is as in FLUX.1-dev.
+    """Read the widths of the model off the shapes of a LoRA's tensors; what it does not touch is as in FLUX.1-dev.
 
     Errors: ValueError for shapes that no FLUX.1 can have
     """
     size: dict[str, int] = {}
     depth = {"double_blocks": 0, "single_blocks": 0}
     for entry in file.entries:
-        pattern, number = template(entry.place.module)
+        pattern, number = template(entry.module)
         if number:
             block = pattern.partition(".")[0]
             depth[block] = max(depth[block], int(number) + 1)
@@ -98,8 +90,8 @@ def infer_config(file: LoraFile) -> FluxConfig:
         side, other = WIDTHS.get(pattern, ("in", ""))
         hidden, rest = (inputs, outputs) if side == "in" else (outputs, inputs)
         size.setdefault("hidden", hidden)
-        if other == "3D + M" and entry.place.slot in ("all", "mlp"):
-            size.setdefault("M", rest - 3 * hidden if entry.place.slot == "all" else rest)
+        if other == "3D + M" and entry.part in ("all", "mlp"):
+            size.setdefault("M", rest - 3 * hidden if entry.part == "all" else rest)
         elif other == "D + M":
             size.setdefault("M", rest - hidden)
         elif other != "3D + M":
@@ -108,24 +100,13 @@ def infer_config(file: LoraFile) -> FluxConfig:
     mlp = size.get("M", 4 * hidden)
     if mlp < 1 or hidden < 1:
         raise ValueError(f"{file.path} has shapes that no FLUX.1 can have (width {hidden}, MLP {mlp})")
-    return FluxConfig(
-        in_channels=64,
-        out_channels=64,
-        vec_in_dim=size.get("vec", 768),
-        context_in_dim=size.get("context", 4096),
-        hidden_size=hidden,
-        mlp_hidden=mlp,
-        num_heads=1,
-        depth=depth["double_blocks"],
-        depth_single_blocks=depth["single_blocks"],
-        axes_dim=(hidden,),
-        guidance_embed=True,
-    )
+    text = size.get("vec", 768), size.get("context", 4096)
+    return FluxConfig(64, 64, *text, hidden, mlp, 1, *depth.values(), axes_dim=(hidden,), guidance_embed=True)
 
 
 def _width(file: LoraFile, key: str, axis: int) -> int:
     """One side of a matrix. Errors: ValueError if the tensor is none"""
-    if len(shape := file.stored[key].shape) != 2:
+    if len(shape := file.tensors[key].shape) != 2:
         raise ValueError(f"{file.path} has {key} of shape {shape}; a LoRA's halves have two dimensions")
     return shape[axis]
 
