@@ -191,7 +191,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """
     path = Path(path)
     if not path.is_file():  # a pipe would never end
-        raise ValueError(f"{path} is no file; name one that is")
+        raise ValueError(f"{path} cannot be read (it is no file); name one that is")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
