@@ -1,7 +1,7 @@
 """The FLUX.1 transformer (MMDiT): two streams of tokens, text and image, that attend to each other.
 
-Letters: B batch, T text tokens, I image tokens of the target, R reference tokens, L tokens in all, D width, H heads,
-K head width, C width of the T5 tokens, V width of the CLIP vector. Parameter names are those of the released
+Letters: B batch, T text tokens, I image tokens of the target, R reference tokens, N both, L tokens in all, D width,
+H heads, K head width, C width of the T5 tokens, V width of the CLIP vector. Parameter names are those of the released
 checkpoints, so loading is strict and needs no renaming. Small parts first, the whole model last.
 torch.addcmul(x, gate, y) is x + gate * y in one pass over memory, a twelfth of a training step on a CPU.
 Source: black-forest-labs/flux@802fb47 model.py, modules/layers.py, math.py
@@ -148,10 +148,10 @@ class DoubleStreamBlock(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Let both streams exchange and think.
 
-        img: (B, I + R, D), txt: (B, T, D)
+        img: (B, N, D), txt: (B, T, D)
         vec: (B, D) conditioning
         attend: attention over text and image
-        Returns img (B, I + R, D) and txt (B, T, D)
+        Returns img (B, N, D) and txt (B, T, D)
         """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
