@@ -30,12 +30,16 @@ def run(config: SampleConfig) -> None:
     from tqdm import tqdm
 
     from iclora.pipeline import Pipeline
-    from iclora.plan import make_plan
+    from iclora.plan import Plan, make_plan
     from iclora.record import compare, describe, save, save_sheet
 
     notes: list[str] = []
-    requests = read_jobs(config) if config.jobs else [config]
-    plans = [make_plan(request, notes.append) for request in requests]  # a mistake is one line, without notes before it
+    plans: list[Plan] = []
+    for source, request in (read_jobs(config) if config.jobs else {"": config}).items():
+        try:
+            plans.append(make_plan(request, notes.append))  # a mistake is one line, without notes before it
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}" if source else str(error)) from None
     for line in dict.fromkeys(notes):
         note(line)
     pipeline = Pipeline(config, note)

@@ -423,7 +423,7 @@ def records() -> Iterator[Case]:
         "closed nesting": b'{"config": {"panels": ' + DEEP + b"]" * len(DEEP) + b"}}",
         "two objects": whole + whole,
         "UTF-16": whole.decode().encode("utf-16"),
-        "12 megabytes": whole + b" " * 12_000_000,
+        "101 megabytes": whole + b" " * 101_000_000,
         "a number of 5,000 digits": b'{"config": {"seed": ' + b"9" * 5000 + b"}}",
     }
     for name, data in contents.items():
