@@ -35,7 +35,7 @@ def run(config: SampleConfig) -> None:
 
     notes: list[str] = []
     plans: list[Plan] = []
-    for source, request in (read_jobs(config) if config.jobs else {"": config}).items():
+    for source, request in (read_jobs(config) if config.jobs is not None else {"": config}).items():
         try:
             plans.append(make_plan(request, notes.append))  # a mistake is one line, without notes before it
         except ValueError as error:
@@ -44,7 +44,7 @@ def run(config: SampleConfig) -> None:
         note(line)
     pipeline = Pipeline(config, note)
     composites = []
-    if config.jobs:
+    if config.jobs is not None:
         pipeline.read_captions(plans)
     for plan in plans:
         record = describe(plan)
@@ -55,7 +55,7 @@ def run(config: SampleConfig) -> None:
                 for path in save(result, record, folder):
                     print(os.fsencode(path).decode(errors="backslashreplace"))
                 composites.append(result.composite)
-    if config.jobs:
+    if config.jobs is not None:
         print(save_sheet(composites, folder))
 
 

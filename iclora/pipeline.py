@@ -133,7 +133,7 @@ class Pipeline:
 
         Errors: ValueError if the transformer was made for other encoders
         """
-        plans = [plan for plan in plans if text_key(plan) not in self.texts]
+        plans = list({text_key(plan): plan for plan in plans if text_key(plan) not in self.texts}.values())
         if not plans:
             return
         files, config = plans[0].files, plans[0].config
