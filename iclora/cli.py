@@ -35,18 +35,23 @@ def guard(work: Callable[[], int | None], memory_advice: str = "use a machine wi
             status = work() or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
+    except (Exception, KeyboardInterrupt) as error:
+        return _explain(error, memory_advice)
+
+
+def _explain(error: BaseException, memory_advice: str) -> int:
+    """Write one line about what ended a command, and give its exit status; bugs are raised again."""
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
         return 0
-    except KeyboardInterrupt as stop:
-        sys.stderr.write(f"{plain(str(stop)) or 'interrupted; what was finished is saved'}\n")
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write(f"{plain(str(error)) or 'interrupted; what was finished is saved'}\n")
         return 130
-    except (ValueError, OSError) as error:
+    if isinstance(error, ValueError | OSError):
         return complain(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
-            raise
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
         return complain(f"memory ran out; {memory_advice}")
+    raise error
 
 
 def complain(line: str) -> int:

@@ -167,7 +167,8 @@ class Pipeline:
         self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
         for lora, strength in plan.loras:
             self.note(str(load_lora(self.flux, lora, strength)))
-        merge(self.flux)
+        if plan.loras:
+            merge(self.flux)
         self.loaded = wanted
 
 
@@ -244,7 +245,7 @@ def start(
     dtype = getattr(torch, config.dtype)  # rounds the noise as the official sampler does; x itself is float32
     x = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)
     ts = times(config.steps, tokens=x.shape[1], shift=plan.defaults.shift, schedule=config.schedule)
-    ts = drafted_start(ts, config.strength)
+    ts = drafted_start(ts, config.strength) if config.strength < 1 else ts
     keep = keep_clean(data, mask) if plan.condition == "clean" else keep_known(data, x, mask)
 
     def after_step(x: Tensor, t_next: float) -> Tensor:

@@ -169,7 +169,7 @@ KOHYA = FILES / "kohya.safetensors"
             (FILES / "diffusers_all_linears.safetensors", "OUT", "--to", "kohya"),
             "kohya dialect has no place for rows 0",
         ),
-        (("none.safetensors", "OUT", "--to", "kohya"), "none.safetensors is no file"),
+        (("none.safetensors", "OUT", "--to", "kohya"), "none.safetensors cannot be read"),
         ((FLUX["dev"], "OUT", "--to", "kohya"), "holds a FLUX.1 transformer, not a LoRA"),
         ((FILES / "refuse_dora.safetensors", "OUT", "--to", "kohya"), "DoRA"),
         ((FILES / "refuse_missing_half.safetensors", "OUT", "--to", "kohya"), "without its lora_B"),

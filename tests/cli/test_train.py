@@ -214,7 +214,7 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--model", "{sets}"], "sets lacks flux1-*.safetensors"),
     (["--batch", "4", "--accumulate", "3"], "a batch of 4 cannot be cut for 1 processes and --accumulate 3"),
     (["--targets", "attention"], "LoRA target 'attention' means no Linear of this model; did you mean"),
-    (["--init-lora", "nowhere.safetensors"], "nowhere.safetensors is no file"),
+    (["--init-lora", "nowhere.safetensors"], "nowhere.safetensors cannot be read"),
     (["--init-lora", "{model}/ae.safetensors"], "holds a FLUX.1 autoencoder, not a LoRA"),
     (["--grid", "2by2"], "grid '2by2' is not ROWSxCOLS"),
     (["--grid", "3x1"], "has 2 panels, but its 3x1 grid takes 3"),
