@@ -438,7 +438,9 @@ def jobs(folder, *rows):
     return str(folder / "jobs.jsonl")
 
 
-def test_a_job_makes_what_its_rows_alone_would_make_and_loads_every_network_once(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("short", [False, True], ids=["plenty", "short"])
+def test_a_job_makes_what_its_rows_alone_would_make_and_loads_every_network_once(tmp_path, monkeypatch, capsys, short):
+    """Also where memory is short, as all captions are read before the transformer loads."""
     Image.effect_noise((50, 40), 90).convert("RGB").save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     alone = tmp_path / "alone"
@@ -446,6 +448,8 @@ def test_a_job_makes_what_its_rows_alone_would_make_and_loads_every_network_once
         words = [[flag(name), *(value if isinstance(value, list) else [str(value)])] for name, value in row.items()]
         assert run(alone, "--guidance", "2", *itertools.chain(*words)) == 0
     loaded, out = [], tmp_path / "out"
+    if short:
+        monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
     for name in ("load_text_encoders", "load_autoencoder", "load_flux"):
         real = getattr(pipeline, name)
         monkeypatch.setattr(pipeline, name, lambda *args, n=name, real=real: loaded.append(n) or real(*args))
