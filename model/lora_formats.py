@@ -341,6 +341,7 @@ def check_shapes(file: LoraFile, shapes: Shapes) -> list[slice]:
             raise ValueError(f"{file.path} has {key}, but this model has no {entry.module}; it is for another")
         if not shape or not shape[0]:
             raise ValueError(f"{file.path} has {key} of shape {shape}, so of rank 0")
+        _scale(file, entry, shape[0], None)  # refuses settings that do not fit
         rows = slice_of(entry.part, shapes[entry.module])
         outputs, rank = rows.stop - rows.start, shape[0]
         wanted = {"down": (rank, shapes[entry.module][1]), "up": (outputs, rank), "bias": (outputs,), "alpha": ()}
