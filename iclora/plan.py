@@ -15,7 +15,7 @@ from model.lora import shapes
 from model.lora_formats import LoraFile, check_shapes, read_lora
 from model.weights import ModelFiles, examples_folder, find_model
 from sampling.flow import times
-from sampling.images import fit, open_picture, picture_size
+from sampling.images import fit, open_picture, picture_size, to_rgb
 from sampling.inpaint import drafted_start
 
 from .config import UNO, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
@@ -341,7 +341,7 @@ def _name(item: str | Path | Image.Image) -> str:
 def read_source(item: str | Path | Image.Image) -> Source:
     """Read a picture from a file, or take one that Python made. Errors: ValueError in one line if it cannot be read"""
     if isinstance(item, Image.Image):
-        picture = item.convert("RGB")
+        picture = to_rgb(item)
         return Source("a PIL image", hashlib.sha256(picture.tobytes()).hexdigest(), picture)
     picture = open_picture(item)
     return Source(os.path.abspath(item), hashlib.sha256(Path(item).read_bytes()).hexdigest(), picture)

@@ -42,7 +42,7 @@ def open_picture(path: str | Path) -> Image.Image:
         file.seek(0)
         with Image.open(file, formats=FORMATS) as picture, _quiet_libtiff() if kind == "TIFF" else nullcontext():
             picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            return to_rgb(picture)
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -215,8 +215,9 @@ def _check_rgb(picture: Image.Image) -> None:
         raise ValueError(f"picture has mode {picture.mode}, not RGB; read it with open_picture, which converts")
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert any mode to opaque 8-bit RGB, without the metadata."""
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert any mode to upright, opaque 8-bit RGB, without the metadata."""
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _to_eight_bit(picture)
     if picture.has_transparency_data:
