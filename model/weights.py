@@ -17,7 +17,7 @@ from .autoencoder import AutoEncoder
 from .checkpoint import FLOATS, Checkpoint, file_in, mismatch, open_checkpoint
 from .flux import Flux
 
-CHUNK = 2**28  # bytes that are mapped at a time where tensors are cast, as mapped pages count as memory too
+CHUNK = 2**26  # bytes that are mapped at a time where tensors are cast, as mapped pages count as memory too
 PARTS = {
     "flux": "flux1-*.safetensors",
     "autoencoder": "ae.safetensors",
