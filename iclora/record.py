@@ -88,8 +88,8 @@ def compare(record: dict[str, Any], old: dict[str, Any], name: str, note: Note) 
     def hashes(record: dict[str, Any]) -> list[tuple]:
         return [(entry["panel"], entry["sha256"]) for entry in record["inputs"]]
 
-    if old.keys() == {"config"}:  # of a picture, which knows no more
-        return
+    if old.keys() == {"config"}:
+        return note(f"{name} does not say which panels, references and LoRAs it was made with; the JSON beside it does")
     try:
         others = {
             "pictures": hashes(old) != hashes(record),

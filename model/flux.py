@@ -101,11 +101,6 @@ class SelfAttention(nn.Module):
         return split_heads(self.qkv(x), self.norm, self.heads)
 
 
-def join(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Put tokens behind others: their queries, keys and values, each (B, H, L, K)."""
-    return tuple(torch.cat(pair, dim=2) for pair in zip(first, second, strict=True))
-
-
 class MLPEmbedder(nn.Module):
     def __init__(self, in_dim: int, hidden: int):
         super().__init__()
@@ -162,11 +157,9 @@ class DoubleStreamBlock(nn.Module):
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
         # each stream makes its queries, keys and values; one attention goes over both, text first
-        qkv = join(
-            self.txt_attn.qkv_heads(modulated_norm(txt, txt_shift1, txt_scale1)),
-            self.img_attn.qkv_heads(modulated_norm(img, img_shift1, img_scale1)),
-        )
-        attn = attend(*qkv)
+        txt_qkv = self.txt_attn.qkv_heads(modulated_norm(txt, txt_shift1, txt_scale1))
+        img_qkv = self.img_attn.qkv_heads(modulated_norm(img, img_shift1, img_scale1))
+        attn = attend(*(torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)))
         txt_attn, img_attn = attn.split((txt.shape[1], img.shape[1]), dim=1)
 
         # back into the image stream

@@ -411,7 +411,7 @@ def test_the_readmes_first_command_makes_its_picture_in_time(tmp_path):
     for panel, corner in ((1, (0, 0)), (2, (64, 0)), (4, (64, 64))):
         given = fit(open_picture(examples_folder() / "2x2" / f"{panel}.png"), 64, 64)
         assert composite.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == given.tobytes()
-    shown = Image.open(ROOT / "docs" / "pictures" / "first.png")
+    shown = Image.open(ROOT / "tests" / "fixtures" / "pictures" / "first.png")
     assert json.loads(shown.text["config"]) == json.loads(composite.text["config"])
 
 
