@@ -30,17 +30,21 @@ def run(config: SampleConfig) -> None:
     from tqdm import tqdm
 
     from iclora.pipeline import Pipeline
-    from iclora.plan import make_plan
+    from iclora.plan import Plan, make_plan
     from iclora.record import compare, describe, save, save_sheet
 
     notes: list[str] = []
-    requests = read_jobs(config) if config.jobs else [config]
-    plans = [make_plan(request, notes.append) for request in requests]  # a mistake is one line, without notes before it
+    plans: list[Plan] = []
+    for source, request in (read_jobs(config) if config.jobs is not None else {"": config}).items():
+        try:
+            plans.append(make_plan(request, notes.append))  # a mistake is one line, without notes before it
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}" if source else str(error)) from None
     for line in dict.fromkeys(notes):
         note(line)
     pipeline = Pipeline(config, note)
     composites = []
-    if config.jobs:
+    if config.jobs is not None:
         pipeline.read_captions(plans)
     for plan in plans:
         record = describe(plan)
@@ -51,7 +55,7 @@ def run(config: SampleConfig) -> None:
                 for path in save(result, record, folder):
                     print(os.fsencode(path).decode(errors="backslashreplace"))
                 composites.append(result.composite)
-    if config.jobs:
+    if config.jobs is not None:
         print(save_sheet(composites, folder))
 
 

@@ -122,7 +122,7 @@ def stop_between_steps() -> Iterator[list[int]]:
     def handle(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("interrupted; the same command goes on from the last checkpoint")
         os.write(2, b"\nstopping after this step; once more stops at once, at the cost of the steps since the save\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import Field, fields, replace
 from io import BytesIO
 from pathlib import Path
@@ -28,24 +29,29 @@ def guard(work: Callable[[], int | None], memory_advice: str = "use a machine wi
     memory_advice: what helps when memory runs out
     Returns 0 done, also where a closed pipe stopped the telling; 2 a mistake or no memory; 130 interrupted
     """
+    status = 0
     try:
-        status = work() or 0
+        with suppress(SystemExit):  # after --help
+            status = work() or 0
         sys.stdout.flush()
         return status
-    except SystemExit:  # after --help
-        return 0
-    except BrokenPipeError:
+    except (Exception, KeyboardInterrupt) as error:
+        return _explain(error, memory_advice)
+
+
+def _explain(error: BaseException, memory_advice: str) -> int:
+    """Write one line about what ended a command, and give its exit status; bugs are raised again."""
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
         return 0
-    except KeyboardInterrupt as stop:
-        sys.stderr.write(f"{plain(str(stop)) or 'interrupted; what was finished is saved'}\n")
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write(f"{plain(str(error)) or 'interrupted; what was finished is saved'}\n")
         return 130
-    except (ValueError, OSError) as error:
+    if isinstance(error, ValueError | OSError):
         return complain(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
-            raise
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
         return complain(f"memory ran out; {memory_advice}")
+    raise error
 
 
 def complain(line: str) -> int:
@@ -138,12 +144,13 @@ def typed(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def read_jobs(config: Config) -> list[Config]:
+def read_jobs(config: Config) -> dict[str, Config]:
     """Read a list of requests, a JSON object of options a row; each row is laid over the command line's options.
 
+    Returns each by the name of its line
     Errors: ValueError naming the line
     """
-    path, jobs = Path(config.jobs), []
+    path, jobs = Path(config.jobs), {}
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
@@ -161,7 +168,7 @@ def read_jobs(config: Config) -> list[Config]:
         if shared := row.keys() & {"model", "device", "dtype", "out", "jobs", "config"}:
             raise ValueError(f"{source} sets {min(shared)}, which holds for the whole job; give {flag(min(shared))}")
         try:
-            jobs.append(replace(config, **typed(type(config), row, source)))
+            jobs[source] = replace(config, **typed(type(config), row, source))
         except ValueError as error:
             raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
     if not jobs:

@@ -80,8 +80,10 @@ class Pipeline:
         """Make one set.
 
         options: those of sample.py by name, references being another name for ref; paths or PIL images
-        Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option
+        Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option, or one of load
         """
+        if fixed := options.keys() & {"model", "device", "dtype"}:
+            raise TypeError(f"{min(fixed)} is that of all requests; give it to Pipeline.load")
         options["ref"] = options.pop("references", options.get("ref", ()))
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         (result,) = self.run(make_plan(replace(self.config, **options, num=1), self.note))
@@ -131,7 +133,7 @@ class Pipeline:
 
         Errors: ValueError if the transformer was made for other encoders
         """
-        plans = [plan for plan in plans if text_key(plan) not in self.texts]
+        plans = list({text_key(plan): plan for plan in plans if text_key(plan) not in self.texts}.values())
         if not plans:
             return
         files, config = plans[0].files, plans[0].config
@@ -165,7 +167,8 @@ class Pipeline:
         self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
         for lora, strength in plan.loras:
             self.note(str(load_lora(self.flux, lora, strength)))
-        merge(self.flux)
+        if plan.loras:
+            merge(self.flux)
         self.loaded = wanted
 
 
@@ -242,7 +245,7 @@ def start(
     dtype = getattr(torch, config.dtype)  # rounds the noise as the official sampler does; x itself is float32
     x = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)
     ts = times(config.steps, tokens=x.shape[1], shift=plan.defaults.shift, schedule=config.schedule)
-    ts = drafted_start(ts, config.strength)
+    ts = drafted_start(ts, config.strength) if config.strength < 1 else ts
     keep = keep_clean(data, mask) if plan.condition == "clean" else keep_known(data, x, mask)
 
     def after_step(x: Tensor, t_next: float) -> Tensor:

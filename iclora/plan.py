@@ -15,7 +15,7 @@ from model.lora import shapes
 from model.lora_formats import LoraFile, check_shapes, read_lora
 from model.weights import ModelFiles, examples_folder, find_model
 from sampling.flow import times
-from sampling.images import fit, open_picture, picture_size
+from sampling.images import fit, open_picture, picture_size, to_rgb
 from sampling.inpaint import drafted_start
 
 from .config import UNO, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
@@ -76,7 +76,8 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     generated = parse_mask(config.mask, layout.panels)
     if not generated:
         raise ValueError("the mask is empty, so there is nothing to generate; name panels with --mask, such as 3")
-    drafted_start(times(config.steps, tokens=layout.tokens_high * layout.tokens_wide), config.strength)
+    if config.strength < 1:
+        drafted_start(times(config.steps, tokens=1), config.strength)  # refuses one that leaves no step
     if defaults.name == "tiny":
         note_unknown_shapes(layout, files.name, defaults.panel, note)
 
@@ -85,9 +86,12 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     kept, drafts = read_panels(config, layout, generated, panels, note)
     layout, references = read_references(config, layout, files) if config.ref else (layout, ())
     modes = [mode_of(loras, name, *values) for name, values in MODES.items()]
-    if references and modes[-1] == "panel":
-        raise ValueError("a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out")
-    texts_of(caption, layout.rows, layout.cols, modes[-1])  # refuses a caption that cannot be taken apart
+    if modes[-1] == "panel":
+        if references:
+            raise ValueError(
+                "a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out"
+            )
+        texts_of(caption, layout.rows, layout.cols, modes[-1])  # refuses a caption that cannot be taken apart
     return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes)
 
 
@@ -337,7 +341,7 @@ def _name(item: str | Path | Image.Image) -> str:
 def read_source(item: str | Path | Image.Image) -> Source:
     """Read a picture from a file, or take one that Python made. Errors: ValueError in one line if it cannot be read"""
     if isinstance(item, Image.Image):
-        picture = item.convert("RGB")
+        picture = to_rgb(item)
         return Source("a PIL image", hashlib.sha256(picture.tobytes()).hexdigest(), picture)
     picture = open_picture(item)
     return Source(os.path.abspath(item), hashlib.sha256(Path(item).read_bytes()).hexdigest(), picture)

@@ -88,8 +88,8 @@ def compare(record: dict[str, Any], old: dict[str, Any], name: str, note: Note) 
     def hashes(record: dict[str, Any]) -> list[tuple]:
         return [(entry["panel"], entry["sha256"]) for entry in record["inputs"]]
 
-    if old.keys() == {"config"}:  # of a picture, which knows no more
-        return
+    if old.keys() == {"config"}:
+        return note(f"{name} does not say which panels, references and LoRAs it was made with; the JSON beside it does")
     try:
         others = {
             "pictures": hashes(old) != hashes(record),
@@ -138,17 +138,25 @@ def save_as(stem: str, result: Result, record: dict[str, Any], folder: Path) -> 
     text = {"prompt": config["prompt"], "config": json.dumps({"model": record["model"]["name"], **config})}
     names = {panel: f"{stem}-panel-{panel}.png" for panel in result.panels}
     record = {**record, "outputs": {"composite": f"{stem}.png", "panels": names}}
+    files = {name: to_png(picture, text) for name, picture in paths.items()}
+    files[f"{stem}.json"] = json.dumps(record, indent=2) + "\n"
     written: list[Path] = []
     try:
-        for name, picture in paths.items():
-            write_new(folder / name, to_png(picture, text))
+        for name, data in files.items():
             written.append(folder / name)
-        write_new(folder / f"{stem}.json", json.dumps(record, indent=2) + "\n")
-        return [*written, folder / f"{stem}.json"]
-    except BaseException:  # Ctrl-C included
-        for path in written:
-            path.unlink(missing_ok=True)
+            write_new(folder / name, data)
+        return written
+    except FileExistsError:  # the last one is somebody else's
+        _remove(written[:-1])
         raise
+    except BaseException:  # Ctrl-C included
+        _remove(written)
+        raise
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def save_sheet(composites: list[Image.Image], folder: Path) -> Path:

@@ -92,7 +92,7 @@ def fitted(size: tuple[int, int], long_side: int, name: str = "a reference") -> 
 def image_ids(layout: Layout, mode: str, scale: float) -> Tensor:
     """Give the positions of the target's tokens and, behind them, of the references', see reference_ids.
 
-    Returns ids: (1, I + R, 3)
+    Returns ids: (1, N, 3), N being I and R together
     """
     target = layout.tokens_high, layout.tokens_wide
     sizes = [(height // TOKEN, width // TOKEN) for width, height in layout.references]

@@ -51,7 +51,7 @@ class TrainingPlan:
     """Everything that is settled before a network loads.
 
     config: with nothing left undecided
-    fingerprint: of what is learnt from, see iclora.feed
+    fingerprint: of what is learnt from, see iclora.loader.fingerprints
     train_on: the command that trains on from the run's LoRA, in a run of its own
     """
 

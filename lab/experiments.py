@@ -18,13 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from iclora.cache import fingerprint
-from iclora.checkpoint import CHECKPOINT, RESULT, write_atomic
+from iclora.checkpoint import CHECKPOINT, RESULT
 from lab.benchmarks.rounds import take_turns
-from model.checkpoint import save_safetensors
+from model.checkpoint import fingerprint, save_safetensors, write_atomic
 from model.flux import Flux
 from model.lora import attach, load_lora, merge
-from model.weights import find_model, read_flux_config
+from model.weights import find_model
 
 from . import entry
 from .arms import EXPERIMENTS, FITTING, Experiment, Training
@@ -130,7 +129,7 @@ def draw_data(training: Training, work: Path) -> Path:
 def fitting_rank(model: str) -> str:
     """The largest rank, in steps of 8 up to 128, with which a UNO LoRA of a model may be bundled."""
     with torch.device("meta"):
-        flux = Flux(read_flux_config(find_model(model).flux))
+        flux = Flux(find_model(model).flux.config)
     of_one = sum(p.numel() for p in attach(flux, "uno", 1, generator=torch.Generator("cpu")))
     return str(min(128, max(8, BUNDLE // (2 * of_one) // 8 * 8)))
 
@@ -142,7 +141,7 @@ def load_ruler(model: str) -> Ruler:
     """The reader of a model, and CLIP and DINOv2 where it has them."""
     files = find_model(model)
     eyes = load_eyes(model) if (files.root / "clip").is_dir() and (files.root / "dinov2").is_dir() else None
-    return Ruler(load_reader(files.flux.parent / "truth" / "model.safetensors"), eyes)
+    return Ruler(load_reader(files.root / "truth" / "model.safetensors"), eyes)
 
 
 def judge_one(judge: Judge, task: str, lora: Path | None, ruler: Ruler, args: argparse.Namespace) -> Found:

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from model.autoencoder import AutoEncoder
-from model.checkpoint import Checkpoint, fill, read_header, read_json
+from model.checkpoint import read_header, read_json
 from model.weights import find_model
 
 from .captions import panel_prompt
@@ -71,10 +72,14 @@ def _load(kind: type, config: type, folder: Path) -> nn.Module:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} has no {path.name}; make it with python -m lab.train_eyes")
+    read_header(path)  # refuses a damaged file by name
     module = kind(config.from_dict(read_json(folder / "config.json")))
     names = {hub_name(name): name for name in module.state_dict()}
-    stored = {names.get(name, name): tensor for name, tensor in read_header(path)[0].items()}
-    return fill(module, Checkpoint(str(path), stored), "cpu", torch.float32)
+    try:
+        module.load_state_dict({names.get(name, name): tensor.float() for name, tensor in load_file(path).items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its config.json: {' '.join(str(error).split())[:200]}") from None
+    return module.requires_grad_(False).eval()
 
 
 def hub_name(name: str) -> str:

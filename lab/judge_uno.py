@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from iclora.config import REFERENCE_GUIDANCE
-from iclora.references import TRAINED
+from iclora.references import TRAINED_WITH
 from sampling.images import to_tensor
 
 from .eyes import OPTIONS, Eyes, clip_image_features, clip_text_features, dino_features, twin, with_subject
@@ -64,7 +64,7 @@ def make_pictures(
     networks: Networks, about: dict[str, str], pairs: Sequence[Pair], references: Sequence[Sequence[Image.Image]]
 ) -> Tensor:
     """Make a picture for the prompt of every pair, in the ways that a LoRA was trained in."""
-    ways = {name: kind(about[f"iclora.{name}"]) for name, kind in TRAINED.items() if f"iclora.{name}" in about}
+    ways = {name: kind(about[f"iclora.{name}"]) for name, kind in TRAINED_WITH.items() if f"iclora.{name}" in about}
     prompts, seeds = [pair.prompt for pair in pairs], list(range(len(pairs)))
     return generate(networks, prompts, (1, 1), seeds, guidance=REFERENCE_GUIDANCE, references=references, **ways)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iclora.checkpoint import write_atomic
+from model.checkpoint import write_atomic
 
 from . import entry
 from .captions import panel_prompt

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from iclora.checkpoint import write_atomic
+from model.checkpoint import write_atomic
 
 from . import entry
 from .captions import joint_caption, silent_caption

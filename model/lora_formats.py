@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import FLOATS, WANTED, Stored, file_in, kind, read_header, read_json, save_safetensors
@@ -76,6 +76,7 @@ ROLES = re.compile(
 TEXT_ENCODER = re.compile(
     r"^(text_encoders?(_\d)?\.|lora_te\d?_|lycoris_text_|clip_[lg]\.|t5xxl\.|(base_model\.model\.)?text_model\.)"
 )
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # PEFT's settings, and its exceptions from them
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways of PEFT's to start a LoRA
 REFUSED = (
     ("DoRA magnitudes", r"dora_scale|lora_magnitude_vector"),
@@ -151,8 +152,8 @@ class LoraReport:
     def __str__(self) -> str:
         ranks, scales = "-".join(map(str, self.ranks)), "-".join(f"{scale:.4g}" for scale in self.scales)
         skipped = f", {len(self.skipped)} of text encoders skipped" if self.skipped else ""
-        numbers = f"{self.modules} modules, rank {ranks}, scale {scales}, 0 keys unused{skipped}"
-        return f"{Path(self.path).name}: {self.dialect} names, {numbers}"
+        what = f"{self.modules} modules, rank {ranks}, scale {scales}, 0 keys unused{skipped}"
+        return f"{Path(self.path).name}: {self.dialect} names, {what}"
 
 
 # names
@@ -180,10 +181,8 @@ def locate(name: str) -> Entry | None:
 
 def names_in(dialect: str, module: str) -> list[tuple[str, str]]:
     """List the names that a dialect which is written has for one Linear, each with its part."""
-    pattern, number = template(module)
-    return [
-        (name.format(number), part) for name, (official, part) in DIALECTS[dialect][0].items() if official == pattern
-    ]
+    (pattern, number), table = template(module), DIALECTS[dialect][0].items()
+    return [(name.format(number), part) for name, (official, part) in table if official == pattern]
 
 
 def slice_of(part: str, shape: tuple[int, int]) -> slice:
@@ -212,8 +211,8 @@ def lora_file(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     names = ("adapter_model.safetensors", "lora.safetensors")  # PEFT's, and that of our runs, beside a checkpoint
-    known = next((path / name for name in names if (path / name).is_file()), None)
-    if not (file := known or file_in(path, "*.safetensors")):
+    file = next((path / name for name in names if (path / name).is_file()), None) or file_in(path, "*.safetensors")
+    if file is None:
         raise ValueError(f"{path} holds no LoRA, no .safetensors file; name the file")
     return file
 
@@ -277,27 +276,23 @@ def _settings(path: Path, metadata: dict[str, str]) -> dict:
     odd += [f"peft_type {settings['peft_type']}"] if settings.get("peft_type", "LORA") != "LORA" else []
     if odd:
         raise ValueError(f"{path} is configured with {odd[0]}, so it is no plain LoRA and is not applied")
-    if (start := str(settings.get("init_lora_weights")).lower()).startswith(CHANGES_BASE):
-        raise ValueError(
-            f"{path} was trained beside a base that {start} changed, which the file does not hold; convert it to a "
-            "plain LoRA in PEFT"
-        )
-    return settings | {name: _patterns(path, settings, name) for name in ("rank_pattern", "alpha_pattern")}
+    if (init := str(settings.get("init_lora_weights")).lower()).startswith(CHANGES_BASE):
+        base = f"a base that {init} changed, which the file does not hold"
+        raise ValueError(f"{path} was trained beside {base}; convert it to a plain LoRA in PEFT")
+    return settings and settings | {name: _globs(path, settings, name) for name in PATTERNS.values()}
 
 
-def _patterns(path: Path, settings: dict, name: str) -> dict[str, tuple[int, object]]:
-    """PEFT's patterns, rewritten for fnmatch with ^ kept, as no regular expression of a file is run; each with its
-    number, as the first match counts. Errors: ValueError for what is no such table"""
-    table: dict[str, tuple[int, object]] = {}
-    patterns = settings.get(name) or {}
+def _globs(path: Path, settings: dict, name: str) -> dict[str, object]:
+    """Rewrite PEFT's patterns for fnmatch, ^ kept, as no file's regular expression is run. Errors: ValueError"""
+    globs, patterns = {}, settings.get(name) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{path} has a damaged rank_pattern or alpha_pattern in its PEFT configuration")
-    for number, (pattern, value) in enumerate(patterns.items()):
+    for pattern, value in patterns.items():
         glob = pattern.removesuffix("$").replace(r"\.", ".").replace(".*", "*")
         if not re.fullmatch(r"\^?[\w.*-]+", glob):
-            raise ValueError(f"{path} has {pattern[:80]!r} in its {name}, no valid pattern; names with .* are")
-        table.setdefault(glob, (number, value))
-    return table
+            raise ValueError(f"{path} has {pattern[:80]!r} in its {name}, no valid pattern; names, with .* too, are")
+        globs.setdefault(glob, value)
+    return globs
 
 
 def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> float:
@@ -305,26 +300,22 @@ def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> floa
 
     Errors: ValueError if both are there, or the configuration does not fit
     """
-    if alpha is not None and file.settings:
+    key, settings = entry.keys["down"], file.settings
+    if alpha is not None and settings:
         raise ValueError(f"{file.path} has {entry.keys['alpha']} and a PEFT configuration; nobody knows which counts")
-    if not file.settings:
+    if not settings:
         return 1.0 if alpha is None else alpha / rank
     words = entry.name.split(".")
-    endings = ["^" + entry.name, *(".".join(words[i:]) for i in range(len(words)))]  # a pattern means one of these
-    values = {}
-    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        table = file.settings[patterns]
-        hits = [table[ending] for ending in endings if ending in table]
-        hits += [table[glob] for glob in table if "*" in glob and any(fnmatchcase(end, glob) for end in endings)]
-        value = min(hits, key=lambda hit: hit[0])[1] if hits else file.settings.get(name)
+    names = {"^" + entry.name, *(".".join(words[i:]) for i in range(len(words)))}  # a pattern means one of these
+    for setting, patterns in PATTERNS.items():
+        globs = settings[patterns]  # the first that matches counts
+        match = next((g for g in globs if g in names or "*" in g and any(fnmatchcase(n, g) for n in names)), None)
+        value = settings.get(setting) if match is None else globs[match]
         if not isinstance(value, int | float) or not 0 < value < 1e6:
-            raise ValueError(f"{file.path} gives {entry.name} the {name} {str(value)[:40]}, no positive number")
-        values[name] = value
-    if values["r"] != rank:
-        raise ValueError(
-            f"{file.path} says rank {values['r']} for {entry.name}, but {entry.keys['down']} has rank {rank}"
-        )
-    return values["lora_alpha"] / (rank**0.5 if file.settings.get("use_rslora") else rank)
+            raise ValueError(f"{file.path} gives {entry.name} the {setting} {str(value)[:40]}, no positive number")
+        if setting == "r" and value != rank:
+            raise ValueError(f"{file.path} says rank {value} for {entry.name}, but {key} has rank {rank}")
+    return value / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def check_shapes(file: LoraFile, shapes: Shapes) -> list[slice]:
@@ -341,6 +332,7 @@ def check_shapes(file: LoraFile, shapes: Shapes) -> list[slice]:
             raise ValueError(f"{file.path} has {key}, but this model has no {entry.module}; it is for another")
         if not shape or not shape[0]:
             raise ValueError(f"{file.path} has {key} of shape {shape}, so of rank 0")
+        _scale(file, entry, shape[0], None)  # refuses settings that do not fit
         rows = slice_of(entry.part, shapes[entry.module])
         outputs, rank = rows.stop - rows.start, shape[0]
         wanted = {"down": (rank, shapes[entry.module][1]), "up": (outputs, rank), "bias": (outputs,), "alpha": ()}
@@ -362,11 +354,7 @@ def read_deltas(file: LoraFile, shapes: Shapes) -> list[Delta]:
     Errors: ValueError that names the key, for what check_shapes refuses and values that are not finite
     """
     slices, deltas = check_shapes(file, shapes), []
-    try:
-        data = safe_open(file.path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file.path} has a damaged header ({error}); download it again") from None
-    with data:
+    with safe_open(file.path, framework="pt") as data:
         for entry, rows in zip(file.entries, slices, strict=True):
             tensors = {role: data.get_tensor(key) for role, key in entry.keys.items()}
             for role, tensor in tensors.items():
@@ -411,11 +399,19 @@ def write_lora(
         check_named(dialect, delta.module, shapes[delta.module], delta.rows, delta.bias is not None)
         modules.setdefault(delta.module, []).append(delta)
     tensors: dict[str, Tensor] = {}
+    _, a, b = DIALECTS[dialect]
     for module, changes in modules.items():
         for name, part in names_in(dialect, module):
             rows = slice_of(part, shapes[module])
-            if inside := [d for d in changes if d.rows.start < rows.stop and rows.start < d.rows.stop]:
-                tensors |= _tensors(dialect, name, part, _join(inside, rows))
+            inside = [delta for delta in changes if delta.rows.start < rows.stop and rows.start < delta.rows.stop]
+            if not inside:
+                continue
+            joined = _join(inside, rows, fold=dialect != "kohya")
+            ups = {f"{name}.{b}.weight": joined.up, f"{name}.{b}.bias": joined.bias}
+            tensors[f"{name}.{a}.weight"] = joined.down
+            tensors |= {k: swap(t) if part == "swapped" else t for k, t in ups.items() if t is not None}
+            if dialect == "kohya":
+                tensors[f"{name}.alpha"] = torch.tensor(joined.scale * len(joined.down))
     # Where ranks differ, diffusers takes the first for everybody's alpha, so each says its own.
     # Source: huggingface/diffusers utils/peft_utils.py get_peft_kwargs
     ranks = {key: len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_A.weight")}
@@ -445,18 +441,19 @@ def _trim(delta: Delta) -> Delta:
     return replace(delta, rows=slice(delta.rows.start + start, delta.rows.start + stop), up=delta.up[start:stop])
 
 
-def _join(deltas: list[Delta], rows: slice) -> Delta:
+def _join(deltas: list[Delta], rows: slice, fold: bool) -> Delta:
     """Make one change of some rows, in float32: downs below each other, ups beside each other.
 
     A down that comes twice, as where a fused adapter was split, is used once; a rank that changes none of these
     rows, as in a block-sparse up, is dropped. So converting to and fro does not raise the rank.
-    Scales that differ are folded in.
+
+    fold: the scale into the up and the bias; it is also done where scales differ
     """
-    common = len({delta.scale for delta in deltas}) == 1
+    scale = 1.0 if fold or len({delta.scale for delta in deltas}) > 1 else deltas[0].scale
     pairs: dict[bytes, tuple[Tensor, Tensor]] = {}
     bias = None
     for delta in deltas:
-        factor = 1.0 if common else delta.scale
+        factor = 1.0 if delta.scale == scale else delta.scale
         edges = (delta.rows.start - rows.start, rows.stop - delta.rows.stop)  # to add, or to cut if negative
         down, up = delta.down.float(), F.pad(factor * delta.up.float(), (0, 0, *edges))
         key = down.numpy().tobytes()
@@ -466,15 +463,4 @@ def _join(deltas: list[Delta], rows: slice) -> Delta:
     down, up = torch.cat([down for down, _ in pairs.values()]), torch.cat([up for _, up in pairs.values()], dim=1)
     if (used := up.any(dim=0)).any():  # else it is fresh and keeps its rank
         down, up = down[used], up[:, used]
-    return Delta(deltas[0].module, rows, down, up, deltas[0].scale if common else 1.0, bias)
-
-
-def _tensors(dialect: str, name: str, part: str, delta: Delta) -> dict[str, Tensor]:
-    """Name the tensors of one adapter."""
-    _, a, b = DIALECTS[dialect]
-    if dialect == "kohya":
-        alpha = torch.tensor(delta.scale * len(delta.down))
-        return {f"{name}.{a}.weight": delta.down, f"{name}.{b}.weight": delta.up, f"{name}.alpha": alpha}
-    tensors = {f"{name}.{b}.weight": delta.up} | ({} if delta.bias is None else {f"{name}.{b}.bias": delta.bias})
-    tensors = {key: delta.scale * (swap(tensor) if part == "swapped" else tensor) for key, tensor in tensors.items()}
-    return {f"{name}.{a}.weight": delta.down} | tensors
+    return Delta(deltas[0].module, rows, down, up, scale, bias)

@@ -3,13 +3,14 @@
 Letters: B batch, T text tokens, C width of the T5 tokens, V width of the CLIP vector.
 """
 
+import os
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import open_checkpoint, read_json
+from .checkpoint import FLOATS, open_checkpoint, read_json
 from .flux import FluxConfig
 from .weights import ModelFiles
 
@@ -169,9 +170,12 @@ def _load(network: type, config: type, path: Path, kind: str, dtype: torch.dtype
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     checkpoint = open_checkpoint(path, kind)  # says by name what is damaged, quantised or something else
-    settings = path / "config.json" if path.is_dir() else Path()
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.dtype not in FLOATS and not re.search(EXTRAS[kind], key.removeprefix("text_model.")):
+            raise ValueError(f"{checkpoint.path} has {key} as {tensor.dtype}, which is no float of 16 bits or more")
+    settings = path / "config.json"  # beside a single file there is none
     try:
-        config = config.from_dict(read_json(settings) if settings.is_file() else KNOWN[kind])
+        config = config.from_dict(read_json(settings) if os.path.lexists(settings) else KNOWN[kind])
         config = getattr(config, "text_config", config)  # of a whole CLIP
         source = {"pretrained_model_name_or_path": path, "local_files_only": True, "use_safetensors": True}
         if not path.is_dir():

@@ -17,7 +17,7 @@ from .autoencoder import AutoEncoder
 from .checkpoint import FLOATS, Checkpoint, file_in, mismatch, open_checkpoint
 from .flux import Flux
 
-CHUNK = 2**28  # bytes that are mapped at a time where tensors are cast, as mapped pages count as memory too
+CHUNK = 2**26  # bytes that are mapped at a time where tensors are cast, as mapped pages count as memory too
 PARTS = {
     "flux": "flux1-*.safetensors",
     "autoencoder": "ae.safetensors",
@@ -51,14 +51,10 @@ def find_model(name: str) -> ModelFiles:
         transformer or the autoencoder is recognised as something else
     """
     name = str(name)
-    which = ("FLUX.1-schnell", "flux-schnell") if "schnell" in name.lower() else ("FLUX.1-dev", "flux-dev")
-    advice = f"a model folder holds {', '.join(PARTS.values())}; to get one: {DOWNLOAD.format(*which)}"
     place = _locate(name)
     if place is None:
-        raise ValueError(
-            f"there is no model {name[:80]!r} (models found: {', '.join(_models()) or 'none'}; looked in "
-            f"{', '.join(map(str, _places()))}); {advice}"
-        )
+        looked = f"models found: {', '.join(_models()) or 'none'}; looked in {', '.join(map(str, _places()))}"
+        raise ValueError(f"there is no model {name[:80]!r} ({looked}); {_advice(name)}")
     root = place if place.is_dir() else place.parent
     files = {
         "flux": file_in(place, PARTS["flux"]) if place.is_dir() else place,
@@ -73,11 +69,16 @@ def find_model(name: str) -> ModelFiles:
         if files[part] is not None:  # what is there is refused before what is missing is told
             files[part] = open_checkpoint(files[part], wanted)
     if missing:
-        raise ValueError(f"{root} lacks {', '.join(missing)}; {advice}")
+        raise ValueError(f"{root} lacks {', '.join(missing)}; {_advice(name)}")
     for part in ("clip", "t5", "clip_tokenizer", "t5_tokenizer"):
         if files[part].parent != root:
             files[part] = files[part].parent
     return ModelFiles(**files, root=root, name=root.resolve().name if place.is_dir() else place.stem)
+
+
+def _advice(name: str) -> str:
+    which = ("FLUX.1-schnell", "flux-schnell") if "schnell" in name.lower() else ("FLUX.1-dev", "flux-dev")
+    return f"a model folder holds {', '.join(PARTS.values())}; to get one: {DOWNLOAD.format(*which)}"
 
 
 def _places() -> list[Path]:

@@ -42,7 +42,7 @@ def open_picture(path: str | Path) -> Image.Image:
         file.seek(0)
         with Image.open(file, formats=FORMATS) as picture, _quiet_libtiff() if kind == "TIFF" else nullcontext():
             picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            return to_rgb(picture)
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -123,28 +123,40 @@ class _Refusal(ValueError):
 
 @contextmanager
 def _reading(path: str | Path) -> Iterator[io.BufferedReader]:
-    """Open a regular file and turn whatever its decoding raises into one line that names it."""
+    """Open a regular file and turn whatever its decoding raises into one line that names it.
+
+    Decoders of untrusted bytes raise OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError,
+    struct.error, zlib.error, MemoryError and more; for the user all of them mean that this file is no good.
+    """
     try:
-        if not Path(path).exists():
-            raise _Refusal("there is no such file; check the name")
-        if not Path(path).is_file():
-            raise _Refusal("it is a folder or a device; name one picture file")
-        if Path(path).stat().st_size == 0:
-            raise _Refusal("it is empty; export the picture again")
+        _check_file(Path(path))
         with open(path, "rb") as file:
             yield file
-    except _Refusal as error:
-        raise ValueError(f"cannot read {_shown(path)}: {error}") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"cannot read {_shown(path)}: {_TOO_LARGE}") from error
-    except Image.UnidentifiedImageError as error:
-        reason = f"not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or cut short or damaged at its start"
-        raise ValueError(f"cannot read {_shown(path)}: {reason}; save it again as PNG") from error
-    # Decoders of untrusted bytes raise OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError,
-    # struct.error, zlib.error, MemoryError and more; for the user all of them mean that this file is no good.
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"cannot read {_shown(path)}: {reason}; save it again as PNG") from error
+        raise ValueError(f"cannot read {_shown(path)}: {_reason(error)}") from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no regular file with something in it."""
+    if not path.exists():
+        raise _Refusal("there is no such file; check the name")
+    if not path.is_file():
+        raise _Refusal("it is a folder or a device; name one picture file")
+    if path.stat().st_size == 0:
+        raise _Refusal("it is empty; export the picture again")
+
+
+def _reason(error: Exception) -> str:
+    """Say why a file cannot be read, and what to do."""
+    if isinstance(error, _Refusal):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return _TOO_LARGE
+    if isinstance(error, Image.UnidentifiedImageError):
+        formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        return f"not {formats}, or cut short or damaged at its start; save it again as PNG"
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{reason}; save it again as PNG"
 
 
 @contextmanager
@@ -203,8 +215,9 @@ def _check_rgb(picture: Image.Image) -> None:
         raise ValueError(f"picture has mode {picture.mode}, not RGB; read it with open_picture, which converts")
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert any mode to opaque 8-bit RGB, without the metadata."""
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert any mode to upright, opaque 8-bit RGB, without the metadata."""
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _to_eight_bit(picture)
     if picture.has_transparency_data:

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from iclora.batch import Sets
+from iclora.loader import Batch
 from iclora.training import flow_loss
 from model import lora
+from model.checkpoint import open_checkpoint
 from model.flux import Flux, FluxConfig
-from model.lora_names import names_in, rows, swap, template
+from model.lora_formats import names_in, slice_of, swap, template
 from model.position import grid_ids
-from model.weights import load_flux, read_flux_config
+from model.weights import load_flux
 
 BUNDLED = Path(__file__).parents[2] / "weights" / "tiny" / "flux1-tiny.safetensors"
 
@@ -48,7 +49,7 @@ class Shape:
     train_batch: int
 
     def read_config(self) -> FluxConfig:
-        return self.config or read_flux_config(BUNDLED)
+        return self.config or open_checkpoint(BUNDLED, "transformer").config
 
 
 def flux_config(hidden: int, heads: int, double: int, single: int, context: int, vec: int) -> FluxConfig:
@@ -105,10 +106,9 @@ def diffusers_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         theirs = names_in("diffusers", module)
         if kind not in ("weight", "bias") or not theirs:
             raise ValueError(f"{name} has no name in diffusers; pass the state_dict of a FLUX.1 transformer")
-        for other, slot in theirs:
-            start, stop = rows(slot, tuple(state[module + ".weight"].shape))
-            part = tensor[start:stop]
-            renamed[f"{other.removeprefix('transformer.')}.{kind}"] = swap(part) if slot == "swapped" else part
+        for other, part in theirs:
+            rows = tensor[slice_of(part, tuple(state[module + ".weight"].shape))]
+            renamed[f"{other.removeprefix('transformer.')}.{kind}"] = swap(rows) if part == "swapped" else rows
     return renamed
 
 
@@ -129,7 +129,7 @@ class Peer(nn.Module):
     """A transformer that stands in for ours: it has our forward, and runs what the official one has of it."""
 
     def forward(
-        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, mask=None, references=None, alone=False
+        self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, mask=None, references=None, isolate_refs=False
     ) -> Tensor:  # fmt: skip
         if mask is not None or references is not None:
             raise ValueError("peers know neither masks nor references; measure joint text without references")
@@ -205,19 +205,23 @@ def attach(flux: Flux, rank: int) -> list[nn.Parameter]:
     return parameters
 
 
-def parts_by_diffusers_name(flux: Flux) -> dict[str, lora.Part]:
+def adapters_by_diffusers_name(flux: Flux) -> dict[str, lora.Adapter]:
     """Name every adapter by the Linear of diffusers that it stands beside.
 
     Errors: ValueError for an adapter of rows that diffusers has no Linear for
     """
-    found = {}
+    adapters = {}
     for module, layer in lora.layers(flux).items():
-        slots = {rows(slot, tuple(layer.weight.shape)): name for name, slot in names_in("diffusers", module)}
-        for part in layer.parts:
-            if (part.start, part.stop) not in slots:
-                raise ValueError(f"diffusers has no Linear for rows {part.start} to {part.stop} of {module}")
-            found[slots[part.start, part.stop].removeprefix("transformer.")] = part
-    return found
+        shape = tuple(layer.weight.shape)
+        names = {
+            (s.start, s.stop): name for name, part in names_in("diffusers", module) for s in [slice_of(part, shape)]
+        }
+        for adapter in layer.adapters:
+            start, stop = adapter.rows.start, adapter.rows.stop
+            if (start, stop) not in names:
+                raise ValueError(f"diffusers has no Linear for rows {start} to {stop} of {module}")
+            adapters[names[start, stop].removeprefix("transformer.")] = adapter
+    return adapters
 
 
 def attach_peft(model: Diffusers, flux: Flux, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -227,15 +231,15 @@ def attach_peft(model: Diffusers, flux: Flux, dtype: torch.dtype) -> list[nn.Par
     Returns their parameters, in the order of ours
     """
     peft = importlib.import_module("peft")
-    parts = parts_by_diffusers_name(flux)
-    rank = len(next(iter(parts.values())).down)
-    model.transformer.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(parts)))
+    adapters = adapters_by_diffusers_name(flux)
+    rank = len(next(iter(adapters.values())).down)
+    model.transformer.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(adapters)))
     copies = []
-    for name, part in parts.items():
+    for name, adapter in adapters.items():
         layer = model.transformer.get_submodule(name)
-        for own, their in ((part.down, layer.lora_A["default"]), (part.up, layer.lora_B["default"])):
-            their.weight = nn.Parameter(own.detach().to(dtype, copy=True))
-            copies.append(their.weight)
+        for ours, theirs in ((adapter.down, layer.lora_A["default"]), (adapter.up, layer.lora_B["default"])):
+            theirs.weight = nn.Parameter(ours.detach().to(dtype, copy=True))
+            copies.append(theirs.weight)
     return copies
 
 
@@ -260,7 +264,9 @@ def new_inputs(config: FluxConfig, shape: Shape, device: torch.device, dtype: to
     }
 
 
-def new_sets(config: FluxConfig, shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Sets, Tensor, Tensor]:
+def new_batch(
+    config: FluxConfig, shape: Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[Batch, Tensor, Tensor]:
     """Draw the arguments of one training step: encoded sets, noise (B, I, 64) and times (B,)."""
     generator, batch = torch.Generator().manual_seed(3), shape.train_batch
     z = torch.randn(batch, 16, 2 * shape.side, 2 * shape.side, generator=generator)
@@ -268,17 +274,17 @@ def new_sets(config: FluxConfig, shape: Shape, device: torch.device, dtype: torc
     vec = torch.randn(batch, config.vec_in_dim, generator=generator)
     noise = torch.randn(batch, shape.side**2, 64, generator=generator)
     t = torch.linspace(0.25, 0.75, batch + 2)[1:-1]
-    return Sets(z.to(device), txt.to(device, dtype), vec.to(device, dtype)), noise.to(device), t.to(device)
+    return Batch(z.to(device), txt.to(device, dtype), vec.to(device, dtype)), noise.to(device), t.to(device)
 
 
 class Training:
     """One implementation in training: the loss is this project's for all, and so is what follows it.
 
     flux: anything with the forward of model.flux.Flux
-    given: from new_sets
+    given: from new_batch
     """
 
-    def __init__(self, flux: nn.Module, parameters: list[nn.Parameter], given: tuple[Sets, Tensor, Tensor]):
+    def __init__(self, flux: nn.Module, parameters: list[nn.Parameter], given: tuple[Batch, Tensor, Tensor]):
         self.flux, self.parameters, self.given = flux, parameters, given
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, fused=True)
 

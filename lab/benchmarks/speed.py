@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iclora.checkpoint import write_atomic
+from model.checkpoint import write_atomic
 
 from . import peers
 from .rounds import collector_off, operator_table, operators, peak, size, spread, table, take_turns, times_as_fast
@@ -81,7 +81,7 @@ def train(shape: peers.Shape, chosen: list[str], device: torch.device, dtype: to
     title = f"{peers.package('diffusers')} + {peers.package('peft')}"
     flux = peers.new_flux(shape, device, dtype)
     state = flux.state_dict()  # before adapters change the names
-    given = peers.new_sets(flux.config, shape, device, dtype)
+    given = peers.new_batch(flux.config, shape, device, dtype)
     runs = {OURS: peers.Training(flux, peers.attach(flux, RANK), given)}
     ways = {title: (False, dtype)}
     if dtype != torch.float32:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train
+from iclora.checkpoint import CHECKPOINT, RESULT
 from iclora.records import Findings, read_records
 from lab import experiments, judge
 from lab.arms import BASE, EXPERIMENTS, Arm, Experiment, Training, on_sets
@@ -152,8 +153,8 @@ def made_up(monkeypatch):
         told.append(flags)
         folder = Path(flags[flags.index("--out") + 1])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / train.CHECKPOINT).touch()
-        (folder / train.RESULT).write_text(str(flags))
+        (folder / CHECKPOINT).touch()
+        (folder / RESULT).write_text(str(flags))
         return 0
 
     def measure(task, networks, settings, ruler, count):
@@ -228,7 +229,7 @@ def test_a_second_stage_starts_from_the_first_of_its_seed_which_is_trained_once(
     ]  # fmt: skip
     assert [flags.get("--rank") for flags in given[4:]] == ["4", "4"]
     for later, first in ((1, 0), (3, 2), (4, 0), (5, 2)):
-        assert given[later]["--init-lora"] == str(Path(given[first]["--out"]) / train.RESULT)
+        assert given[later]["--init-lora"] == str(Path(given[first]["--out"]) / RESULT)
     assert len({flags["--out"] for flags in given}) == 6 and {flags["--steps"] for flags in given} == {"5"}
     mixed = json.loads(Path(given[4]["--data"]).read_text())
     assert [len(row["image_paths"]) for row in mixed] == [2, 1]
@@ -238,7 +239,7 @@ def test_a_second_stage_starts_from_the_first_of_its_seed_which_is_trained_once(
 
     monkeypatch.setattr(train, "main", lambda flags: 0)
     assert experiments.main(argv) == 0 and len(judged) == 1 + 4, "what was judged is found again"
-    (Path(given[4]["--out"]) / train.RESULT).write_text("another LoRA")
+    (Path(given[4]["--out"]) / RESULT).write_text("another LoRA")
     assert experiments.main(argv) == 0 and len(judged) == 1 + 5
 
 
@@ -255,7 +256,7 @@ def test_arms_that_are_timed_take_turns_with_those_of_their_task(made_up, tmp_pa
     monkeypatch.setattr(experiments, "take_turns", take_turns)
     status, text = run(tmp_path, "one")
     assert status == 0 and [list(each) for each in turns] == [["base", "LoRA"], ["base", "few"]]
-    assert turns[0]["base"] == ("walk", None) and turns[0]["LoRA"][1].name == train.RESULT
+    assert turns[0]["base"] == ("walk", None) and turns[0]["LoRA"][1].name == RESULT
     assert "| seconds a set | training |" in text and "| 2.00 (1.50 to 2.50) |  |" in text
     assert "| 1.00 (0.75 to 1.25) | 0.0 min |" in text and "| 2.00 (2.00 to 2.00) times as fast |  |" in text
     rows = json.loads((tmp_path / "out" / "one.json").read_text())["rows"]

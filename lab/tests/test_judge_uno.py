@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from iclora.cache import fingerprint
 from iclora.cli import parse
 from iclora.config import TINY_TRAINING, TRAINING, SampleConfig, TrainConfig
-from iclora.pipeline import Pipeline, resolve
+from iclora.pipeline import Pipeline, encode_references
+from iclora.plan import make_plan
 from iclora.references import encode
 from lab import experiments, judge, judge_uno, pairs
 from lab.arms import DEFAULTS, EXPERIMENTS, FITTING
@@ -21,10 +21,10 @@ from lab.tables import tables
 from lab.tasks import GRIDS, task_sets
 from lab.truth import Reading, Seen
 from lab.world import draw
-from model.checkpoint import read_header
+from model.checkpoint import fingerprint, read_header
 from model.flux import Flux
 from model.lora import attach, save_lora
-from model.weights import find_model, read_flux_config
+from model.weights import find_model
 from sampling.images import to_picture
 
 ROOT = Path(__file__).parents[2]
@@ -59,9 +59,12 @@ def test_batches_with_references_are_what_the_pipeline_makes_of_each(attention, 
         picture.save(path)
     off = f"{find_model('tiny').root / 'loras' / 'uno.safetensors'}:0"
     config = SampleConfig(prompt=drawn[1].prompt, ref=tuple(paths), lora=(off,), device="cpu", **ways)
-    pipeline = Pipeline(resolve(config, lambda line: None), lambda line: None)
-    assert torch.equal(tokens[1], pipeline.encode_references(6)), "the posterior's sample too"
-    composite = pipeline.sample(6, lambda *_: None).composite
+    plan = make_plan(replace(config, seed=6), lambda line: None)
+    with torch.inference_mode():
+        again = encode_references(networks.autoencoder, plan, 6)
+    assert torch.equal(tokens[1], again), "the posterior's sample too"
+    (result,) = Pipeline(config, lambda line: None).run(plan)
+    composite = result.composite
     assert np.abs(np.asarray(composite, int) - np.asarray(to_picture(made[1:]), int)).max() <= 1
     other = generate(networks, [drawn[1].prompt], (1, 1), [6], references=[shown[1][::-1]], **ways)
     assert (other[0] - made[1]).abs().mean() > 1e-4, "so the order of references, and they themselves, count"
@@ -281,7 +284,7 @@ def test_the_papers_tables_are_complete_with_two_seeds_and_equal_steps():
 
 def test_the_bundled_rank_fits_into_its_file(tmp_path):
     rank = int(experiments.fitting_rank("tiny"))
-    flux = Flux(read_flux_config(find_model("tiny").flux))
+    flux = Flux(find_model("tiny").flux.config)
     attach(flux, "uno", rank, generator=torch.Generator("cpu"))
     save_lora(flux, tmp_path / "l.safetensors", "xlabs")
     size = (tmp_path / "l.safetensors").stat().st_size

@@ -81,7 +81,7 @@ def test_mistakes_cost_one_line(tmp_path, capsys, flags):
 
 def test_while_pictures_are_drawn_again_no_json_tells_of_the_old_ones(tmp_path, monkeypatch):
     pairs.write_pairs(pairs.make_pairs("one", 1, 0), tmp_path / "one.json")
-    monkeypatch.setattr(pairs, "write_whole", None)
+    monkeypatch.setattr(pairs, "write_atomic", None)
     with pytest.raises(TypeError):
         pairs.write_pairs(pairs.make_pairs("one", 1, 1), tmp_path / "one.json")
     assert not (tmp_path / "one.json").exists()

@@ -61,7 +61,7 @@ class Case:
 
 def cases() -> list[Case]:
     """Lists all bad inputs."""
-    groups = (flags, prompts, pictures, panels, references, records, folders)
+    groups = (flags, prompts, pictures, panels, references, records, jobs, folders)
     return [case for group in groups for case in group()]
 
 
@@ -423,16 +423,31 @@ def records() -> Iterator[Case]:
         "closed nesting": b'{"config": {"panels": ' + DEEP + b"]" * len(DEEP) + b"}}",
         "two objects": whole + whole,
         "UTF-16": whole.decode().encode("utf-16"),
-        "12 megabytes": whole + b" " * 12_000_000,
+        "101 megabytes": whole + b" " * 101_000_000,
         "a number of 5,000 digits": b'{"config": {"seed": ' + b"9" * 5000 + b"}}",
     }
     for name, data in contents.items():
         yield Case(f"a record of {name}", config(data))
+    text = chunk(b"tEXt", b"config\0" + json.dumps(RECORD).encode())
+    whole = png(5, 5, text, pixels=b"\0" * 80)
+    for part in parts(4, "picture record"):
+        yield Case(f"a picture to replay cut at {part}", config(cut(part)(whole)))
+    inside = {
+        "no JSON": b"{",
+        "a list": b"[]",
+        "nesting without end": DEEP,
+        "a seed that is none": json.dumps({**RECORD, "seed": "x"}).encode(),
+        "an unknown option": json.dumps({**RECORD, "unknown": 1}).encode(),
+    }
+    for what, data in inside.items():
+        yield Case(f"a picture to replay with {what}", config(png(5, 5, chunk(b"tEXt", b"config\0" + data))))
+    bomb = chunk(b"zTXt", b"config\0\0" + zlib.compress(b" " * 200_000_000))
+    yield Case("a picture to replay with a text bomb", config(png(5, 5, bomb)))
     for what in SPECIAL:
         yield Case(f"a record that is {what}", special(what, "a.json", lambda f: ["--config", str(f / "a.json")]))
     wrong = [(text, 1) for text in ("grid", "mask", "set", "prompt", "preset", "model", "panel_size", "fit", "device")]
     wrong += [(number, "1") for number in ("steps", "guidance", "seed", "num", "strength")]
-    wrong += [(path, 1) for path in ("out", "config")]
+    wrong += [(path, 1) for path in ("out", "config", "jobs")]
     wrong += [
         ("panels", "a.png"),
         ("panels", [None]),
@@ -488,6 +503,39 @@ def records() -> Iterator[Case]:
     for name, value in wrong:
         shown = value if not isinstance(value, int) or value < 10**9 else f"of {len(str(value))} digits"
         yield Case(f"a record with {name[:12]!a} {shown!a:.20}", recorded(**{name: value}))
+
+
+# many requests
+
+
+def jobs() -> Iterator[Case]:
+    def rows(data: bytes) -> Callable[[Path, Path], list[str]]:
+        return lambda folder, model: [*SMALL, "--jobs", put(folder / "jobs.jsonl", data)]
+
+    for what in SPECIAL:
+        yield Case(f"jobs that are {what}", special(what, "a.jsonl", lambda f: [*SMALL, "--jobs", str(f / "a.jsonl")]))
+    contents = {
+        "nothing": b"",
+        "blank lines": b"\n \n",
+        "random bytes": JUNK,
+        "UTF-16": "{}".encode("utf-16"),
+        "nesting without end": DEEP,
+        "a row cut short": b'{"seed": 1}\n{"seed": ',
+        "a list": b"[]",
+        "a text": b'"a"',
+        "a NUL": b"\0",
+        "a picture": picture("PNG"),
+        "a number of 5,000 digits": b'{"seed": ' + b"9" * 5000 + b"}",
+        "an unknown option": b'{}\n{"unknown": 1}',
+        "a wrong type": b'{}\n{"steps": "1"}',
+        "a wrong grid": b'{}\n{"grid": "0x1"}',
+        "a missing panel": b'{}\n{"panels": ["nowhere.png"]}',
+        "a lone surrogate": b'{"prompt": "\\ud800"}',
+        "another model": b'{"model": "tiny"}',
+        "jobs of its own": b'{"jobs": "jobs.jsonl"}',
+    }
+    for what, data in contents.items():
+        yield Case(f"jobs of {what}", rows(data))
 
 
 # where the files go

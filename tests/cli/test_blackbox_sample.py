@@ -27,6 +27,9 @@ from PIL import Image
 
 PICTURES = FIXTURES / "pictures"
 LORAS = FIXTURES / "loras"
+# Levels: another instruction set or number of threads moves a picture by 4e-5, one step of 20 fewer by 0.1, so that a
+# tolerance of a whole level would not see it.
+SAME = 0.05
 CAT, ROBOT = REFERENCES / "cat.png", REFERENCES / "robot.png"
 TWO_CATS = "two pictures of a cat: [IMAGE1] it is in the middle in a bedroom, [IMAGE2] it is in the middle on a beach."
 ON_A_BEACH = "[IMAGE1] a cat on a beach, [IMAGE2] it is on a beach"
@@ -125,7 +128,7 @@ def test_the_readmes_first_command_makes_its_picture_and_keeps_three_panels_bit_
     names = ["0001.png", "0001-panel-3.png", "0001.json"]
     assert done.stdout.splitlines() == [str(tmp_path / "out" / name) for name in names]
     made, stored = tmp_path / "out" / "0001.png", PICTURES / "first.png"
-    assert levels_apart(made, stored) <= 1
+    assert levels_apart(made, stored) <= SAME
     assert kept_are_equal(pixels(made), pixels(stored), "2x2", (3,))
     for number in (1, 2, 4):
         given = Image.open(TINY / "examples" / "2x2" / f"{number}.png").convert("RGB")
@@ -138,7 +141,7 @@ def test_a_command_makes_its_stored_picture_and_keeps_panels_bit_for_bit(tmp_pat
     grid, generated, flags = COMMANDS[name]
     assert main("sample", *flags, "--device", "cpu", "--out", tmp_path) == 0
     made = tmp_path / "0001.png"
-    assert levels_apart(made, PICTURES / f"{name}.png") <= 2
+    assert levels_apart(made, PICTURES / f"{name}.png") <= SAME
     assert kept_are_equal(pixels(made), pixels(PICTURES / f"{name}.png"), grid, generated)
     panels = {f"0001-panel-{number}.png" for number in generated}
     assert set(files(tmp_path)) == {"0001.png", "0001.json"} | panels
@@ -279,7 +282,7 @@ def test_a_record_of_before_is_replayed_to_its_picture(tmp_path, name):
     text = (FIXTURES / "records" / f"{name}.json").read_text().replace("{root}", str(ROOT))
     (tmp_path / "old.json").write_text(text)
     assert main("sample", "--config", tmp_path / "old.json", "--out", tmp_path / "out") == 0
-    assert levels_apart(tmp_path / "out" / "0001.png", PICTURES / f"{name}.png") <= 2
+    assert levels_apart(tmp_path / "out" / "0001.png", PICTURES / f"{name}.png") <= SAME
     old, new = json.loads(text)["config"], record(tmp_path / "out")["config"]
     assert {key: new[key] for key in old} == old
 

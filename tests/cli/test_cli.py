@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--grid --mask --panels --set --ref --prompt --panel-prompt --preset --model --steps --guidance --seed --num "
     "--lora --panel-size --ref-size --offset --offset-scale --posterior --reference-attention --schedule --strength "
-    "--fit --device --dtype --tile --out --config"
+    "--fit --device --dtype --tile --out --jobs --config"
 )
 
 
@@ -168,6 +168,7 @@ def test_a_flag_makes_void_what_the_file_only_derived(tmp_path, values, flags, f
     ("content", "message"),
     [
         ("{", "damaged or no JSON; --config takes a JSON that a run saved"),
+        ("\x89PNG", "cannot read .*; --config takes a JSON that a run saved"),
         ("[" * 100_000, "damaged or no JSON"),
         ("\udcff", "damaged or no JSON"),
         ("[]", "holds no configuration"),

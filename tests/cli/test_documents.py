@@ -1,10 +1,14 @@
-"""Documents are checked: commands parse, files that are named exist, presets build."""
+"""Documents are checked: commands parse, files and functions that are named exist, placeholders are marked."""
 
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import sample
 import train
@@ -14,15 +18,35 @@ from iclora.prompts import TASKS, preset
 from lab import experiments, pretrain, report, train_truth
 
 ROOT = Path(__file__).parents[2]
-MARKDOWN = [*(ROOT / "docs").glob("*.md"), *(ROOT / "lab").rglob("*.md")]
-DOCUMENTS = [ROOT / "README.md", ROOT / "weights" / "README.md", *sorted(MARKDOWN)]
+README, METHOD = ROOT / "README.md", ROOT / "docs" / "method.md"
+NAMES = ["README.md", "CONTRIBUTING.md", "weights/README.md", "lab/README.md", "lab/results/experiments.md"]
+DOCUMENTS = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {"sample.py": SampleConfig, "train.py": TrainConfig}
+SET_UP = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+FILES = {"panels", "set", "ref", "lora", "init-lora", "data", "config", "jobs"}  # options that read what a user has
+MADE = ("runs/", "out/", "jobs.jsonl")  # made by another command of the same document
+FOLDERS = "model|sampling|iclora|lab|tests|docs|examples|sets|weights/tiny"
 
 
 def commands(path, script):
     """What documents tell to type, from the script's name on; also behind torchrun."""
-    found = re.findall(rf"(?:python|torchrun [^\n`]*?) {re.escape(script)}([^\n#`]*)", path.read_text())
-    return [(script + flags).strip() for flags in found if "--help" not in flags]
+    lines = re.findall(rf"(?:python|torchrun [^\n`]*?) {re.escape(script)}([^\n#`]*)", path.read_text())
+    return [(script + flags).strip() for flags in lines if "--help" not in flags]
+
+
+def files_of(command):
+    """What a command reads: the values of options that take files, with their names in the command."""
+    option, files = "", []
+    for word in shlex.split(command)[1:]:
+        if word.startswith("--"):
+            option = word[2:]
+        elif option in FILES:
+            files.append(word)
+    return files
+
+
+def is_there(name):
+    return name.startswith("YOURS") or name.startswith(MADE) or (ROOT / name.split(":")[0]).exists()
 
 
 @pytest.mark.parametrize("script", CONFIGS)
@@ -34,17 +58,68 @@ def test_every_command_parses(path, script):
             parse(CONFIGS[script], argv, "")
 
 
-def test_the_readme_has_commands_to_check():
-    sampling, training = (commands(ROOT / "README.md", script) for script in CONFIGS)
-    assert len(sampling) >= 6 and sampling[0] == "sample.py --grid 2x2 --mask 3"
-    assert len(training) >= 3 and training[0] == "train.py --data sets/ --rank 16"
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_command_reads_is_there_or_made_before_or_marked_as_the_readers_own(path):
+    if path.name == "log.md":
+        return  # tells of what was typed once
+    text = path.read_text()
+    for command in commands(path, "sample.py") + commands(path, "train.py"):
+        missing = [name for name in files_of(command) if not is_there(name)]
+        assert not missing, command
+    assert "YOURS" not in text or re.search(r"`YOURS[\w.]*` (?:stands?|is)\b", text), "say what YOURS stands for"
+    for run in re.findall(r"(?<=[ :])(runs/[\w-]+)/lora\.safetensors", text):
+        assert f"--out {run}\n" in text or f"--out {run} " in text, f"no command makes {run}"
+
+
+def test_a_placeholder_that_is_not_marked_would_be_noticed():
+    assert files_of("sample.py --ref hat.png cat.png --mask 2 --lora a.safetensors:0.5") == [
+        *("hat.png", "cat.png", "a.safetensors:0.5")
+    ]
+    assert not is_there("hat.png") and is_there("YOURS.png") and is_there("sets/walk")
+    assert is_there("weights/tiny/loras/walk.safetensors:0.8")
+
+
+def test_the_readme_begins_with_three_commands_that_make_the_picture_pass_the_tests_and_follow_a_reference():
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
+    assert blocks[0] == f"{SET_UP}python sample.py --grid 2x2 --mask 3\n"
+    assert blocks[1] == f"{SET_UP}python -m pytest\n"
+    assert blocks[2].startswith("python sample.py --ref weights/tiny/")
+    assert commands(README, "train.py")[0] == "train.py --data sets/walk --rank 8 --out runs/walk"
+
+
+def test_the_readme_is_short_and_in_order():
+    text = README.read_text()
+    assert len(text.split()) <= 2000 and text.count("\n") <= 170
+    order = ["Run it", "Read it", "Tweak it", "Train it", "Real FLUX.1", "How good", "How do we know", "Contributing"]
+    headings = re.findall(r"^## (.*)", text, re.MULTILINE)
+    assert [next((n for n in order if h.startswith(n)), h) for h in headings] == order
+    assert text.index("overview.png") < text.index("## Run it")
+
+
+def test_the_readme_tells_how_long_its_seven_files_are():
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README.read_text(), re.MULTILINE)
+    assert len(rows) == 7
+    for name, lines in rows:
+        assert int(lines) == pytest.approx((ROOT / name).read_text().count("\n"), rel=0.1), name
+
+
+def test_every_tweak_ends_in_a_test_and_names_what_is_there():
+    table = README.read_text().split("## Tweak it")[1].split("## ")[0]
+    rows = [row.split("|")[1:-1] for row in table.splitlines() if row.startswith("| ") and "to change" not in row]
+    assert len(rows) >= 8
+    for _, edit, tests in rows:
+        assert "tests/" in tests
+        path, *names = re.findall(r"`([^`]+)`", edit)
+        assert names
+        for name in names:
+            assert re.search(rf"(?:def |class |^){name}\b", (ROOT / path).read_text(), re.MULTILINE), f"{path} {name}"
 
 
 @pytest.mark.parametrize("script", [sample, train], ids=lambda script: script.__name__)
 def test_every_command_in_a_scripts_own_help_parses(script):
-    found = re.findall(rf"{script.__name__}\.py (-[^\n]*?)(?:   |\n)", script.__doc__)
-    assert len(found) >= 4
-    for flags in found:
+    lines = re.findall(rf"{script.__name__}\.py (-[^\n]*?)(?:   |\n)", script.__doc__)
+    assert len(lines) >= 4
+    for flags in lines:
         argv = shlex.split(flags)
         if "--config" not in argv:
             parse(CONFIGS[f"{script.__name__}.py"], argv, "")
@@ -53,23 +128,40 @@ def test_every_command_in_a_scripts_own_help_parses(script):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_file_that_is_named_exists(path):
     text = path.read_text()
-    named = re.findall(r"`((?:model|sampling|iclora|lab|tests|docs|weights/tiny)/[\w./-]*\w)`", text)
-    named += re.findall(r'(?:src="|\]\()([\w./-]+\.(?:png|md|py))', text)
-    missing = [name for name in named if not (ROOT / name).exists() and not (path.parent / name).exists()]
-    assert not missing
+    names = [name for name in re.findall(r"`([^`\n]+)`", text) for name in name.split()]
+    names = [name for name in names if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]*\w", name)]
+    names += re.findall(r'(?:src="|\]\()([\w./-]+\.(?:png|md|py))', text)
+    missing = [name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()]
+    assert path.name == "log.md" or not missing  # the log tells of files as they were called then
 
 
 def test_functions_named_in_the_method_exist():
-    rows = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", (ROOT / "docs" / "method.md").read_text())
-    assert len(rows) > 10
+    rows = re.findall(r"`([\w/]+\.py)`\s+`([\w.]+)`", METHOD.read_text())
+    assert len(rows) > 30
     for file, name in rows:
-        assert re.search(rf"\b(def|class) {name.split('.')[-1]}\b", (ROOT / file).read_text()), f"{file} {name}"
+        text, parts = (ROOT / file).read_text(), name.split(".")
+        for part in parts:
+            assert re.search(rf"\b(def|class) {part}\b", text), f"{file} {name}"
 
 
 def test_the_map_names_every_module():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     modules = [p.name for folder in ("model", "sampling", "iclora") for p in (ROOT / folder).glob("[a-z]*.py")]
-    assert not [name for name in modules if name not in text]
+    assert not [name for name in modules if not re.search(rf"\b{name}", text)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_that_are_run_exist(path):
+    for name in re.findall(r"python -m ((?:lab|iclora|examples)[\w.]*)", path.read_text()):
+        assert (ROOT / (name.replace(".", "/") + ".py")).exists(), name
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"test", "test-core", "lint", "demo", "lab"} <= targets
+    for path in ("CONTRIBUTING.md", ".ci/run", ".github/workflows/test.yml"):
+        named = re.findall(r"(?<=[`: ])make ([\w-]+)|^make ([\w-]+)", (ROOT / path).read_text(), re.MULTILINE)
+        assert named and {first or second for first, second in named} <= targets, path
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -86,6 +178,30 @@ def test_help_is_printed(entry, capsys):
     assert status == 0 and "--out" in capsys.readouterr().out
 
 
-def test_requirements_pin_every_package_that_is_imported():
-    pinned = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
-    assert {"torch", "safetensors", "einops", "sentencepiece", "transformers", "numpy", "pillow", "pytest"} <= pinned
+def test_what_is_needed_at_run_time_is_pinned_too():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.match(r"[\w-]+", line).group() for line in project["dependencies"]}
+    pins = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
+    expected = {
+        "torch",
+        "safetensors",
+        "einops",
+        "numpy",
+        "pillow",
+        "sentencepiece",
+        "protobuf",
+        "transformers",
+        "tqdm",
+    }
+    assert needed == expected and needed | {"pytest", "pytest-xdist", "ruff"} == pins
+    assert not [line for line in project["dependencies"] if "==" in line]
+
+
+@pytest.mark.parametrize("change, status", [(0, 0), (1, 0), (2, 1)])
+def test_pictures_are_compared_by_their_mean_difference(tmp_path, change, status):
+    for name, level in (("a.png", 100), ("b.png", 100 + change)):
+        Image.new("RGB", (4, 4), (level,) * 3).save(tmp_path / name)
+    command = [sys.executable, str(ROOT / "tests" / "compare_picture.py"), str(tmp_path / "a.png")]
+    assert subprocess.run([*command, str(tmp_path / "b.png")], capture_output=True).returncode == status
+    Image.new("RGB", (4, 8)).save(tmp_path / "c.png")
+    assert subprocess.run([*command, str(tmp_path / "c.png")], capture_output=True).returncode == 1

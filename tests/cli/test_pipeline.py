@@ -1,4 +1,5 @@
 import gc
+import json
 import re
 import shutil
 import weakref
@@ -10,31 +11,49 @@ import torch
 from PIL import Image
 
 import iclora.pipeline as pipeline
-from golden import FLUX
+import sample
+from golden import FLUX, GOLDEN
 from iclora.config import SampleConfig
-from iclora.pipeline import Pipeline, resolve
+from iclora.layout import generate_mask
+from iclora.pipeline import Pipeline, encode_panels
+from iclora.plan import make_plan
+from iclora.record import describe
 from iclora.records import read_set
 from model.autoencoder import AutoEncoder, decode_tiled
+from model.text import TextEncoders
 from model.weights import examples_folder, find_model
+from sampling.flow import euler
 from sampling.images import fit, open_picture, to_picture
 from sampling.latents import noise, pack, unpack
 
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
+SMALL = {"grid": "1x2", "panel_size": "32", "steps": 3, "prompt": PROMPT}
 
 
 def plan_for(**values):
-    """A plan for small, quick pictures, and the notes on the way to it."""
+    """A plan on the tiny model, and the notes on the way to it."""
     notes = []
-    settings = {"device": "cpu", "grid": "1x2", "panel_size": "32", "steps": 3, **values}
-    return resolve(SampleConfig(**settings), notes.append), notes
+    settings = {"device": "cpu", "grid": "1x2", "steps": 3, **values}
+    return make_plan(SampleConfig(**settings), notes.append), notes
 
 
-def make(seed=0, **values):
-    plan, _ = plan_for(**values)
-    return Pipeline(plan, print).sample(seed, lambda step, steps: None)
+def small(**values):
+    """A plan for a small, quick picture."""
+    return plan_for(**{**SMALL, **values})[0]
 
 
-def pictures(folder, number, seed=0, size=(40, 30)):
+@pytest.fixture(scope="module")
+def networks():
+    """One pipeline for all: what is loaded stays loaded."""
+    return Pipeline.load("tiny", device="cpu")
+
+
+def sample_one(networks, plan, progress=lambda done, total: None):
+    (result,) = networks.run(plan, progress)
+    return result
+
+
+def pictures(folder, number, seed=0, size=(64, 64)):
     draw = np.random.default_rng(seed)
     paths = [folder / f"{name}.png" for name in range(1, number + 1)]
     for path in paths:
@@ -42,14 +61,20 @@ def pictures(folder, number, seed=0, size=(40, 30)):
     return tuple(map(str, paths))
 
 
+def bare_model(folder, ignore="flux1-*"):
+    """A copy of the tiny model without some of its files."""
+    shutil.copytree(find_model("tiny").root, folder, ignore=shutil.ignore_patterns(ignore, "examples"))
+    return folder
+
+
 # what is assumed, and said
 
 
 def test_without_panels_the_bundled_example_and_its_caption_are_used_and_said():
     plan, notes = plan_for(grid="2x2", mask="3")
-    assert sorted(plan.sources) == [1, 2, 4] and plan.masked == (3,)
-    assert notes == [f"no panels given: the bundled 2x2 example is used, with its caption: {plan.config.prompt}"]
-    assert "[IMAGE4]" in plan.config.prompt
+    assert sorted(plan.kept) == [1, 2, 4] and plan.generated == (3,)
+    assert notes == [f"no panels given: the bundled 2x2 example is used, with its caption: {plan.caption}"]
+    assert "[IMAGE4]" in plan.caption
 
 
 @pytest.mark.parametrize("grid", ["1x2", "2x1", "2x2", "3x1"])
@@ -62,25 +87,25 @@ def test_every_bundled_example_is_complete_and_its_caption_fits_its_grid(grid):
 
 def test_with_a_prompt_the_example_gives_the_panels_alone():
     plan, notes = plan_for(mask="2", prompt=PROMPT)
-    assert plan.config.prompt == PROMPT
+    assert plan.caption == PROMPT
     assert notes == ["no panels given: the bundled 1x2 example is used, with the given prompt"]
 
 
 def test_text_to_set_without_a_prompt_takes_the_examples_caption_and_none_of_its_panels():
     plan, notes = plan_for(grid="2x2")
-    assert plan.masked == (1, 2, 3, 4) and not plan.sources
-    assert notes == [f"no prompt given: the caption of the bundled 2x2 example is used: {plan.config.prompt}"]
+    assert plan.generated == (1, 2, 3, 4) and not plan.kept
+    assert notes == [f"no prompt given: the caption of the bundled 2x2 example is used: {plan.caption}"]
 
 
 def test_text_to_set_with_a_prompt_needs_nothing_else():
     plan, notes = plan_for(prompt=PROMPT)
-    assert (plan.config.prompt, dict(plan.sources), notes) == (PROMPT, {}, [])
+    assert (plan.caption, plan.kept, plan.drafts, notes) == (PROMPT, {}, {}, [])
 
 
 def test_the_kept_panels_alone_are_assigned_in_reading_order(tmp_path):
     given = pictures(tmp_path, 2)
     plan, notes = plan_for(grid="3x1", mask="2", panels=given, prompt="[IMAGE1] a [IMAGE2] b [IMAGE3] c")
-    assert {panel: source.path.name for panel, source in plan.sources.items()} == {1: "1.png", 3: "2.png"}
+    assert {panel: source.path for panel, source in plan.kept.items()} == {1: given[0], 3: given[1]}
     assert notes == []
 
 
@@ -88,13 +113,13 @@ def test_masked_panels_of_a_whole_grid_are_ignored_unread_and_said(tmp_path):
     given = pictures(tmp_path, 2)
     (tmp_path / "2.png").write_bytes(b"no picture")
     plan, notes = plan_for(mask="2", panels=given, prompt=PROMPT)
-    assert list(plan.sources) == [1]
+    assert list(plan.kept) == [1] and not plan.drafts
     assert notes == ["masked panels are generated, so the given ones are ignored: 2 (2.png); --strength uses them"]
 
 
 def test_strength_below_one_makes_masked_panels_drafts(tmp_path):
     plan, notes = plan_for(mask="2", panels=pictures(tmp_path, 2), prompt=PROMPT, strength=0.5)
-    assert (sorted(plan.pictures(drafted=False)), sorted(plan.pictures(drafted=True)), notes) == ([1], [2], [])
+    assert (list(plan.kept), list(plan.drafts), notes) == ([1], [2], [])
 
 
 def test_a_set_is_read_in_natural_order_with_its_caption(tmp_path):
@@ -109,13 +134,12 @@ def test_a_set_is_read_in_natural_order_with_its_caption(tmp_path):
 
 def test_panel_prompts_make_a_joint_caption_with_the_prompt_as_summary():
     plan, _ = plan_for(prompt="Foxes:", panel_prompt=("one", "two"))
-    assert plan.config.prompt == "Foxes: [IMAGE1] one [IMAGE2] two"
-    assert plan.config.panel_prompt == ()
+    assert plan.caption == "Foxes: [IMAGE1] one [IMAGE2] two"
 
 
 def test_a_preset_brings_its_markers_and_tag():
     plan, notes = plan_for(preset="film-storyboard", grid=None, panel_prompt=("a", "b", "c"))
-    assert plan.config.prompt == "[MOVIE-SHOTS] [SCENE-1] a [SCENE-2] b [SCENE-3] c"
+    assert plan.caption == "[MOVIE-SHOTS] [SCENE-1] a [SCENE-2] b [SCENE-3] c"
     assert plan.config.grid == "3x1" and notes == []
 
 
@@ -125,7 +149,10 @@ def test_a_preset_brings_its_markers_and_tag():
         ({"prompt": "a fox"}, "prompt: no markers for the 2 panels of the 1x2 grid"),
         ({"prompt": " "}, "prompt: the prompt is empty"),
         ({"preset": "sparklers-visual-effect", "grid": None, "prompt": "[TOP] a [BOTTOM] b"}, "begin with .REAL-SPARK"),
-        ({"prompt": PROMPT, "panel_size": "512"}, "knows small panels only; try --panel-size 64"),
+        ({"preset": "film-storyboard", "grid": None, "prompt": "a fox"}, r"its own, \[SCENE-1\] to \[SCENE-3\]$"),
+        ({"preset": "font-design", "grid": None, "prompt": "a fox"}, r"its own, \[TOP-LEFT\] to \[BOTTOM-RIGHT\]$"),
+        ({"prompt": PROMPT, "panel_size": "512"}, "tiny knows panels of 64x64; 512x512 comes out badly, try --panel-s"),
+        ({"prompt": "x", "grid": "5x1"}, "tiny knows grids of 1x1, 1x2, 2x1, 2x2, 3x1; a 5x1 grid comes out badly"),
     ],
 )
 def test_doubts_are_noted(values, note):
@@ -133,17 +160,47 @@ def test_doubts_are_noted(values, note):
 
 
 def test_guidance_for_a_model_without_it_is_ignored_and_said(tmp_path):
-    shutil.copytree(find_model("tiny").root, tmp_path / "m", ignore=shutil.ignore_patterns("flux1-*", "examples"))
-    shutil.copy(FLUX["schnell"], tmp_path / "m")
+    shutil.copy(FLUX["schnell"], bare_model(tmp_path / "m"))
     plan, notes = plan_for(model=str(tmp_path / "m"), prompt=PROMPT, guidance=2.0, steps=None)
-    assert (plan.config.guidance, plan.config.steps, plan.row.name) == (None, 20, "tiny")
+    assert (plan.config.guidance, plan.config.steps, plan.defaults.name) == (None, 20, "tiny")
     assert notes == ["m has no guidance; --guidance 2 is ignored"]
 
 
 def test_the_words_that_the_encoders_lose_are_noted():
-    notes = []
-    Pipeline(plan_for(prompt=PROMPT + " fox" * 400)[0], notes.append)
+    notes, (plan, _) = [], plan_for(prompt=PROMPT + " fox" * 400)
+    Pipeline(plan.config, notes.append).read_captions([plan])
     assert any(line.startswith("T5 reads only the start of the prompt") for line in notes)
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "expected"),
+    [
+        ((64, 64), "crop", None),
+        ((640, 640), "crop", None),
+        ((70, 64), "crop", None),
+        ((128, 64), "crop", "the crop cuts 50% of it away (--fit pad keeps all)"),
+        ((128, 64), "pad", None),
+        ((128, 64), "stretch", None),
+        ((32, 32), "crop", "it is enlarged 2.0 times"),
+        ((32, 16), "crop", "the crop cuts 50% of it away (--fit pad keeps all), and it is enlarged 4.0 times"),
+        ((32, 16), "pad", "it is enlarged 2.0 times"),
+    ],
+)
+def test_what_a_crop_cuts_away_and_what_is_enlarged_is_noted(tmp_path, size, fit, expected):
+    given = pictures(tmp_path, 2, size=size)
+    notes = plan_for(mask="2", prompt=PROMPT, panels=given[:1], fit=fit)[1]
+    assert notes == ([f"1.png becomes 64x64 pixels: {expected}"] if expected else [])
+
+
+def test_a_prompt_without_markers_asks_for_one_picture_unless_more_is_said(tmp_path):
+    def grid(**values):
+        return plan_for(**{"grid": None, "prompt": "a cat", **values})[0].config.grid
+
+    assert grid() == "1x1" and plan_for(grid=None, prompt="a cat")[1] == []
+    assert grid(prompt="[IMAGE1] a cat [IMAGE2] b [IMAGE3] c [IMAGE4] d") == grid(mask="3") == "2x2"
+    assert grid(panel_prompt=("a", "b", "c", "d")) == "2x2"
+    assert grid(preset="film-storyboard") == "3x1"
+    assert grid(grid="1x2") == "1x2"
 
 
 # what is refused
@@ -227,127 +284,296 @@ def test_a_cut_off_weight_file_is_refused_before_a_network_loads(tmp_path, monke
     shutil.copytree(root, tmp_path / "m", ignore=shutil.ignore_patterns("examples"))
     data = (root / part).read_bytes()
     (tmp_path / "m" / part).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=f"{part} is damaged"):
-        plan_for(model=str(tmp_path / "m"), prompt=PROMPT)
+    with pytest.raises(ValueError, match=f"{part} is no safetensors file, or it is cut short"):
+        describe(plan_for(model=str(tmp_path / "m"), prompt=PROMPT)[0])  # sample.py records it before it loads any
 
 
 # what comes out
 
 
-def test_kept_panels_come_back_bit_for_bit_and_the_others_are_generated(tmp_path):
-    given = pictures(tmp_path, 2)
-    result = make(mask="2", panels=given, prompt=PROMPT)
+def test_kept_panels_come_back_bit_for_bit_and_the_others_are_generated(networks, tmp_path):
+    given = pictures(tmp_path, 2, size=(40, 30))
+    result = sample_one(networks, small(mask="2", panels=given))
     kept = fit(open_picture(given[0]), 32, 32)
     assert result.composite.size == (64, 32) and list(result.panels) == [2]
     assert result.composite.crop((0, 0, 32, 32)).tobytes() == kept.tobytes()
     assert result.composite.crop((32, 0, 64, 32)).tobytes() == result.panels[2].tobytes()
+    assert {"text", "panels", "transformer", "sampling", "decoding"} <= result.seconds.keys()
 
 
-def test_nothing_of_a_masked_panel_leaks_into_the_result(tmp_path):
+def test_nothing_of_a_masked_panel_leaks_into_the_result(networks, tmp_path):
     given = pictures(tmp_path, 2)
-    before = make(mask="2", panels=given, prompt=PROMPT)
+    before = sample_one(networks, small(mask="2", panels=given)).composite
     Image.new("RGB", (64, 64), "red").save(given[1])
-    assert make(mask="2", panels=given, prompt=PROMPT).composite.tobytes() == before.composite.tobytes()
+    assert sample_one(networks, small(mask="2", panels=given)).composite.tobytes() == before.tobytes()
 
 
-def test_what_is_encoded_is_zero_under_the_mask_and_drafts_are_encoded_apart(tmp_path, monkeypatch):
+def test_what_is_encoded_is_zero_under_the_mask_and_drafts_are_encoded_apart(networks, tmp_path, monkeypatch):
     seen, encode = [], AutoEncoder.encode
     monkeypatch.setattr(AutoEncoder, "encode", lambda self, image: seen.append(image.clone()) or encode(self, image))
-    make(mask="2", panels=pictures(tmp_path, 2), prompt=PROMPT, strength=0.5)
-    drafts, kept = seen
+    sample_one(networks, small(mask="2", panels=pictures(tmp_path, 2), strength=0.5))
+    drafts, kept = (image for image in seen if image.shape[-1] == 64)  # and not a panel alone
     assert not kept[..., 32:].any() and kept[..., :32].any()
     assert not drafts[..., :32].any() and drafts[..., 32:].any()
 
 
-def test_the_kept_panels_do_influence_the_generated_one(tmp_path):
+def test_the_kept_panels_do_influence_the_generated_one(networks, tmp_path):
     given = pictures(tmp_path, 1)
-    before = make(mask="2", panels=given, prompt=PROMPT)
+    before = sample_one(networks, small(mask="2", panels=given)).panels[2]
     Image.new("RGB", (64, 64), "red").save(given[0])
-    assert make(mask="2", panels=given, prompt=PROMPT).panels[2].tobytes() != before.panels[2].tobytes()
+    assert sample_one(networks, small(mask="2", panels=given)).panels[2].tobytes() != before.tobytes()
 
 
-def test_the_seed_decides_and_nothing_else():
-    plan, _ = plan_for(prompt=PROMPT)
-    networks = Pipeline(plan, print)
-    first, second, again = (networks.sample(seed, lambda *_: None).composite.tobytes() for seed in (1, 2, 1))
-    assert first == again == make(seed=1, prompt=PROMPT).composite.tobytes()
-    assert first != second
+def test_the_seed_decides_and_nothing_else(networks):
+    results = list(networks.run(small(seed=1, num=2)))
+    again = sample_one(Pipeline.load("tiny", device="cpu"), small(seed=1))
+    assert [result.seed for result in results] == [1, 2]
+    first, second = (result.composite.tobytes() for result in results)
+    assert first == again.composite.tobytes() != second
 
 
-def test_strength_one_is_plain_sampling_whatever_the_drafts(tmp_path):
+def test_strength_one_is_plain_sampling_whatever_the_drafts(networks, tmp_path):
     given = pictures(tmp_path, 2)
-    plain = make(mask="2", panels=given[:1], prompt=PROMPT)
-    assert make(mask="2", panels=given, prompt=PROMPT, strength=1.0).composite.tobytes() == plain.composite.tobytes()
+    plain = sample_one(networks, small(mask="2", panels=given[:1])).composite
+    assert sample_one(networks, small(mask="2", panels=given, strength=1.0)).composite.tobytes() == plain.tobytes()
 
 
-def test_below_full_strength_the_path_starts_between_draft_and_noise(tmp_path, monkeypatch):
-    plan, _ = plan_for(mask="2", panels=pictures(tmp_path, 2), prompt=PROMPT, strength=0.7)
-    networks = Pipeline(plan, print)
-    eps = pack(noise(32, 64, seed=5))
-    monkeypatch.setattr(networks, "velocity", lambda _: lambda x, t: eps - networks.data)  # straight to the draft
-    panel = networks.sample(5, lambda *_: None).panels[2]
+def encoded(networks, plan):
+    """The tokens of kept panels and drafts, and the mask, which is 1 where tokens are generated."""
+    mask = generate_mask(plan.generated, plan.layout)
     with torch.inference_mode():
-        draft = to_picture(networks.autoencoder.decode(unpack(networks.data, 4, 8))).crop((32, 0, 64, 32))
+        return encode_panels(networks.autoencoder, plan, mask), mask
+
+
+def test_below_full_strength_the_path_starts_between_draft_and_noise(networks, tmp_path, monkeypatch):
+    plan = small(mask="2", panels=pictures(tmp_path, 2), strength=0.7, seed=5)
+    sample_one(networks, plan)  # loads what is missing
+    (data, _), eps = encoded(networks, plan), pack(noise(32, 64, seed=5))
+
+    def straight_to_the_draft(flux, x, times, *more):
+        return euler(lambda x, t: eps - data, x, times, more[-1])
+
+    monkeypatch.setattr(pipeline, "denoise", straight_to_the_draft)
+    panel = sample_one(networks, plan).panels[2]
+    with torch.inference_mode():
+        draft = to_picture(networks.autoencoder.decode(unpack(data, 4, 8))).crop((32, 0, 64, 32))
     assert abs(np.asarray(panel, dtype=float) - np.asarray(draft)).max() <= 1
 
 
-def test_only_the_last_part_of_the_steps_is_made_from_a_draft(tmp_path):
-    plan, _ = plan_for(mask="2", panels=pictures(tmp_path, 2), prompt=PROMPT, steps=10, strength=0.35)
+def test_only_the_last_part_of_the_steps_is_made_from_a_draft(networks, tmp_path):
     calls = []
-    Pipeline(plan, print).sample(0, lambda *step: calls.append(step))
+    plan = small(mask="2", panels=pictures(tmp_path, 2), steps=10, strength=0.35)
+    sample_one(networks, plan, lambda *step: calls.append(step))
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_a_kept_panel_never_sees_the_draft_beside_it(tmp_path):
+def test_a_kept_panel_never_sees_the_draft_beside_it(networks, tmp_path):
     given = pictures(tmp_path, 2)
-    plan, _ = plan_for(mask="2", panels=given, prompt=PROMPT, strength=0.5)
-    before = Pipeline(plan, print)
+    plan = small(mask="2", panels=given, strength=0.5)
+    sample_one(networks, plan)
+    before, mask = encoded(networks, plan)
     Image.new("RGB", (64, 64), "red").save(given[1])
-    plan, _ = plan_for(mask="2", panels=given, prompt=PROMPT, strength=0.5)
-    after, drafted = Pipeline(plan, print), before.mask.bool().expand_as(before.data)
-    assert torch.equal(after.data[~drafted], before.data[~drafted])
-    assert not torch.equal(after.data[drafted], before.data[drafted])
+    after, _ = encoded(networks, small(mask="2", panels=given, strength=0.5))
+    drafted = mask.bool().expand_as(before)
+    assert torch.equal(after[~drafted], before[~drafted])
+    assert not torch.equal(after[drafted], before[drafted])
 
 
-def test_the_point_stays_in_float32_between_the_steps_of_a_bfloat16_model():
-    networks = Pipeline(plan_for(prompt=PROMPT, dtype="bfloat16")[0], print)
-    with torch.inference_mode():
-        v = networks.velocity(networks.encode_references(0))(torch.zeros(1, 8, 64), 0.5)
-    assert v.dtype == torch.float32 and networks.flux.img_in.weight.dtype == torch.bfloat16
-    assert networks.data.dtype == torch.float32
+def test_the_point_stays_in_float32_between_the_steps_of_a_bfloat16_model(monkeypatch):
+    points, denoise = [], pipeline.denoise
+
+    def watched(flux, x, *more):
+        *more, after_step = more
+        points.append(x)
+        return denoise(flux, x, *more, lambda x, t: points.append(x) or after_step(x, t))
+
+    monkeypatch.setattr(pipeline, "denoise", watched)
+    networks = Pipeline.load("tiny", device="cpu", dtype="bfloat16")
+    sample_one(networks, small(dtype="bfloat16"))
+    assert networks.flux.img_in.weight.dtype == torch.bfloat16
+    assert len(points) == 4 and {x.dtype for x in points} == {torch.float32}
 
 
-def test_the_text_encoders_are_gone_before_the_transformer_loads(monkeypatch):
-    alive, seen = [], []
-    load_text, load_flux = pipeline.load_text_encoders, pipeline.load_flux
-
-    def watched_text(*args):
-        encoders = load_text(*args)
-        alive.extend(weakref.ref(module) for module in (encoders.t5, encoders.clip))
-        return encoders
-
-    def watched_flux(*args):
-        seen.append([ref() for ref in alive])
-        return load_flux(*args)
-
-    monkeypatch.setattr(pipeline, "load_text_encoders", watched_text)
-    monkeypatch.setattr(pipeline, "load_flux", watched_flux)
-    gc.disable()
-    try:
-        Pipeline(plan_for(prompt=PROMPT)[0], print)
-    finally:
-        gc.enable()
-    assert seen == [[None, None]]
-
-
-def test_tiles_are_used_when_asked_for(monkeypatch):
+def test_tiles_are_used_when_asked_for(networks, monkeypatch):
     monkeypatch.setattr(pipeline, "decode_tiled", partial(decode_tiled, tile=3, overlap=1))
-    whole, tiled = (make(prompt=PROMPT, tile=tile).composite for tile in (False, True))
+    whole, tiled = (sample_one(networks, small(tile=tile)).composite for tile in (False, True))
     assert whole.size == tiled.size and whole.tobytes() != tiled.tobytes()
 
 
 def test_a_transformer_beside_encoders_of_another_model_is_refused(tmp_path):
-    shutil.copytree(find_model("tiny").root, tmp_path / "m", ignore=shutil.ignore_patterns("flux1-*", "examples"))
-    shutil.copy(FLUX["schnell"], tmp_path / "m")
+    shutil.copy(FLUX["schnell"], bare_model(tmp_path / "m"))
+    plan = small(model=str(tmp_path / "m"))
     with pytest.raises(ValueError, match="encoders beside m give widths .* use the encoders that belong to it"):
-        make(model=str(tmp_path / "m"), prompt=PROMPT)
+        sample_one(Pipeline(plan.config), plan)
+
+
+# what is loaded, and what stays
+
+
+class Counted:
+    """Counts what a pipeline loads and reads."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        for name in ("load_text_encoders", "load_autoencoder", "load_flux"):
+            monkeypatch.setattr(pipeline, name, self.counting(name, getattr(pipeline, name)))
+        monkeypatch.setattr(TextEncoders, "encode", self.counting("encode", TextEncoders.encode))
+
+    def counting(self, name, real):
+        return lambda *args: self.calls.append(name) or real(*args)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    return Counted(monkeypatch)
+
+
+LOADED = ["load_text_encoders", "encode", "load_autoencoder", "load_flux"]
+
+
+def test_a_second_request_loads_no_network_again(counted):
+    networks = Pipeline.load("tiny", device="cpu")
+    assert counted.calls == [], "networks load with the first request"
+    first = networks(**SMALL)
+    assert counted.calls == LOADED
+    second = networks(**{**SMALL, "prompt": PROMPT + " in the snow", "seed": 1})
+    assert counted.calls == [*LOADED, "encode"]
+    assert first.composite.tobytes() != second.composite.tobytes()
+
+
+def test_a_caption_is_read_once_whatever_else_changes(counted, tmp_path):
+    networks = Pipeline.load("tiny", device="cpu")
+    networks(**SMALL)
+    networks(**{**SMALL, "seed": 1, "panel_size": "16"})
+    networks(**SMALL, mask="2", panels=list(pictures(tmp_path, 1)))
+    assert counted.calls == LOADED and len(networks.texts) == 1
+    networks(**{**SMALL, "grid": "2x1"})
+    assert len(networks.texts) == 2, "of another grid, as panels may read their own parts"
+
+
+def test_another_lora_loads_the_transformer_alone_and_the_same_one_nothing(counted, tmp_path):
+    networks, lora = Pipeline.load("tiny", device="cpu"), str(find_model("tiny").root / "loras" / "uno.safetensors")
+    plain = networks(**SMALL)
+    networks(**SMALL, lora=[lora])
+    assert counted.calls == [*LOADED, "load_flux"]
+    networks(**SMALL, lora=[lora], seed=1)
+    assert counted.calls == [*LOADED, "load_flux"]
+    networks(**SMALL, lora=[f"{lora}:0.5"])
+    assert counted.calls == [*LOADED, "load_flux", "load_flux"]
+    assert networks(**SMALL).composite.tobytes() == plain.composite.tobytes()
+
+
+@pytest.mark.parametrize("short", [True, False], ids=["short", "plenty"])
+def test_where_memory_is_short_encoders_and_transformer_are_never_there_together(monkeypatch, short):
+    alive, seen, order = {"encoders": [], "flux": []}, [], []
+    load_text, load_flux = pipeline.load_text_encoders, pipeline.load_flux
+
+    def watched(name, load):
+        def loads(*args):
+            order.append(name)
+            seen.append([other for other in alive if any(ref() is not None for ref in alive[other])])
+            network = load(*args)
+            modules = (network.t5, network.clip) if name == "encoders" else (network,)
+            alive[name] = [weakref.ref(module) for module in modules]
+            return network
+
+        return loads
+
+    monkeypatch.setattr(pipeline, "load_text_encoders", watched("encoders", load_text))
+    monkeypatch.setattr(pipeline, "load_flux", watched("flux", load_flux))
+    if short:
+        monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
+    networks = Pipeline.load("tiny", device="cpu")
+    gc.disable()  # so that nothing is freed by chance
+    try:
+        first = networks(**SMALL)
+        networks(**{**SMALL, "prompt": PROMPT + " in the snow"})
+        networks(**SMALL)
+    finally:
+        gc.enable()
+    if short:
+        assert order == ["encoders", "flux", "encoders", "flux"] and seen == [[], [], [], []]
+    else:
+        assert order == ["encoders", "flux"] and seen == [[], ["encoders"]]
+    assert networks(**SMALL).composite.tobytes() == first.composite.tobytes()
+
+
+# the public API
+
+
+def run_command(tmp_path, *argv):
+    out = tmp_path / "out"
+    assert sample.main(["--device", "cpu", "--steps", "3", "--out", str(out), *map(str, argv)]) == 0
+    return open_picture(out / "0001.png")
+
+
+def test_pictures_from_python_give_the_commands_pixels(networks, tmp_path):
+    given = pictures(tmp_path, 3, size=(80, 70))
+    flags = ["--grid", "2x2", "--mask", "2", "--prompt", "[IMAGE1] a [IMAGE2] b [IMAGE3] c [IMAGE4] d", "--seed", "7"]
+    made = run_command(tmp_path, *flags, "--panels", *given)
+    options = {"grid": "2x2", "mask": "2", "prompt": flags[5], "seed": 7, "steps": 3}
+    opened = [Image.open(path) for path in given]
+    for panels in (opened, [given[0], *opened[1:]], given):
+        result = networks(**options, panels=panels)
+        assert result.composite.tobytes() == made.tobytes() and list(result.panels) == [2] and result.seed == 7
+
+
+@pytest.mark.parametrize("name", ["references", "ref"])
+def test_references_from_python_give_the_commands_pixels(networks, tmp_path, name):
+    paths = sorted((find_model("tiny").root / "examples" / "references").glob("*.png"))[:2]
+    made = run_command(tmp_path, "--ref", *paths, "--prompt", "a cat beside a robot")
+    result = networks(**{name: [Image.open(path) for path in paths]}, prompt="a cat beside a robot", steps=3)
+    assert made.size == (64, 64) and result.composite.tobytes() == made.tobytes()
+
+
+def test_a_transparent_or_turned_picture_from_python_is_read_as_a_file_is(networks, tmp_path):
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (64, 64, 4), dtype=np.uint8), "RGBA").save(tmp_path / "clear.png")
+    turned = Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=turned.getexif())
+    for path in (tmp_path / "clear.png", tmp_path / "turned.png"):
+        sources = [plan_for(mask="2", prompt=PROMPT, panels=(item,))[0].kept[1] for item in (path, Image.open(path))]
+        assert sources[0].picture.tobytes() == sources[1].picture.tobytes()
+
+
+def test_what_python_gave_is_recorded_as_such(tmp_path):
+    picture = Image.new("RGB", (64, 64), "red")
+    record = json.loads(json.dumps(describe(plan_for(mask="2", panels=(picture,), prompt=PROMPT)[0])))
+    assert record["config"]["panels"] == ["a PIL image"]
+    assert [(entry["file"], len(entry["sha256"])) for entry in record["inputs"]] == [("a PIL image", 64)]
+
+
+def test_python_may_leave_out_everything(networks):
+    result = networks(steps=1)
+    assert result.composite.size == (128, 128) and list(result.panels) == [1, 2, 3, 4]
+    assert networks(prompt="a red cat", steps=1).composite.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mask": "9"}, ValueError, "mask '9': 9 does not fit the grid"),
+        ({"steps": 0}, ValueError, "--steps 0 is out of range"),
+        ({"panels": ["nowhere.png"], "mask": "2"}, ValueError, "cannot read nowhere.png"),
+        ({"stpes": 3}, TypeError, "stpes"),
+        ({"model": "flux-dev"}, TypeError, "model .*Pipeline.load"),
+        ({"dtype": "bfloat16"}, TypeError, "dtype .*Pipeline.load"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_loads(counted, options, error, message):
+    networks = Pipeline.load("tiny", device="cpu")
+    with pytest.raises(error, match=message):
+        networks(**{**SMALL, **options})
+    assert counted.calls == []
+
+
+def test_what_cannot_be_loaded_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="there is no model 'nowhere'"):
+        Pipeline.load("nowhere")
+    with pytest.raises(ValueError, match="there is no such file"):
+        Pipeline.load("tiny", loras=["nowhere.safetensors"])
+    with pytest.raises(ValueError, match="DoRA"):
+        Pipeline.load("tiny", loras=[str(GOLDEN / "lora" / "refuse_dora.safetensors")])
+    with pytest.raises(ValueError, match="--dtype 'int8' is unknown"):
+        Pipeline.load("tiny", dtype="int8")

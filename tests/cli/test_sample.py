@@ -1,7 +1,9 @@
 import errno
 import io
+import itertools
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,9 +16,14 @@ import torch
 from PIL import Image
 
 import iclora.pipeline as pipeline
+import model.checkpoint
 import sample
-import sampling.images
-from model.weights import examples_folder
+from iclora.config import SampleConfig, flag
+from iclora.pipeline import Result
+from iclora.plan import make_plan
+from iclora.record import compare, describe, save, save_as
+from model.text import TextEncoders
+from model.weights import examples_folder, find_model
 from sampling.images import fit, open_picture
 
 ROOT = Path(__file__).parents[2]
@@ -77,13 +84,12 @@ def test_the_json_holds_the_resolved_configuration_hashes_and_timings(made):
     assert {"text", "transformer", "sampling", "decoding"} <= set(record["seconds"])
 
 
-def test_large_weight_files_are_recorded_by_name_and_size_only(made, monkeypatch):
-    monkeypatch.setattr(sample, "HASHED", 10)
-    assert sample.fingerprint(made / "0001.png", made) == {
-        "file": "0001.png",
-        "bytes": (made / "0001.png").stat().st_size,
-        "sha256": None,
-    }
+def test_large_weight_files_are_recorded_by_name_and_size_only(monkeypatch):
+    monkeypatch.setattr(model.checkpoint, "MAX_HASHED", 1_000_000)
+    listed = {file["file"]: file for file in describe(plan_for())["model"]["files"]}
+    size = (find_model("tiny").root / "ae.safetensors").stat().st_size
+    assert listed["ae.safetensors"] == {"file": "ae.safetensors", "bytes": size, "sha256": None}
+    assert len(listed["text_encoder/model.safetensors"]["sha256"]) == 64
 
 
 def test_the_png_says_how_it_was_made_but_not_where(made, tmp_path):
@@ -141,16 +147,35 @@ def test_a_replay_from_other_pictures_is_noted(tmp_path, capsys):
         ({"model": None}, "it is not a whole record"),
     ],
 )
-def test_what_else_changed_is_noted(change, what, capsys):
-    record = {"inputs": [], "model": {"files": [1]}, "versions": {}}
-    sample.compare(record, {**record, **change}, "a.json")
-    assert what in capsys.readouterr().err
+def test_what_else_changed_is_noted(change, what):
+    record, notes = {"inputs": [], "model": {"files": [1]}, "versions": {}}, []
+    compare(record, {**record, **change}, "a.json", notes.append)
+    assert len(notes) == 1 and what in notes[0]
+
+
+def test_a_replay_of_a_picture_gives_the_same_bytes(tmp_path, capsys):
+    assert run(tmp_path / "out", "--prompt", PROMPT, "--seed", "9", "--guidance", "2") == 0
+    assert sample.main(["--config", str(tmp_path / "out" / "0001.png"), "--out", str(tmp_path / "again")]) == 0
+    assert pngs(tmp_path / "again", "0001") == pngs(tmp_path / "out", "0001")
+    old, new = (json.loads((tmp_path / name / "0001.json").read_text()) for name in ("out", "again"))
+    assert new["config"] == old["config"] and "may differ" not in capsys.readouterr().err
+    panel = tmp_path / "out" / "0001-panel-2.png"
+    assert sample.main(["--config", str(panel), "--seed", "8", "--out", str(tmp_path / "again")]) == 0
+    assert json.loads((tmp_path / "again" / "0002.json").read_text())["config"]["seed"] == 8, "flags win"
+
+
+def test_the_pictures_panels_are_given_anew_beside_its_replay(made, tmp_path):
+    """A picture says nothing of places, so kept panels are given again."""
+    panel = str(examples_folder() / "1x2" / "1.png")
+    argv = ["--config", str(made / "0001.png"), "--panels", panel, "--out", str(tmp_path)]
+    assert sample.main(argv) == 0
+    assert pngs(tmp_path, "0001") == pngs(made, "0001")
 
 
 def test_a_note_says_that_the_bundled_example_is_used(tmp_path, capsys):
     assert run(tmp_path, "--mask", "2") == 0
     out, err = capsys.readouterr()
-    assert err.startswith("note: no panels given: the bundled 1x2 example is used, with its caption: ")
+    assert "\nnote: no panels given: the bundled 1x2 example is used, with its caption: " in err
     assert out.splitlines() == [str(tmp_path / name) for name in ("0001.png", "0001-panel-2.png", "0001.json")]
 
 
@@ -166,18 +191,22 @@ def test_files_take_the_next_free_number_and_never_overwrite(tmp_path):
     assert files(tmp_path)["0007-panel-1.png"] == b"mine"
 
 
-def result_and_plan():
-    plan = pipeline.resolve(sample.SampleConfig(grid="1x2", prompt=PROMPT, device="cpu", steps=2), lambda line: None)
+def plan_for(**values):
+    settings = {"grid": "1x2", "prompt": PROMPT, "device": "cpu", "steps": 2, **values}
+    return make_plan(SampleConfig(**settings), lambda line: None)
+
+
+def result_and_record():
     panel = Image.new("RGB", (64, 64))
-    return pipeline.Result(Image.new("RGB", (128, 64)), {1: panel, 2: panel}, {}), plan
+    return Result(Image.new("RGB", (128, 64)), {1: panel, 2: panel}, {}, 3), describe(plan_for())
 
 
 def test_sets_that_are_saved_at_once_share_no_number(tmp_path):
-    result, plan = result_and_plan()
+    result, record = result_and_record()
 
     def save_five():
         for _ in range(5):
-            sample.save(result, plan, 0, {}, tmp_path)
+            save(result, record, tmp_path)
 
     threads = [threading.Thread(target=save_five) for _ in range(4)]
     for thread in threads:
@@ -187,14 +216,15 @@ def test_sets_that_are_saved_at_once_share_no_number(tmp_path):
     names = sorted(files(tmp_path))
     assert len(names) == 4 * 20
     for name in (name for name in names if name.endswith(".json")):
-        assert json.loads(files(tmp_path)[name])["outputs"]["composite"] == name.replace("json", "png")
+        record = json.loads(files(tmp_path)[name])
+        assert record["outputs"]["composite"] == name.replace("json", "png") and record["config"]["seed"] == 3
 
 
 def test_a_number_that_is_partly_taken_is_left_alone(tmp_path):
-    result, plan = result_and_plan()
+    result, record = result_and_record()
     (tmp_path / "0001.json").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
-        sample.save_as("0001", result, {}, {}, tmp_path)
+        save_as("0001", result, record, tmp_path)
     assert files(tmp_path) == {"0001.json": b"mine"}
 
 
@@ -208,7 +238,7 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_set(tmp_path, monkeypatch, cap
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(sampling.images.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert run(tmp_path / "out", "--prompt", PROMPT) == 2
     assert "No space left on device; free space there" in refused(capsys)
     assert files(tmp_path / "out") == {}
@@ -247,7 +277,7 @@ def test_an_impossible_folder_is_refused_before_anything_is_made(tmp_path, capsy
 
 
 def test_a_folder_without_write_permission_is_refused_before_anything_is_made(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(pipeline, "load_text_encoders", None)
     assert run(tmp_path / "out", "--prompt", PROMPT) == 2
     assert f"{tmp_path} cannot be written to; choose another" in refused(capsys)
@@ -280,18 +310,48 @@ def test_another_runtime_error_is_a_bug_and_is_shown_whole(tmp_path, monkeypatch
         run(tmp_path, "--prompt", PROMPT)
 
 
-def test_an_interruption_costs_one_line_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    sampler = pipeline.Pipeline.sample
+def interrupting(monkeypatch, at):
+    """Press Ctrl-C when sampling starts for the given time."""
+    calls, denoise = [], pipeline.denoise
 
-    def interrupted(self, seed, progress):
-        if seed == 1:
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == at:
             raise KeyboardInterrupt
-        return sampler(self, seed, progress)
+        return denoise(*args)
 
-    monkeypatch.setattr(pipeline.Pipeline, "sample", interrupted)
+    monkeypatch.setattr(pipeline, "denoise", interrupted)
+
+
+def test_an_interruption_costs_one_line_that_is_no_error_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
+    interrupting(monkeypatch, 2)
     assert run(tmp_path, "--prompt", PROMPT, "--num", "3") == 130
-    assert "interrupted" in refused(capsys)
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert line == "interrupted; what was finished is saved"
+    assert all(note.startswith("note: ") for note in notes)
     assert sorted(files(tmp_path)) == ["0001-panel-1.png", "0001-panel-2.png", "0001.json", "0001.png"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sample.py", "--device", "cpu", "--prompt", "a red cat", "--steps", "1", "--out", "OUT"],
+        ["-m", "iclora.convert", "--help"],
+        ["sample.py", "--help"],
+    ],
+    ids=["pictures", "short help", "help"],
+)
+def test_a_reader_that_has_gone_is_no_mistake(tmp_path, argv):
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, *(str(tmp_path / "out") if word == "OUT" else word for word in argv)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(writing)
+    assert done.returncode == 0
+    assert all(line.startswith("note: ") for line in done.stderr.splitlines())
+    if "OUT" in argv:
+        assert sorted(files(tmp_path / "out")) == ["0001-panel-1.png", "0001.json", "0001.png"]
 
 
 def test_help_is_status_0(capsys):
@@ -314,20 +374,25 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_progress_shows_step_pace_and_time_left(monkeypatch):
+def test_on_a_terminal_progress_shows_step_pace_and_time_left(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with sample.Bar("picture 1 of 1") as bar:
-        bar.start -= 60
-        bar(2, 4)
-    shown = sys.stderr.getvalue()
-    assert "\rpicture 1 of 1 [############............] step 2/4, 30.00 s a step, 0:01:00 left" in shown
-    assert shown.endswith("\n")
+    assert run(tmp_path, "--prompt", PROMPT, "--num", "2") == 0
+    bars = [part for part in sys.stderr.getvalue().split("\r") if "step" in part]
+    assert re.search(r"  0%\|.*\| 0/4 \[00:00<\?", bars[0])
+    assert re.search(r"100%\|.*\| 4/4 \[\d\d:\d\d<00:00", bars[-1])
 
 
-def test_elsewhere_progress_is_silent(capsys):
-    with sample.Bar("picture 1 of 1") as bar:
-        bar(1, 2)
-    assert capsys.readouterr().err == ""
+def test_elsewhere_progress_is_silent(tmp_path, capsys):
+    assert run(tmp_path, "--prompt", PROMPT) == 0
+    assert all(line.startswith("note: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_prompt_without_markers_makes_one_picture(tmp_path):
+    argv = ["--prompt", "a red cat", "--device", "cpu", "--steps", "1", "--out", str(tmp_path)]
+    assert sample.main(argv) == 0
+    assert sorted(files(tmp_path)) == ["0001-panel-1.png", "0001.json", "0001.png"]
+    assert open_picture(tmp_path / "0001.png").size == (64, 64)
+    assert json.loads((tmp_path / "0001.json").read_text())["config"]["grid"] == "1x1"
 
 
 def test_the_readmes_first_command_makes_its_picture_in_time(tmp_path):
@@ -346,10 +411,135 @@ def test_the_readmes_first_command_makes_its_picture_in_time(tmp_path):
     for panel, corner in ((1, (0, 0)), (2, (64, 0)), (4, (64, 64))):
         given = fit(open_picture(examples_folder() / "2x2" / f"{panel}.png"), 64, 64)
         assert composite.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == given.tobytes()
-    shown = Image.open(ROOT / "docs" / "pictures" / "first.png")
+    shown = Image.open(ROOT / "tests" / "fixtures" / "pictures" / "first.png")
     assert json.loads(shown.text["config"]) == json.loads(composite.text["config"])
 
 
 def test_a_mistake_is_one_line_without_the_notes_before_it(tmp_path, capsys):
     assert sample.main(["--ref", "nope.png", "--prompt", "a cat.", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "error: cannot read nope.png: there is no such file; check the name\n"
+
+
+# many requests
+
+
+ROWS = [
+    {"prompt": PROMPT, "seed": 3},
+    {"prompt": PROMPT + " in the snow", "panel_size": "48", "steps": 1},
+    {"grid": "2x1", "prompt": PROMPT, "num": 2},
+    {"mask": "2", "prompt": PROMPT, "panels": ["a.png"]},
+]
+
+
+def jobs(folder, *rows):
+    """A list of requests, which may be lines that are no JSON."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "jobs.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder / "jobs.jsonl")
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["plenty", "short"])
+def test_a_job_makes_what_its_rows_alone_would_make_and_loads_every_network_once(tmp_path, monkeypatch, capsys, short):
+    """Also where memory is short, as all captions are read before the transformer loads."""
+    Image.effect_noise((50, 40), 90).convert("RGB").save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    alone = tmp_path / "alone"
+    for row in ROWS:
+        words = [[flag(name), *(value if isinstance(value, list) else [str(value)])] for name, value in row.items()]
+        assert run(alone, "--guidance", "2", *itertools.chain(*words)) == 0
+    loaded, out = [], tmp_path / "out"
+    if short:
+        monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
+    for name in ("load_text_encoders", "load_autoencoder", "load_flux"):
+        real = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, lambda *args, n=name, real=real: loaded.append(n) or real(*args))
+    capsys.readouterr()
+    assert run(out, "--guidance", "2", "--jobs", jobs(tmp_path, *ROWS, "", "  ")) == 0
+    assert sorted(loaded) == ["load_autoencoder", "load_flux", "load_text_encoders"]
+    for number in range(1, 6):
+        assert pngs(out, f"{number:04d}") == pngs(alone, f"{number:04d}")
+        record, other = (json.loads((folder / f"{number:04d}.json").read_text()) for folder in (out, alone))
+        assert record["config"] == other["config"] and record["inputs"] == other["inputs"]
+    assert set(files(out)) == {*files(alone), "0006-sheet.png"}
+    told = capsys.readouterr().out.splitlines()
+    assert {Path(line).name for line in told} == set(files(out)) and told[-1] == str(out / "0006-sheet.png")
+
+
+def test_the_contact_sheet_shows_every_picture_in_order(tmp_path):
+    rows = [{"seed": 1}, {"panel_size": "48"}, {"grid": "2x1"}, {"seed": 2}, {"seed": 3}]
+    assert run(tmp_path / "out", "--prompt", PROMPT, "--jobs", jobs(tmp_path, *rows)) == 0
+    sheet = open_picture(tmp_path / "out" / "0006-sheet.png")
+    width, height = 96, 64  # of the largest
+    assert sheet.size == (3 * width, 2 * height)
+    for number in range(5):
+        made = open_picture(tmp_path / "out" / f"{number + 1:04d}.png")
+        left, top = number % 3 * width, number // 3 * height
+        assert sheet.crop((left, top, left + made.width, top + made.height)).tobytes() == made.tobytes()
+    rest = sheet.crop((2 * width, height, 3 * width, 2 * height))
+    assert rest.getcolors() == [(width * height, (255, 255, 255))]
+
+
+GOOD = {"prompt": PROMPT}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, "{"], "jobs.jsonl line 2 is no JSON object of options; write {"),
+        (["[1]"], "jobs.jsonl line 1 is no JSON object of options"),
+        ([GOOD, "", "[" * 100_000], "jobs.jsonl line 3 is no JSON object of options"),
+        ([GOOD, {"stpes": 3}], "jobs.jsonl line 2 sets 'stpes', which is unknown; did you mean steps?"),
+        ([{"steps": "3"}], "jobs.jsonl line 1 sets steps to '3', which is not a whole number"),
+        ([{"panels": "a.png"}], "jobs.jsonl line 1 sets panels to 'a.png', which is not a list of texts"),
+        ([GOOD, {"steps": 0}], "jobs.jsonl line 2: --steps 0 is out of range; use 1 to 1000"),
+        ([GOOD, {"fit": "cropp"}], "jobs.jsonl line 2: --fit 'cropp' is unknown; did you mean crop?"),
+        ([GOOD, "", {"mask": "9"}], "jobs.jsonl line 3: mask '9': 9 does not fit the grid"),
+        (
+            [GOOD, {**GOOD, "mask": "2", "panels": ["no.png"]}],
+            "jobs.jsonl line 2: cannot read no.png: there is no such file",
+        ),
+        ([GOOD, {"lora": ["no.safetensors"]}], "jobs.jsonl line 2: --lora 'no.safetensors': there is no such file"),
+        *(
+            ([GOOD, {name: "x"}], f"line 2 sets {name}, which holds for the whole job; give --{name}")
+            for name in ("model", "device", "dtype", "out", "jobs", "config")
+        ),
+        ([], "is no file with requests; write a JSON object of options a row"),
+        (["", " "], "is no file with requests"),
+    ],
+)
+def test_a_wrong_row_is_refused_by_its_line_before_anything_is_made(tmp_path, capsys, monkeypatch, rows, message):
+    monkeypatch.setattr(pipeline, "load_text_encoders", None)
+    assert run(tmp_path / "out", "--jobs", jobs(tmp_path, *rows)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "", "a\0b", "."])
+def test_jobs_that_are_no_file_are_refused(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path / "out", f"--jobs={name}") == 2
+    assert "is no file with requests" in refused(capsys) and not (tmp_path / "out").exists()
+
+
+def test_jobs_that_are_no_text_are_refused(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe")
+    assert run(tmp_path / "out", "--jobs", str(tmp_path / "a.jsonl")) == 2
+    assert "a.jsonl: it is not UTF-8 text" in refused(capsys)
+
+
+def test_an_interrupted_job_keeps_what_is_finished_and_draws_no_sheet(tmp_path, capsys, monkeypatch):
+    interrupting(monkeypatch, 2)
+    assert run(tmp_path / "out", "--jobs", jobs(tmp_path, GOOD, GOOD, GOOD)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; what was finished is saved"
+    assert sorted(files(tmp_path / "out")) == ["0001-panel-1.png", "0001-panel-2.png", "0001.json", "0001.png"]
+
+
+def test_a_caption_of_many_rows_is_read_once_and_what_is_noted_told_once(tmp_path, capsys, monkeypatch):
+    read, encode = [], TextEncoders.encode
+    monkeypatch.setattr(TextEncoders, "encode", lambda self, texts, n: read.extend(texts) or encode(self, texts, n))
+    rows = [GOOD, {**GOOD, "seed": 1}, {"prompt": PROMPT + " again"}, GOOD]
+    assert run(tmp_path / "out", "--jobs", jobs(tmp_path, *rows)) == 0
+    assert read == [PROMPT, PROMPT + " again"]
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("panels of 64x64" in line for line in lines) == 1 and all(line.startswith("note: ") for line in lines)

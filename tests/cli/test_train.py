@@ -26,27 +26,31 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
-import iclora.cache
 import iclora.checkpoint
 import iclora.loader
+import iclora.memory
 import iclora.monitor
-import iclora.references
+import iclora.pipeline
 import iclora.training
-import model.lora
+import model.checkpoint
 import sample
 import train
 from golden import WHOLE
 from iclora.cli import parse
-from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, flag, model_defaults, resolve_training_defaults
+from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, flag, resolve_training_defaults
 from iclora.data import load
+from iclora.layout import generate_mask
 from iclora.loader import Loader, fingerprints
 from iclora.monitor import GAP, LEFT, NARROW, TOP, labelled
-from iclora.pipeline import Pipeline, resolve
+from iclora.pipeline import Pipeline, encode_panels, encode_references, text_key
+from iclora.plan import make_plan
+from iclora.references import image_ids
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
 from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora, trainable
-from model.weights import find_model, load_flux, read_flux_config
+from model.lora_formats import read_lora
+from model.weights import find_model, load_flux
 from sampling.latents import pack
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +68,7 @@ def make_model(folder):
     """A model folder with a random transformer and autoencoder, beside the text encoders of the tiny model."""
     folder.mkdir()
     tiny = find_model("tiny")
-    shape = read_flux_config(tiny.flux)
+    shape = tiny.flux.config
     torch.manual_seed(0)
     small = FluxConfig(64, 64, shape.vec_in_dim, shape.context_in_dim, 32, 48, 1, 1, 1, (4, 14, 14), True)
     save_safetensors(Flux(small).state_dict(), folder / "flux1-small.safetensors")
@@ -135,9 +139,10 @@ def out(world):
     return world / "runs" / str(len(os.listdir(world / "runs")))
 
 
-def encoded(config, files, shape):
-    """The whole way: files, cache, loader."""
-    loader = Loader(config, load(config.data), files, shape)
+def encoded(world, out, *flags):
+    """A loader with everything encoded; the whole way: files, cache, loader."""
+    config = resolve_training_defaults(parse(TrainConfig, command(world, out, *flags), ""), TINY, "cpu")
+    loader = Loader(config, load(config.data), find_model(config.model))
     loader.encode(lambda line: None)
     return loader
 
@@ -317,8 +322,8 @@ def test_a_run_writes_checkpoint_lora_metrics_curve_and_settings(whole):
 
 
 def test_the_lora_file_says_what_it_is(whole):
-    tensors, about = read_header(whole / "lora.safetensors")
-    assert {name.removeprefix("iclora."): text for name, text in about.items() if name.startswith("iclora.")} == {
+    tensors, metadata = read_header(whole / "lora.safetensors")
+    assert {name.removeprefix("iclora."): text for name, text in metadata.items() if name.startswith("iclora.")} == {
         "method": "in-context-lora", "condition": "none", "concat": "pixels", "text": "joint", "base": "model",
         "grids": "1x2", "steps": "6",
     }  # fmt: skip
@@ -366,15 +371,15 @@ def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal_from_before_the_firs
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert go(world, out) == 0
     bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("training: ")]
-    assert "| 0/6 [00:00<?, ? steps/s]" in bars[0]
-    assert re.search(r"100%\|#+\| 6/6 \[00:0\d<00:00, +\d+\.\d+ steps/s, loss \d\.\d{4}\]", bars[-1])
+    assert "| 0/6 [00:00<?, ?step/s]" in bars[0]
+    assert re.search(r"100%\|#+\| 6/6 \[00:0\d<00:00, +\d+\.\d+step/s, loss \d\.\d{4}\]", bars[-1])
 
 
 def test_a_log_gets_a_line_every_fifty_steps_and_at_the_end(world, out, capsys):
     assert go(world, out, "--holdout", "0", "--save-every", "200", steps=120) == 0
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("training: ")]
-    assert [re.search(r" (\d+)/120 \[.* steps/s, loss \d\.\d{4}\]$", line)[1] for line in lines] == ["50", "100", "120"]
+    assert [re.search(r" (\d+)/120 \[.*step/s, loss \d\.\d{4}\]$", line)[1] for line in lines] == ["50", "100", "120"]
     assert "\r" not in err and "\x1b" not in err
 
 
@@ -383,7 +388,7 @@ def test_a_bar_is_drawn_while_texts_and_pictures_are_encoded(world, out, capsys,
     make_sets(tmp_path / "sets", count=3, seed=7)
     assert go(world, out, "--data", str(tmp_path / "sets"), steps=1) == 0
     bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("encoding pictures: ")]
-    assert "| 3/3 [" in bars[-1]
+    assert "| 0/3 [" in bars[0]
 
 
 def test_metrics_also_go_to_tensorboard_if_that_is_wanted(world, out, monkeypatch):
@@ -521,40 +526,41 @@ def test_an_earlier_lora_is_a_start(world, whole, out, capsys):
     shutil.copy(whole / "lora.safetensors", world / "start.safetensors")
     assert go(world, out, "--init-lora", str(world / "start.safetensors"), "--lr", "0", steps=1) == 0
     assert "starting from start.safetensors: diffusers names" in capsys.readouterr().err
-    before, after = (model.lora.read_lora(path / "lora.safetensors") for path in (whole, out))
-    assert before.stored.keys() == after.stored.keys()
+    before, after = (read_lora(path / "lora.safetensors") for path in (whole, out))
+    assert before.tensors.keys() == after.tensors.keys()
     assert all(load_file(out / "checkpoint.safetensors")[f"{i}.weight"].any() for i in range(4)), "ups are not fresh"
 
 
-def test_a_large_model_is_marked_by_its_size_and_not_by_its_date(world, monkeypatch):
-    model = find_model(str(world / "model"))
-    before = fingerprints([], model)["model"]
-    monkeypatch.setattr(iclora.cache, "MAX_HASHED", 1000)
-    large = fingerprints([], model)["model"]
-    os.utime(model.flux)
-    assert large == fingerprints([], model)["model"] != before
+def test_a_large_model_is_known_by_its_size_and_not_by_its_date(world, monkeypatch):
+    files_of_model = find_model(str(world / "model"))
+    before = fingerprints([], files_of_model)["model"]
+    monkeypatch.setattr(model.checkpoint, "MAX_HASHED", 1000)
+    large = fingerprints([], files_of_model)["model"]
+    os.utime(files_of_model.flux.path)
+    assert large == fingerprints([], files_of_model)["model"] != before
 
 
-def test_every_shard_of_a_model_and_the_settings_beside_a_lora_count(world, tmp_path):
-    model = find_model(str(world / "model"))
-    tensors = load_file(model.flux)
+def test_every_shard_of_a_model_and_the_settings_beside_a_lora_count(world, whole, tmp_path):
+    files_of_model = find_model(str(world / "model"))
+    tensors = load_file(files_of_model.flux.path)
     names = {name: f"shard-{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
     for shard in set(names.values()):
         save_file({name: tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard)
     index = tmp_path / "flux1-small.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": names}))
     (tmp_path / "lora").mkdir()
-    save_file({"a": torch.zeros(1)}, tmp_path / "lora" / "adapter_model.safetensors")
+    shutil.copy(whole / "lora.safetensors", tmp_path / "lora" / "adapter_model.safetensors")
 
-    def marks():
-        return fingerprints([], replace(model, flux=index), str(tmp_path / "lora"))
+    def contents():
+        sharded = replace(files_of_model, flux=model.checkpoint.open_checkpoint(index, "transformer"))
+        return fingerprints([], sharded, read_lora(tmp_path / "lora"))
 
-    first = marks()
+    first = contents()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    second = marks()
+    second = contents()
     assert first["init_lora"] != second["init_lora"] and first["model"] == second["model"]
     save_file({name: 2 * tensors[name] for name in tensors if names[name] == shard}, tmp_path / shard)
-    assert marks()["model"] != second["model"] and marks()["init_lora"] == second["init_lora"]
+    assert contents()["model"] != second["model"] and contents()["init_lora"] == second["init_lora"]
 
 
 def test_another_lora_under_the_same_name_is_refused_on_resume(world, whole, out, tmp_path, capsys):
@@ -872,19 +878,15 @@ def test_recomputing_activations_ends_in_the_same_weights(world, whole, out):
 
 
 def test_pixels_of_masked_panels_never_reach_the_kept_latents(world, tmp_path):
-    """The whole way: files, cache, feed."""
-    files_of_model = find_model(str(world / "model"))
-    shape = read_flux_config(files_of_model.flux)
+    """The whole way: files, cache, loader."""
     known = []
     for name in ("before", "after"):
         make_sets(tmp_path / name, count=2)
         if name == "after":
             Image.new("RGB", (32, 32), "red").save(tmp_path / name / "0" / "2.png")
-        argv = command(world, tmp_path / "run", "--condition", "clean", "--data", str(tmp_path / name))
-        config = resolve_training_defaults(parse(TrainConfig, argv, ""), model_defaults(shape), "cpu")
-        feed = encoded(config, files_of_model, shape)
-        ((layout, examples),) = [(feed.layouts[0], feed.trained[0][:1])]
-        known.append([feed.collate(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
+        loader = encoded(world, tmp_path / "run", "--condition", "clean", "--data", str(tmp_path / name))
+        layout, examples = loader.layouts[0], loader.trained[0][:1]
+        known.append([loader.collate(layout, examples, [kept], [False]) for kept in ((1,), (2,), ())])
     left, right, none = zip(*known, strict=True)
     assert torch.equal(left[0].known, left[1].known)
     assert not torch.equal(right[0].known, right[1].known), "panel 2 was changed, and here it is kept"
@@ -903,65 +905,79 @@ def clean(world):
     return world / "runs" / "clean" / "lora.safetensors"
 
 
-def pipeline(world, *loras, **more):
-    settings = {"grid": "1x2", "panel_size": "32", "steps": 3, "prompt": PROMPT, "device": "cpu", **more}
-    config = SampleConfig(model=str(world / "model"), lora=tuple(map(str, loras)), **settings)
-    said = []
-    return Pipeline(resolve(config, said.append), said.append), said
+class Sampler:
+    """What sample.py makes of LoRAs: a plan, and what a pipeline gives the transformer in every step."""
 
+    def __init__(self, world, *loras, **more):
+        settings = {"grid": "1x2", "panel_size": "32", "steps": 3, "prompt": PROMPT, "device": "cpu", **more}
+        config = SampleConfig(model=str(world / "model"), lora=tuple(map(str, loras)), **settings)
+        self.notes = []
+        self.plan = make_plan(config, self.notes.append)
+        self.pipeline = Pipeline(self.plan.config, self.notes.append)
+        self.points, self.velocities, self.prefilled = [], [], []
+        real = iclora.pipeline.denoise
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(iclora.pipeline, "denoise", lambda flux, *given: real(self.spy(flux), *given))
+            (self.result,) = self.pipeline.run(self.plan)
+        self.points, self.velocities = torch.cat(self.points), torch.cat(self.velocities)  # (steps, I, 64)
+        self.txt, self.vec = self.pipeline.texts[text_key(self.plan)]
+        mask = generate_mask(self.plan.generated, self.plan.layout)
+        self.kept = ~mask[0, :, 0].bool()
+        with torch.inference_mode():
+            self.data = encode_panels(self.pipeline.autoencoder, self.plan, mask)
 
-def steps_of_sampling(networks):
-    """What the transformer gets and gives in every step: points (steps, I, 64), velocities (steps, I, 64)."""
-    points, velocities, real = [], [], networks.flux.velocity
+    def spy(self, flux):
+        def velocity(x, *more):
+            self.points.append(x.clone())
+            self.velocities.append(flux.velocity(x, *more))
+            return self.velocities[-1]
 
-    def spy(x, *more):
-        points.append(x.clone())
-        velocities.append(real(x, *more))
-        return velocities[-1]
+        def prefill(*given):
+            self.prefilled.append(given)
+            return flux.prefill(*given)
 
-    networks.flux.velocity = spy
-    networks.sample(0, lambda *_: None)
-    networks.flux.velocity = real
-    return torch.cat(points), torch.cat(velocities)
+        return SimpleNamespace(prefill=prefill, velocity=velocity, conditioning=flux.conditioning)
 
-
-def velocity(networks):
-    """What the transformer gives in the first step, from the noise of seed 0."""
-    return steps_of_sampling(networks)[1][:1]
+    @property
+    def first(self):
+        """What the transformer gives in the first step, from the noise of seed 0."""
+        return self.velocities[:1]
 
 
 def test_the_lora_changes_the_sampler_by_its_strength(world, whole):
     path = whole / "lora.safetensors"
     loras = ([], [f"{path}:0"], [f"{path}:.5"], [path])
-    base, none, half, full = (velocity(pipeline(world, *lora)[0]) for lora in loras)
+    samplers = [Sampler(world, *lora) for lora in loras]
+    base, none, half, full = (sampler.first for sampler in samplers)
     assert (none - base).abs().max() < 1e-6
     assert (full - base).abs().max() > 1e-3
     assert 0.3 < float((half - base).norm() / (full - base).norm()) < 0.7
-    assert "lora.safetensors: diffusers names" in " ".join(pipeline(world, path)[1])
+    assert "lora.safetensors: diffusers names" in " ".join(samplers[-1].notes)
 
 
 def test_a_file_of_an_untrained_lora_changes_nothing(world, out):
     assert go(world, out, "--lr", "0", steps=1) == 0
-    given, base = (pipeline(world, *lora)[0].flux.state_dict() for lora in ([out / "lora.safetensors"], []))
+    loras = ([out / "lora.safetensors"], [])
+    given, base = (Sampler(world, *lora).pipeline.flux.state_dict() for lora in loras)
     assert given.keys() == base.keys() and all(torch.equal(given[name], base[name]) for name in base)
 
 
 def test_kept_panels_are_clean_at_every_step_if_the_lora_was_trained_so(world, clean, whole):
     panel = str(world / "sets" / "0" / "1.png")
     for path, stays in ((clean, True), (whole / "lora.safetensors", False)):
-        networks, _ = pipeline(world, path, mask="2", panels=(panel,))
-        seen, kept = steps_of_sampling(networks)[0], ~networks.mask[0, :, 0].bool()
-        same = [torch.equal(x[kept], networks.data[0, kept]) for x in seen]
+        sampler = Sampler(world, path, mask="2", panels=(panel,))
+        points, kept, data = sampler.points, sampler.kept, sampler.data[0]
+        same = [torch.equal(x[kept], data[kept]) for x in points]
         assert len(same) == 3 and all(same) == stays and any(same) == stays
-        assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+        assert not torch.equal(points[0][~kept], data[~kept])
 
 
 def test_kept_panels_stay_clean_beside_drafts(world, clean):
     panels = tuple(str(world / "sets" / "0" / f"{number}.png") for number in (1, 2))
-    networks, _ = pipeline(world, clean, mask="2", panels=panels, strength=0.7)
-    seen, kept = steps_of_sampling(networks)[0], ~networks.mask[0, :, 0].bool()
-    assert len(seen) and all(torch.equal(x[kept], networks.data[0, kept]) for x in seen)
-    assert not torch.equal(seen[0][~kept], networks.data[0, ~kept])
+    sampler = Sampler(world, clean, mask="2", panels=panels, strength=0.7)
+    points, kept, data = sampler.points, sampler.kept, sampler.data[0]
+    assert len(points) and all(torch.equal(x[kept], data[kept]) for x in points)
+    assert not torch.equal(points[0][~kept], data[~kept])
 
 
 def test_the_12b_model_recomputes_its_activations_unless_told_not_to(world, out):
@@ -978,33 +994,26 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
     """Texts, latents of kept panels, and who sees whom; the whole way through the file's metadata."""
     flags = ["--condition", "clean", "--concat", "tokens", "--text", "panel"]
     assert go(world, out, *flags, "--sample-every", "1", steps=1) == 0
-    files_of_model = find_model(str(world / "model"))
-    shape = read_flux_config(files_of_model.flux)
-    config = resolve_training_defaults(
-        parse(TrainConfig, command(world, out, *flags), ""), model_defaults(shape), "cpu"
-    )
-    feed = encoded(config, files_of_model, shape)
-    sets = feed.collate(feed.layouts[0], feed.trained[0][:1], [(1,)], [False])
-    panel = str(world / "sets" / "0" / "1.png")
-    told = {"prompt": feed.trained[0][0].caption, "mask": "2", "panels": (panel,)}
-    networks, _ = pipeline(world, out / "lora.safetensors", **told)
-    plain, _ = pipeline(world, **told)
-    kept = ~networks.mask[0, :, 0].bool()
-    for fed, trained in ((networks.txt, sets.txt), (networks.vec, sets.vec)):
-        assert torch.allclose(fed, trained, atol=1e-5), "but for rounding: training encodes texts one by one"
-    assert torch.equal(networks.data[:, kept], pack(sets.known)[:, kept])
-    assert networks.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(networks.vec, plain.vec)
-    assert not torch.equal(networks.data, plain.data), "encoded by itself"
-    masks, real = [], networks.flux.prefill
-    networks.flux.prefill = lambda *given: masks.append(given[3]) or real(*given)
-    networks.sample(0, lambda *_: None)
-    assert len(masks) == 1 and torch.equal(masks[0], sets.attention_mask)
+    loader = encoded(world, out, *flags)
+    example = loader.trained[0][0]
+    batch = loader.collate(loader.layouts[0], [example], [(1,)], [False])
+    request = {"prompt": example.caption, "mask": "2", "panels": (str(world / "sets" / "0" / "1.png"),)}
+    sampler, plain = (Sampler(world, *lora, **request) for lora in ([out / "lora.safetensors"], []))
+    kept = sampler.kept
+    for sampled, trained in ((sampler.txt, batch.txt), (sampler.vec, batch.vec)):
+        assert torch.allclose(sampled, trained, atol=1e-5), "but for rounding: training encodes texts one by one"
+    assert torch.equal(sampler.data[:, kept], pack(batch.known)[:, kept])
+    assert sampler.txt.shape[1] == 2 * plain.txt.shape[1] and not torch.equal(sampler.vec, plain.vec)
+    assert not torch.equal(sampler.data, plain.data), "encoded by itself"
+    ((_, txt, _, mask, _),) = sampler.prefilled
+    assert torch.equal(txt, sampler.txt) and torch.equal(mask, batch.attention_mask)
+    assert plain.prefilled[0][3] is None
 
 
 def test_a_caption_that_a_lora_of_panel_texts_cannot_read_is_refused_before_anything_loads(world, out):
     assert go(world, out, "--text", "panel", steps=1) == 0
     with pytest.raises(ValueError, match="each panel is to read its own part of 'a fox and a bear': no mark"):
-        pipeline(world, out / "lora.safetensors", prompt="a fox and a bear")
+        Sampler(world, out / "lora.safetensors", prompt="a fox and a bear")
 
 
 def test_the_sheet_of_a_clean_run_keeps_the_first_panel(world, out, monkeypatch):
@@ -1034,11 +1043,11 @@ def referred(world):
 
 
 def test_uno_writes_the_names_of_the_release_and_how_it_was_trained(world, referred):
-    tensors, about = read_header(referred / "lora.safetensors")
+    tensors, metadata = read_header(referred / "lora.safetensors")
     ends = [f"processor.{kind}_lora{{}}.{half}.weight" for kind in ("proj", "qkv") for half in ("down", "up")]
     double = {"double_blocks.0." + end.format(stream) for end in ends for stream in (1, 2)}
     assert tensors.keys() == double | {"single_blocks.0." + end.format("") for end in ends}
-    assert {name.removeprefix("iclora."): text for name, text in about.items() if name.startswith("iclora.")} == {
+    assert {name.removeprefix("iclora."): text for name, text in metadata.items() if name.startswith("iclora.")} == {
         "method": "uno", "stage": "1", "offset": "w", "offset_scale": "1.0", "ref_size": "32", "posterior": "sample",
         "reference_attention": "joint", "base": "model", "steps": "6",
     }  # fmt: skip
@@ -1049,12 +1058,8 @@ def test_uno_writes_the_names_of_the_release_and_how_it_was_trained(world, refer
 
 
 def test_batches_of_one_and_two_references_take_turns_and_no_pair_is_left_out(world, referred):
-    argv = ["--config", str(referred / "config.json"), "--out", str(referred), "--holdout", "0"]
-    config = parse(TrainConfig, argv, "")
-    files_of_model = find_model(str(world / "model"))
-    shape = read_flux_config(files_of_model.flux)
-    feed = encoded(config, files_of_model, shape)
-    seen = [feed.batch(number) for number in range(feed.batches.before(2))]
+    loader = encoded(world, referred, *on_pairs(world), "--holdout", "0")
+    seen = [loader.batch(number) for number in range(loader.batches.before(2))]
     assert {len(layout.references) for layout, _ in seen} == {1, 2}
     assert all(len(e.references) == len(layout.references) for layout, some in seen for e in some)
     assert len({e.name for _, some in seen for e in some}) == 6
@@ -1070,42 +1075,29 @@ def test_a_killed_uno_run_ends_in_the_same_bytes(world, referred, out, monkeypat
 
 
 def shown(world, *loras, **more):
-    reference = str(world / "pairs" / "1-2.png")
-    return pipeline(world, *loras, ref=(reference,), grid="1x1", prompt="picture 1", **more)
+    request = {"ref": (str(world / "pairs" / "1-2.png"),), "grid": "1x1", "prompt": "picture 1"}
+    return Sampler(world, *loras, **{**request, **more})
 
 
 def test_the_sampler_follows_how_uno_was_trained_and_an_untrained_file_changes_nothing(world, referred, out):
-    config = shown(world, referred / "lora.safetensors")[0].plan.config
+    sampler = shown(world, referred / "lora.safetensors")
+    config = sampler.plan.config
     assert (config.offset, config.ref_size, config.posterior, config.guidance) == ("w", 32, "sample", 4.0)
     assert uno(world, out, "--lr", "0", steps=1) == 0
-    base, fresh, trained = (
-        velocity(shown(world, *lora, ref_size=32, offset="w")[0])
-        for lora in ([], [out / "lora.safetensors"], [referred / "lora.safetensors"])
-    )
-    assert torch.equal(fresh, base) and (trained - base).abs().max() > 1e-4
+    base, fresh = (shown(world, *lora, ref_size=32, offset="w").first for lora in ([], [out / "lora.safetensors"]))
+    assert torch.equal(fresh, base) and (sampler.first - base).abs().max() > 1e-4
 
 
 def test_the_sampler_feeds_the_references_and_places_that_training_fed(world, referred):
-    config = parse(TrainConfig, ["--config", str(referred / "config.json"), "--out", str(referred)], "")
-    files_of_model = find_model(str(world / "model"))
-    shape = read_flux_config(files_of_model.flux)
-    feed = encoded(config, files_of_model, shape)
-    layout, example = next((layout, e) for layout, some in feed.held_out for e in some if len(e.references) == 2)
-    sets = feed.collate(layout, [example], [()], [False])
-    networks, _ = shown(world, referred / "lora.safetensors", posterior="mean")
-    networks.plan = pipeline_plan(world, referred, tuple(map(str, example.references)))
-    with torch.inference_mode():
-        assert torch.allclose(networks.encode_references(0), sets.references, atol=1e-6)
-    given, real = [], networks.flux.prefill
-    networks.flux.prefill = lambda ids, *more: given.append(ids) or real(ids, *more)
-    velocity(networks)
-    assert torch.equal(given[0][:, networks.txt.shape[1] :], sets.ids)
-
-
-def pipeline_plan(world, run, ref):
-    settings = {"grid": "1x1", "panel_size": "32", "steps": 3, "prompt": "x", "device": "cpu", "posterior": "mean"}
-    lora = (str(run / "lora.safetensors"),)
-    return resolve(SampleConfig(model=str(world / "model"), lora=lora, ref=ref, **settings), lambda line: None)
+    loader = encoded(world, referred, *on_pairs(world), "--holdout", "0.4")
+    layout, example = next((layout, e) for layout, some in loader.held_out for e in some if len(e.references) == 2)
+    batch = loader.collate(layout, [example], [()], [False])
+    references = tuple(map(str, example.references))
+    sampler = shown(world, referred / "lora.safetensors", posterior="mean", ref=references)
+    ((ids, txt, refs, mask, isolate_refs),) = sampler.prefilled
+    assert torch.allclose(refs, batch.references, atol=1e-6) and refs.shape[1] > 0
+    assert torch.equal(ids[:, txt.shape[1] :], batch.ids) and not ids[:, : txt.shape[1]].any()
+    assert mask is None and not isolate_refs
 
 
 def test_the_second_stage_starts_from_the_first_and_keeps_its_offset(world, referred, out, capsys):
@@ -1114,8 +1106,8 @@ def test_the_second_stage_starts_from_the_first_and_keeps_its_offset(world, refe
     assert go(world, out, *flags, "--init-lora", str(world / "first.safetensors"), steps=1) == 0
     said = capsys.readouterr().err
     assert "starting from first.safetensors: xlabs names" in said and "stage 2 starts cold" not in said
-    about = read_header(out / "lora.safetensors")[1]
-    assert (about["iclora.stage"], about["iclora.offset"], about["iclora.ref_size"]) == ("2", "w", "32")
+    metadata = read_header(out / "lora.safetensors")[1]
+    assert (metadata["iclora.stage"], metadata["iclora.offset"], metadata["iclora.ref_size"]) == ("2", "w", "32")
     first, second = (load_file(path / "lora.safetensors") for path in (referred, out))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert steps_of(out) == [1]
@@ -1131,21 +1123,22 @@ def test_the_second_stage_starts_from_the_first_and_keeps_its_offset(world, refe
 
 
 def test_references_alone_are_trained_and_followed_by_the_sampler_and_the_second_stage(world, out, monkeypatch):
-    told, real = [], iclora.training.flow_loss
-    monkeypatch.setattr(iclora.training, "flow_loss", lambda flux, *sets: told.append(sets[0]) or real(flux, *sets))
+    fed, real = [], iclora.training.flow_loss
+    monkeypatch.setattr(iclora.training, "flow_loss", lambda flux, *given: fed.append(given[0]) or real(flux, *given))
     assert uno(world, out, "--reference-attention", "alone", "--sample-every", "2", steps=2) == 0
-    assert len(told) >= 2 and all(sets.isolate_refs for sets in told) and (out / "sheet-000002.png").exists()
+    assert len(fed) >= 2 and all(batch.isolate_refs for batch in fed) and (out / "sheet-000002.png").exists()
     shutil.copy(out / "lora.safetensors", world / "alone.safetensors")
-    networks, _ = shown(world, world / "alone.safetensors")
-    config, (points, velocities) = networks.plan.config, steps_of_sampling(networks)
-    x, sampled, references = points[:1], velocities[:1], networks.encode_references(0)
-    ids, txt_ids = place(networks.plan.layout, "w", 1.0), torch.zeros(1, networks.txt.shape[1], 3)
-    given = (x, ids, networks.txt, txt_ids, torch.ones(1), networks.vec, torch.tensor([4.0]), None, references)
+    sampler = shown(world, world / "alone.safetensors")
+    x, ids = sampler.points[:1], image_ids(sampler.plan.layout, "w", 1.0)
+    txt, vec, txt_ids = sampler.txt, sampler.vec, torch.zeros(1, sampler.txt.shape[1], 3)
     with torch.inference_mode():
-        trained, joint = (networks.flux(*given, alone) for alone in (True, False))
-    assert config.reference_attention == "alone" and torch.equal(sampled, trained), "what flow_loss calls"
-    assert (sampled - joint).abs().max() > 1e-4
-    assert torch.equal(velocity(shown(world, world / "alone.safetensors", reference_attention="joint")[0]), joint)
+        references = encode_references(sampler.pipeline.autoencoder, sampler.plan, 0)
+        given = (x, ids, txt, txt_ids, torch.ones(1), vec, torch.tensor([4.0]), None, references)
+        trained, joint = (sampler.pipeline.flux(*given, isolate_refs) for isolate_refs in (True, False))
+    assert sampler.plan.config.reference_attention == "alone"
+    assert torch.equal(sampler.first, trained), "what flow_loss calls"
+    assert (sampler.first - joint).abs().max() > 1e-4
+    assert torch.equal(shown(world, world / "alone.safetensors", reference_attention="joint").first, joint)
     flags = ["--method", "uno", "--data", str(world / "pairs.json"), "--stage", "2"]
     assert go(world, beside(out, "two"), *flags, "--init-lora", str(world / "alone.safetensors"), steps=1) == 0
     assert read_header(beside(out, "two") / "lora.safetensors")[1]["iclora.reference_attention"] == "alone"
@@ -1172,10 +1165,10 @@ def test_more_references_than_memory_allows_are_refused_before_anything_is_encod
         r"about \S+ GB in the transformer"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(iclora.references, "MAX_TOKENS", 9)
+        patch.setattr(iclora.memory, "MAX_TOKENS", 9)
         assert uno(world, out) == 2
     assert re.search(about.format(2) + "; at most 9 tokens are possible, so use --checkpointing", refused(capsys))
-    monkeypatch.setattr(iclora.references, "free_memory", lambda device: 4_000_000)
+    monkeypatch.setattr(iclora.memory, "free_memory", lambda device: 4_000_000)
     estimates = []
     for flags, advice in {
         (): "use --checkpointing, raise --accumulate",

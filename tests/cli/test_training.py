@@ -27,7 +27,8 @@ from iclora.checkpoint import (
 from iclora.config import DEV, SCHNELL, TINY, TrainConfig, resolve_training_defaults, saved
 from iclora.layout import Layout, generate_mask
 from iclora.loader import Batch
-from iclora.monitor import CURVE, Metrics, draw_curve, write_png
+from iclora.monitor import CURVE, Metrics, draw_curve
+from iclora.references import image_ids
 from iclora.training import flow_loss, micro_batches, sample_kept, sample_step, sample_times
 from model.checkpoint import save_safetensors
 from model.flux import Flux, FluxConfig
@@ -59,7 +60,7 @@ def adapted(**more):
 
 
 class Shelf:
-    """A feed of random sets, by number; the caption of a set is its number, and of a left out one zeros."""
+    """A loader of random sets, by number; the caption of a set is its number, and of a left out one zeros."""
 
     def __init__(self, count=8, layout=PAIR):
         draw = torch.Generator().manual_seed(2)
@@ -279,7 +280,7 @@ def test_what_is_kept_is_never_taken_from_the_whole_composite():
 def referred(posterior=None):
     sets, noise, t = ingredients()
     shown = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(6))
-    batch = replace(sets, references=shown[0], std=shown[1], ids=place(WITH, "d", 1))
+    batch = replace(sets, references=shown[0], std=shown[1], ids=image_ids(WITH, "d", 1))
     return batch.sample_references(posterior), noise, t
 
 
@@ -390,7 +391,7 @@ def test_only_the_adapters_change():
     before = {name: p.clone() for name, p in flux.named_parameters()}
     run(flux_and_state=(flux, state))
     changed = {name for name, p in flux.named_parameters() if not torch.equal(p, before[name])}
-    assert changed and all(".parts." in name for name in changed)
+    assert changed and all(".adapters." in name for name in changed)
     assert len(changed) == len(state.parameters)
 
 
@@ -702,13 +703,13 @@ def test_without_any_step_there_is_no_curve(tmp_path):
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
-    write_png(Image.new("RGB", (8, 8), "red"), tmp_path / "a.png")
-    before = (tmp_path / "a.png").read_bytes()
+def test_a_curve_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    draw_curve([{"step": 1, "loss": 0.5}], tmp_path / "loss.png")
+    before = (tmp_path / "loss.png").read_bytes()
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ValueError, match="No space left"):
-        write_png(Image.new("RGB", (8, 8), "blue"), tmp_path / "a.png")
-    assert os.listdir(tmp_path) == ["a.png"] and (tmp_path / "a.png").read_bytes() == before
+    with pytest.raises(OSError, match="No space left"):
+        draw_curve([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.1}], tmp_path / "loss.png")
+    assert os.listdir(tmp_path) == ["loss.png"] and (tmp_path / "loss.png").read_bytes() == before
 
 
 # defaults and data

@@ -12,7 +12,7 @@ OURS = {*PACKAGES, "sample", "train"}
 SCRIPTS = [ROOT / "sample.py", ROOT / "train.py"]
 READING = sorted(p for folder in ("model", "sampling", "iclora") for p in (ROOT / folder).glob("*.py"))
 SOURCES = READING + SCRIPTS + sorted(p for folder in ("lab", "examples") for p in (ROOT / folder).glob("*.py"))
-LONG_FILES = {"lab/world.py", "iclora/config.py"}  # mostly coordinates of drawings; a table of options
+LONG_FILES = {"lab/world.py", "iclora/config.py", "model/lora_formats.py"}  # coordinates; options; names
 PRINTERS = {"iclora/cli.py", "iclora/data.py", "iclora/convert.py"}  # behind `python -m`
 
 

@@ -11,8 +11,6 @@ from PIL import Image
 from iclora import cache as caching
 from iclora.cache import (
     Cache,
-    file_sha256,
-    fingerprint,
     latent_entry,
     reference_entry,
     text_encoder_paths,
@@ -22,6 +20,8 @@ from iclora.data import bucket, load, read_panels
 from iclora.layout import Layout, compose
 from iclora.loader import every_mask
 from iclora.references import encode, fit_reference
+from model import checkpoint
+from model.checkpoint import file_sha256, fingerprint
 from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder
 from sampling.images import open_picture
@@ -258,8 +258,8 @@ def test_a_fingerprint_follows_the_content_and_not_the_name(tmp_path):
 
 
 def test_large_files_are_identified_without_being_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(caching, "MAX_HASHED", 4)
-    monkeypatch.setattr(caching.hashlib, "file_digest", never)
+    monkeypatch.setattr(checkpoint, "MAX_HASHED", 4)
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", never)
     path = tmp_path / "large"
     path.write_bytes(b"weights")
     before = [fingerprint([path], dated) for dated in (False, True)]

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,9 @@ from iclora.config import UNO, TrainConfig, model_defaults, resolve_training_def
 from iclora.data import load
 from iclora.layout import Layout, panel_attention_mask
 from iclora.loader import Batches, Loader, every_mask, hold_out
-from model.weights import find_model, read_flux_config
+from model.weights import find_model
 
 TINY = find_model("tiny")
-SHAPE = read_flux_config(TINY.flux)
 PAIR = Layout(1, 2, 32, 32)
 ORDER = [(0, [4, 4]), (0, [3, 0]), (1, [0, 2]), (0, [2, 1]), (1, [2, 1]), (0, [1, 0]), (1, [1, 0]), (0, [3, 2])]
 
@@ -42,9 +42,9 @@ def sets(tmp_path):
 
 def loader_of(data, **settings):
     config = TrainConfig(data=str(data), out=str(data.parent / "runs" / "a"), panel_size=32, batch=2, **settings)
-    config = resolve_training_defaults(config, model_defaults(SHAPE), "cpu")
+    config = resolve_training_defaults(config, model_defaults(TINY.flux.config), "cpu")
     notes = []
-    loader = Loader(config, load(data), TINY, SHAPE)
+    loader = Loader(config, load(data), TINY)
     loader.encode(notes.append, ["[IMAGE1] a cat [IMAGE2] a cat"] * (config.method != UNO))
     return loader, notes
 
@@ -68,7 +68,8 @@ def test_everything_is_encoded_once_beside_the_run_and_no_encoder_is_loaded_agai
 
 def test_encoders_of_another_model_are_refused(sets):
     loader, _ = loader_of(sets)
-    loader.shape = replace(SHAPE, vec_in_dim=999)
+    other = SimpleNamespace(config=replace(TINY.flux.config, vec_in_dim=999))
+    loader.files = replace(TINY, flux=other)
     with pytest.raises(
         ValueError, match=r"encoders beside tiny give widths .*, but its transformer takes .* and 999; use the"
     ):

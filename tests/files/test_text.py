@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.text import infer_clip_config, infer_t5_config, load_text_encoders
-from model.weights import ModelFiles
+import model.text
+from model.flux import FluxConfig
+from model.text import check_widths, load_text_encoders
+from model.weights import ModelFiles, find_model
 
 PROMPTS = ["a red fox sits on a hill", ""]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -77,7 +79,7 @@ def test_encoding_is_what_transformers_gives_without_masks(hub):
     assert not vec[0].allclose(vec[1])
 
 
-def test_hub_folder_shards_and_single_files_give_identical_outputs(hub, copy):
+def test_hub_folder_shards_and_single_files_give_identical_outputs(hub, copy, monkeypatch):
     _, t5, _ = hub
     want = encode(copy)
     shutil.rmtree(copy / "text_encoder_2")
@@ -93,11 +95,12 @@ def test_hub_folder_shards_and_single_files_give_identical_outputs(hub, copy):
     released["text_model.embeddings.position_ids"] = torch.arange(20)[None]
     released["text_projection.weight"] = torch.zeros(2, 2)
     save_file(released, copy / "clip_l.safetensors")
-    shutil.rmtree(copy / "text_encoder")
-    shutil.rmtree(copy / "text_encoder_2")
-    config = {"relative_attention_num_buckets": 8, "layer_norm_epsilon": 1e-6}
-    (copy / "text_encoder_2").mkdir()
-    (copy / "text_encoder_2" / "config.json").write_text(json.dumps(config))
+    for kind, folder in (("clip", "text_encoder"), ("t5", "text_encoder_2")):
+        known = (
+            json.loads((copy / folder / "config.json").read_text()) if (copy / folder / "config.json").exists() else {}
+        )
+        monkeypatch.setitem(model.text.KNOWN, kind, known)
+        shutil.rmtree(copy / folder)
     single = encode(copy, clip="clip_l.safetensors", t5="t5xxl_fp16.safetensors")
     for got in (sharded, single):
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -122,7 +125,7 @@ def test_config_beside_the_file_gives_what_shapes_do_not_show(copy):
     config.write_text(json.dumps(settings | {"num_attention_heads": 4}))
     assert not torch.allclose(encode(copy)[1], want)
     config.write_text(json.dumps(settings | {"num_attention_heads": 10**9}))
-    with pytest.raises(ValueError, match="text_encoder/config.json has num_attention_heads = 1000000000"):
+    with pytest.raises(ValueError, match="text_encoder/model.safetensors does not load .*; download its folder again"):
         encode(copy)
     config.write_text('{"num_attention_heads": ')
     with pytest.raises(ValueError, match="config.json is not a JSON object"):
@@ -142,7 +145,7 @@ def test_a_missing_tensor_is_counted_and_named(copy):
     tensors = load_file(path)
     del tensors[next(key for key in tensors if key.endswith("final_layer_norm.bias"))]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"model.safetensors lacks 1 of 36 tensors \(.*final_layer_norm.bias\)$"):
+    with pytest.raises(ValueError, match=r"model.safetensors lacks .*final_layer_norm.bias \(1 tensors\)$"):
         encode(copy)
 
 
@@ -159,8 +162,8 @@ def test_fp8_t5_is_refused_by_name(copy):
 
 def test_lost_words_are_reported_for_each_encoder(hub):
     encoders = load_text_encoders(files(hub[0]), dtype=torch.float32)
-    assert encoders.lost("a fox", 16) == []
-    t5, clip = encoders.lost("red fox on hills of blue snow and more to come", 10)
+    assert encoders.truncated("a fox", 16) == []
+    t5, clip = encoders.truncated("red fox on hills of blue snow and more to come", 10)
     # T5: 36 letters, 11 starts of words, the end of text; kept are _red_fox_ and the end. CLIP: letters, start and end
     assert t5.startswith("T5 reads only the start of the prompt: 38 of 48 tokens are lost, from 'on hills of blue")
     assert clip.startswith("CLIP reads only the start, which is usual for joint prompts") and "18 of 38" in clip
@@ -169,7 +172,7 @@ def test_lost_words_are_reported_for_each_encoder(hub):
 def test_words_before_the_cut_do_not_count_as_lost(hub):
     encoders = load_text_encoders(files(hub[0]), dtype=torch.float32)
     prompt = "abc def ghi jkl"  # with the end of text, T5 keeps the tokens of: _abc_def_g
-    (line,) = encoders.lost(prompt, 11)
+    (line,) = encoders.truncated(prompt, 11)
     assert "from 'ghi jkl ...' on" in line
 
 
@@ -194,6 +197,8 @@ def test_prompts_that_cannot_be_encoded_are_refused(hub, copy):
     path = copy / "text_encoder_2" / "model.safetensors"
     tensors = load_file(path)
     save_file({key: t[:20].clone() if t.shape[0] == 30 else t for key, t in tensors.items()}, path)
+    config = copy / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 20}))
     with pytest.raises(ValueError, match="T5 tokenizer makes token 29, but the T5 encoder knows 20"):
         encode(copy, ["zebra"])
 
@@ -213,18 +218,35 @@ def test_loading_asks_nothing_of_the_network_and_prints_nothing(hub, monkeypatch
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     encoders = load_text_encoders(files(hub[0]), dtype=torch.float32)
-    encoders.lost("a fox " * 50, 12)
+    encoders.truncated("a fox " * 50, 12)
     encoders.encode(["a fox " * 50], 12)
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_released_sizes_are_inferred():
-    attention, mlp = "encoder.block.0.layer.0.SelfAttention.", "encoder.block.0.layer.1.DenseReluDense."
-    shapes = {f"encoder.block.{i}.layer.0.layer_norm.weight": (4096,) for i in range(24)}
-    shapes |= {"shared.weight": (32128, 4096), attention + "q.weight": (4096, 4096), mlp + "wi_0.weight": (10240, 4096)}
-    shapes |= {attention + "relative_attention_bias.weight": (32, 64)}
-    t5 = infer_t5_config(shapes)
-    assert (t5["d_kv"], t5["num_heads"], t5["num_layers"], t5["feed_forward_proj"]) == (64, 64, 24, "gated-gelu")
-    shapes = {f"encoder.layers.{i}.mlp.fc1.weight": (3072, 768) for i in range(12)}
-    shapes |= {"embeddings.token_embedding.weight": (49408, 768), "embeddings.position_embedding.weight": (77, 768)}
-    assert infer_clip_config(shapes)["num_attention_heads"] == 12
+def test_an_unexpected_tensor_is_refused(copy):
+    path = copy / "text_encoder" / "model.safetensors"
+    save_file(load_file(path) | {"encoder.layers.7.mlp.fc1.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match="model.safetensors has the unexpected encoder.layers.7.mlp.fc1.weight"):
+        encode(copy)
+
+
+def test_the_configurations_of_single_files_are_those_of_the_released_encoders():
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        t5 = T5EncoderModel(T5Config(**model.text.KNOWN["t5"]))
+        clip = CLIPTextModel(CLIPTextConfig(**model.text.KNOWN["clip"]))
+    assert sum(p.numel() for p in t5.parameters()) == 4_762_310_656
+    assert sum(p.numel() for p in clip.parameters()) == 123_060_480
+
+
+def test_words_that_are_read_letter_by_letter_are_told():
+    encoders = load_text_encoders(find_model("tiny"), dtype=torch.float32)
+    assert encoders.spelled("[IMAGE1] an astronaut riding a red cat; A cat on a beach.") == ["astronaut", "riding"]
+
+
+def test_encoders_of_another_model_are_told_with_both_widths():
+    config = FluxConfig(64, 64, 6, 5, 32, 48, 1, 1, 1, (4, 14, 14), True)
+    check_widths(torch.zeros(1, 3, 5), torch.zeros(1, 6), config, "mine")
+    with pytest.raises(ValueError, match="beside mine give widths 7 and 6, but its transformer takes 5 and 6"):
+        check_widths(torch.zeros(1, 3, 7), torch.zeros(1, 6), config, "mine")

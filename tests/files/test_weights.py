@@ -14,15 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from golden import AE, FLUX, GOLDEN
-from model.checkpoint import read_header
-from model.weights import (
-    find_model,
-    infer_autoencoder_config,
-    infer_flux_config,
-    load_autoencoder,
-    load_flux,
-    save_safetensors,
-)
+from model.checkpoint import fingerprint, read_header, save_safetensors, write_atomic
+from model.infer import infer_autoencoder_config, infer_flux_config
+from model.weights import find_model, load_autoencoder, load_flux
 
 ROOT = Path(__file__).resolve().parents[2]
 DEV = load_file(FLUX["dev"])
@@ -83,9 +77,8 @@ def test_folder_index_shards_and_prefix_load_the_same(tmp_path):
         assert same(load_flux(path), DEV)
 
 
-def test_dtype_is_cast_and_exact_conditioning_is_passed_on(tmp_path):
-    flux = load_flux(FLUX["dev"], dtype=torch.float32, exact_conditioning=True)
-    assert same(flux, {key: tensor.float() for key, tensor in DEV.items()}) and flux.exact_conditioning
+def test_dtype_is_cast(tmp_path):
+    assert same(load_flux(FLUX["dev"], dtype=torch.float32), {key: tensor.float() for key, tensor in DEV.items()})
     mixed = {key: tensor.float() if "norm" in key else tensor for key, tensor in DEV.items()}
     assert same(load_flux(write(tmp_path / "mixed.safetensors", mixed)), DEV)
 
@@ -328,7 +321,7 @@ def test_truncated_and_flipped_files_are_one_line(tmp_path, number):
 def test_trailing_bytes_and_endless_nesting_are_refused(tmp_path):
     path = tmp_path / "flux1-dev.safetensors"
     path.write_bytes(FLUX["dev"].read_bytes() + b"more")
-    with pytest.raises(ValueError, match=r"is damaged: it has \d+ bytes where its header says \d+; download it again"):
+    with pytest.raises(ValueError, match="or it is cut short or its header is damaged; download it again"):
         load_flux(path)
     text = b'{"a":' + b"[" * 200_000
     path.write_bytes(struct.pack("<Q", len(text)) + text)
@@ -368,12 +361,13 @@ def model(tmp_path, monkeypatch):
 
 def test_a_model_is_found_by_name_folder_or_file(model):
     by_name = find_model("mine")
-    assert by_name.flux == model / "flux1-dev.safetensors" and by_name.autoencoder == model / "ae.safetensors"
+    assert by_name.flux.path == model / "flux1-dev.safetensors"
+    assert by_name.autoencoder.path == model / "ae.safetensors"
     assert by_name.clip == model / "text_encoder" and by_name.t5 == model / "text_encoder_2"
     assert by_name.clip_tokenizer == model / "tokenizer" and by_name.t5_tokenizer == model / "tokenizer_2"
     assert (by_name.root, by_name.name) == (model, "mine")
     assert find_model(str(model)) == by_name
-    assert find_model("weights/mine/").flux.resolve() == by_name.flux
+    assert find_model("weights/mine/").flux.path.resolve() == by_name.flux.path
     by_file = find_model(str(model / "flux1-dev.safetensors"))
     assert (by_file.flux, by_file.name) == (by_name.flux, "flux1-dev")
 
@@ -396,7 +390,7 @@ def test_single_file_encoders_are_found_beside_the_tokenizers(model):
 def test_a_sharded_transformer_is_found_by_its_index(model):
     (model / "flux1-dev.safetensors").unlink()
     index = shard(model, DEV)
-    assert find_model("mine").flux == index
+    assert find_model("mine").flux.path == index
     assert same(load_flux(find_model("mine").flux), DEV)
 
 
@@ -456,6 +450,44 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError):
         save_safetensors({"x": torch.ones(2)}, tmp_path / "none" / "a.safetensors")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    write_atomic(path, "first")
+    write_atomic(path, b"second")
+    write_atomic(tmp_path / "b.txt", lambda temporary: temporary.write_text("by a function"))
+    with pytest.raises(FileExistsError):
+        write_atomic(path, "third", overwrite=False)
+
+    def interrupted(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, interrupted)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "second", "b.txt": "by a function"}
+
+
+def test_where_no_hard_links_are_a_name_is_still_taken_only_once(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    write_atomic(tmp_path / "a", "first", overwrite=False)
+    with pytest.raises(FileExistsError):
+        write_atomic(tmp_path / "a", "second", overwrite=False)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["first"]
+
+
+def test_large_files_are_identified_without_being_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"12345")
+    monkeypatch.setattr("model.checkpoint.MAX_HASHED", 4)
+    before = fingerprint([path]), fingerprint([path], dated=True)
+    path.write_bytes(b"54321")
+    os.utime(path, (1, 1))
+    assert fingerprint([path]) == before[0] and fingerprint([path], dated=True) != before[1]
 
 
 # ---- memory ----

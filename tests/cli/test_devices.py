@@ -8,7 +8,8 @@ from iclora.checkpoint import new_state
 from iclora.config import SampleConfig
 from iclora.layout import Layout, generate_mask, panel_attention_mask
 from iclora.loader import Batch
-from iclora.pipeline import Pipeline, resolve
+from iclora.pipeline import Pipeline
+from iclora.plan import make_plan
 from iclora.references import image_ids
 from iclora.training import checkpoint_blocks, flow_loss
 from model.flux import Flux, FluxConfig
@@ -44,11 +45,12 @@ def lora(tmp_path_factory):
 )
 def test_all_that_sampling_computes_is_on_its_device(flags, lora, monkeypatch):
     decoded = []
+    monkeypatch.setattr(iclora.pipeline, "note_unfamiliar", lambda *_: None)  # which looks at values
     monkeypatch.setattr(iclora.pipeline, "to_picture", lambda image: decoded.append(image) or black(image))
     flags = flags | {"lora": (lora,)} if "lora" in flags else flags
-    plan = resolve(SampleConfig(steps=2, device="cpu", dtype="bfloat16", **flags), print)
+    plan = make_plan(SampleConfig(steps=2, device="cpu", dtype="bfloat16", **flags), print)
     object.__setattr__(plan.config, "device", "meta")  # which no flag names
-    Pipeline(plan, print).sample(0, lambda *_: None)
+    list(Pipeline(plan.config, print).run(plan))
     high, wide = plan.layout.height, plan.layout.width
     assert [(image.device, image.shape) for image in decoded] == [(META, (1, 3, high, wide))]
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+import train
 from golden import FLUX, case, far
 from iclora.config import SampleConfig
-from iclora.pipeline import Pipeline, resolve
-from lab.training import Stage, Work, run
+from iclora.pipeline import Pipeline
+from iclora.plan import make_plan
 from model.weights import examples_folder, load_flux
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -26,17 +27,10 @@ def test_a_set_on_the_gpu_is_the_set_of_the_cpu_to_rounding(ref):
     made = []
     for device in ("cpu", "cuda"):
         config = SampleConfig(grid="2x2", mask="3", ref=ref, steps=4, device=device, dtype="float32")
-        composite = Pipeline(resolve(config, print), print).sample(0, lambda *_: None).composite
-        made.append(torch.frombuffer(bytearray(composite.tobytes()), dtype=torch.uint8).float())
+        (result,) = Pipeline(config, print).run(make_plan(config, print))
+        made.append(torch.frombuffer(bytearray(result.composite.tobytes()), dtype=torch.uint8).float())
     assert (made[0] - made[1]).abs().mean() < 1
 
 
-def test_a_training_step_runs_on_the_gpu(tmp_path):
-    model = torch.nn.Linear(8, 8).cuda()
-
-    def loss_at(step, generator):
-        return {"loss": model(torch.randn(4, 8, generator=generator).cuda()).square().mean()}
-
-    stage = Stage("toy", steps=2, batch=4, lr=0.01, muon_lr=0.01)
-    average = run(stage, model, loss_at, Work(tmp_path), is_hidden=lambda name, p: p.ndim == 2, report=print)
-    assert average.weight.is_cuda
+def test_a_training_runs_on_the_gpu(tmp_path):
+    assert train.main(["--data", "sets/walk", "--steps", "2", "--device", "cuda", "--out", str(tmp_path / "run")]) == 0

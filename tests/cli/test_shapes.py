@@ -64,10 +64,11 @@ def solve(text, size, letters, where):
         known = {name: Fraction(number) for name, number in {**letters, **more}.items()}
         return eval(expression, {"__builtins__": {}}, known)  # our own docstring
 
-    if len(unknown) == 1 and value(**{name: 0 for name in unknown}) == 0:  # a multiple of the letter
+    if len(unknown) == 1:  # linear in the letter
         (name,) = unknown
-        letters[name] = Fraction(size) / value(**{name: 1})
-        assert letters[name].denominator == 1, f"{where}: {text} cannot be {size}"
+        least = value(**{name: 0})
+        letters[name] = (size - least) / (value(**{name: 1}) - least)
+        assert letters[name].denominator == 1 and letters[name] >= 0, f"{where}: {text} cannot be {size}"
     elif unknown:
         assert unknown == FREE, f"{where}: nothing says how large {text} is"
         return size
