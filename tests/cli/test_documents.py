@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_budgets import ENTERED, READING
 
 import sample
 import train
@@ -154,6 +155,12 @@ def test_the_map_names_every_module():
 def test_modules_that_are_run_exist(path):
     for name in re.findall(r"python -m ((?:lab|iclora|examples)[\w.]*)", path.read_text()):
         assert (ROOT / (name.replace(".", "/") + ".py")).exists(), name
+
+
+def test_contributing_tells_the_budgets_that_are_enforced():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for lines in (ENTERED, READING):
+        assert f"at most {lines:,}" in text
 
 
 def test_make_targets_that_are_named_exist():
