@@ -43,7 +43,7 @@ def run(config: SampleConfig) -> None:
     for line in dict.fromkeys(notes):
         note(line)
     pipeline = Pipeline(config, note)
-    composites = []
+    sets = {}
     if config.jobs is not None:
         pipeline.read_captions(plans)
     for plan in plans:
@@ -52,11 +52,12 @@ def run(config: SampleConfig) -> None:
             compare(record, read_record(config.config), config.config, note)
         with tqdm(total=plan.config.steps * plan.config.num, unit="step", disable=None) as bar:
             for result in pipeline.run(plan, lambda done, total: bar.update()):
-                for path in save(result, record, folder):
+                paths = save(result, record, folder)
+                for path in paths:
                     print(os.fsencode(path).decode(errors="backslashreplace"))
-                composites.append(result.composite)
+                sets[paths[0].stem] = result.composite
     if config.jobs is not None:
-        print(save_sheet(composites, folder))
+        print(save_sheet(sets, folder))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from model.checkpoint import file_sha256, write_atomic
 from model.weights import weight_files
@@ -23,6 +23,7 @@ from .config import SampleConfig, saved
 from .pipeline import Result
 from .plan import Note, Plan
 
+LABEL = 14  # pixels above each picture of a contact sheet
 PATHS = {option.name for option in fields(SampleConfig) if option.metadata.get("path")}  # kept out of pictures
 
 
@@ -159,13 +160,19 @@ def _remove(paths: list[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_sheet(composites: list[Image.Image], folder: Path) -> Path:
-    """Save all pictures of a job on one contact sheet, under the next free number. Returns its path"""
-    size = max(picture.width for picture in composites), max(picture.height for picture in composites)
-    cols = math.ceil(math.sqrt(len(composites)))
-    sheet = Image.new("RGB", (cols * size[0], math.ceil(len(composites) / cols) * size[1]), "white")
-    for place, picture in enumerate(composites):
-        sheet.paste(picture, (place % cols * size[0], place // cols * size[1]))
+def save_sheet(sets: dict[str, Image.Image], folder: Path) -> Path:
+    """Save all pictures of a job on one contact sheet, under the next free number. Returns its path
+
+    sets: by the name that stands above the picture
+    """
+    wide, high = (max(picture.size[axis] for picture in sets.values()) for axis in (0, 1))
+    cols = math.ceil(math.sqrt(len(sets)))
+    sheet = Image.new("RGB", (cols * wide, math.ceil(len(sets) / cols) * (high + LABEL)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (name, picture) in enumerate(sets.items()):
+        left, top = place % cols * wide, place // cols * (high + LABEL)
+        pen.text((left + 2, top), name, fill="black")
+        sheet.paste(picture, (left, top + LABEL))
     path = folder / f"{next_number(folder):04d}-sheet.png"
     write_new(path, to_png(sheet))
     return path

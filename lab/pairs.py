@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from model.checkpoint import write_atomic
 
@@ -151,7 +152,7 @@ def make_pairs(kind: str, count: int, seed: int, held_out: bool | None = False) 
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     rng = np.random.default_rng([seed, tuple(KINDS).index(kind)])
-    return [KINDS[kind](rng, held_out) for _ in range(count)]
+    return [KINDS[kind](rng, held_out) for _ in tqdm(range(count), "drawing pairs", disable=None)]
 
 
 def write_pairs(pairs: list[Pair], path: Path) -> None:

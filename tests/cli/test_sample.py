@@ -21,7 +21,7 @@ import sample
 from iclora.config import SampleConfig, flag
 from iclora.pipeline import Result
 from iclora.plan import make_plan
-from iclora.record import compare, describe, save, save_as
+from iclora.record import LABEL, compare, describe, save, save_as
 from model.text import TextEncoders
 from model.weights import examples_folder, find_model
 from sampling.images import fit, open_picture
@@ -470,13 +470,15 @@ def test_the_contact_sheet_shows_every_picture_in_order(tmp_path):
     assert run(tmp_path / "out", "--prompt", PROMPT, "--jobs", jobs(tmp_path, *rows)) == 0
     sheet = open_picture(tmp_path / "out" / "0006-sheet.png")
     width, height = 96, 64  # of the largest
-    assert sheet.size == (3 * width, 2 * height)
+    row = height + LABEL
+    assert sheet.size == (3 * width, 2 * row)
     for number in range(5):
         made = open_picture(tmp_path / "out" / f"{number + 1:04d}.png")
-        left, top = number % 3 * width, number // 3 * height
+        left, top = number % 3 * width, number // 3 * row + LABEL
         assert sheet.crop((left, top, left + made.width, top + made.height)).tobytes() == made.tobytes()
-    rest = sheet.crop((2 * width, height, 3 * width, 2 * height))
-    assert rest.getcolors() == [(width * height, (255, 255, 255))]
+        assert len(sheet.crop((left, top - LABEL, left + width, top)).getcolors()) > 1, "its number stands above it"
+    rest = sheet.crop((2 * width, row, 3 * width, 2 * row))
+    assert rest.getcolors() == [(width * row, (255, 255, 255))]
 
 
 GOOD = {"prompt": PROMPT}
