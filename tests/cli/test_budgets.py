@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ENTERED, READING = 1452, 4615  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
+OURS = {str(ROOT), *(str(ROOT / folder) for folder in ("model", "sampling", "iclora", "examples", "lab"))}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 TRACE = """
 import json, sys
@@ -56,7 +57,7 @@ def test_the_first_command_enters_few_lines(tmp_path):
     status, calls = json.loads(done.stdout.splitlines()[-1])
     assert status == 0
     counts = {}
-    for name in {file for file, _, _ in calls if Path(file).is_relative_to(ROOT)}:
+    for name in {file for file, _, _ in calls if str(Path(file).parent) in OURS}:
         called = {(line, function) for file, line, function in calls if file == name}
         counts[str(Path(name).relative_to(ROOT))] = len(entered(Path(name), called))
     shown = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]) if count)
