@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 
 import sample
@@ -43,7 +44,7 @@ def test_the_tour_runs_from_top_to_bottom(monkeypatch):
     monkeypatch.chdir(ROOT)
     cells = json.loads((ROOT / "examples" / "tour.ipynb").read_text())["cells"]
     names, output = {"__name__": "tour"}, io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), torch.set_grad_enabled(True):  # which the tour turns off, for itself
         for cell in cells:
             if cell["cell_type"] == "code":
                 assert not cell["outputs"], "the notebook is committed without outputs"
