@@ -132,21 +132,51 @@ def test_config_beside_the_file_gives_what_shapes_do_not_show(copy):
         encode(copy)
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
-def test_names_with_a_foreign_prefix_are_refused_not_ignored(copy, part):
-    path = copy / part / "model.safetensors"
-    save_file({"module." + key: tensor for key, tensor in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match=f"{part}/model.safetensors holds no network that is known here"):
-        encode(copy)
+@pytest.fixture(params=["folder", "single file"])
+def of_kind(request, copy, monkeypatch):
+    """Say where an encoder's tensors lie, in a folder or a single file of known configuration, and encode with it."""
+
+    def prepare(kind):
+        part = {"clip": "text_encoder", "t5": "text_encoder_2"}[kind]
+        path = copy / part / "model.safetensors"
+        if request.param == "folder":
+            return path, lambda: encode(copy)
+        monkeypatch.setitem(model.text.KNOWN, kind, json.loads((copy / part / "config.json").read_text()))
+        single = path.rename(copy / f"{kind}.safetensors")
+        shutil.rmtree(copy / part)
+        return single, lambda: encode(copy, **{kind: single.name})
+
+    return prepare
 
 
-def test_a_missing_tensor_is_counted_and_named(copy):
-    path = copy / "text_encoder" / "model.safetensors"
+STRICT = {"clip": "encoder.layers.1.mlp.fc2.bias", "t5": "encoder.block.1.layer.1.DenseReluDense.wo.weight"}
+
+
+@pytest.mark.parametrize("kind", STRICT)
+def test_missing_unexpected_and_misshapen_tensors_are_refused(of_kind, kind):
+    (path, use), name = of_kind(kind), STRICT[kind]
+    use()  # else the test could not fail
     tensors = load_file(path)
-    del tensors[next(key for key in tensors if key.endswith("final_layer_norm.bias"))]
-    save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"model.safetensors lacks .*final_layer_norm.bias \(1 tensors\)$"):
-        encode(copy)
+    (key,) = (key for key in tensors if key.endswith(name))
+    save_file({k: tensor for k, tensor in tensors.items() if k != key}, path)
+    with pytest.raises(ValueError, match=rf"{path.name} lacks {name} \(1 tensors\)$"):
+        use()
+    more = key.replace(".1.", ".7.", 1)
+    save_file(tensors | {more: tensors[key].clone()}, path)
+    with pytest.raises(ValueError, match=rf"{path.name} has the unexpected {more} \(1 tensors\)$"):
+        use()
+    save_file(tensors | {key: tensors[key][:-1].clone()}, path)
+    with pytest.raises(ValueError, match=f"{path.name} does not load .*download its folder again$") as error:
+        use()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", STRICT)
+def test_names_with_a_foreign_prefix_are_refused_not_ignored(of_kind, kind):
+    path, use = of_kind(kind)
+    save_file({"module." + key: tensor for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=f"{path.name} holds no network that is known here"):
+        use()
 
 
 def test_fp8_t5_is_refused_by_name(copy):
@@ -221,13 +251,6 @@ def test_loading_asks_nothing_of_the_network_and_prints_nothing(hub, monkeypatch
     encoders.truncated("a fox " * 50, 12)
     encoders.encode(["a fox " * 50], 12)
     assert capfd.readouterr() == ("", "")
-
-
-def test_an_unexpected_tensor_is_refused(copy):
-    path = copy / "text_encoder" / "model.safetensors"
-    save_file(load_file(path) | {"encoder.layers.7.mlp.fc1.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(ValueError, match="model.safetensors has the unexpected encoder.layers.7.mlp.fc1.weight"):
-        encode(copy)
 
 
 def test_the_configurations_of_single_files_are_those_of_the_released_encoders():

@@ -469,6 +469,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "second", "b.txt": "by a function"}
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("write", [b"new", "new", lambda temporary: temporary.write_text("new")])
+def test_a_failing_disk_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, write, overwrite):
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "none" / "a.txt", write, overwrite)
+    if overwrite:
+        (tmp_path / "a.txt").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(tmp_path / "a.txt", write, overwrite)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"a.txt": "old"} if overwrite else {})
+
+
 def test_where_no_hard_links_are_a_name_is_still_taken_only_once(tmp_path, monkeypatch):
     def no_links(*_):
         raise OSError(95, "Operation not supported")
