@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(args: argparse.Namespace) -> None:
     """Run every experiment, print its table as it comes, write all of them down, and draw the contact sheets."""
     networks = load_networks(args.model)
-    reader = load_reader(args.reader or find_model(args.model).flux.parent / "truth" / "model.safetensors")
+    reader = load_reader(args.reader or find_model(args.model).root / "truth" / "model.safetensors")
     few = max(2, args.sets // 4)
     experiments = {
         "Autoencoder, and reader: fresh panels / after the autoencoder": lambda: autoencoder_rows(

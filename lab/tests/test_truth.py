@@ -130,6 +130,27 @@ def test_batches_of_sets_keep_what_is_kept_and_repeat():
     assert torch.allclose(alone[0], made[2], atol=1e-4)
 
 
+def test_the_report_measures_with_the_models_own_reader_and_writes_everything(tmp_path, monkeypatch):
+    readers = []
+
+    def table(networks, reader=None, *rest):
+        readers.append(reader)
+        return ["a line"]
+
+    for name in ("autoencoder_rows", "from_text", "from_kept", "by_guidance", "borders", "survival", "tiling"):
+        monkeypatch.setattr(report, name, table)
+    monkeypatch.setattr(report.eyes, "tables", table)
+    monkeypatch.setattr(report, "generate", lambda networks, captions, *rest, **more: torch.zeros(1, 3, 128, 128))
+    document = tmp_path / "doc.md"
+    document.write_text(f"{report.OPENING.format('lab.report')} old {report.CLOSING} after")
+    argv = ["--model", "tiny", "--columns", "1", "--out", str(tmp_path), "--document", str(document)]
+    assert report.main(argv) == 0
+    assert sum(isinstance(reader, truth.Reader) for reader in readers) == 4 and len(readers) == 8
+    text = document.read_text()
+    assert text.count("a line") == 8 and "old" not in text and text.endswith(f"{report.CLOSING} after")
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"text-to-set", "panel-3-from-the-others"}
+
+
 @pytest.mark.parametrize("subjects", [1, 2, 3, 4])
 def test_every_subject_stands_in_the_window_of_its_place(subjects):
     height, width = truth.WINDOW
