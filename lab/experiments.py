@@ -180,9 +180,9 @@ def with_lora(model: str, lora: Path | None) -> tuple[Networks, dict[str, str]]:
     networks = load_networks(model)
     if lora is None:
         return networks, {}
-    about = load_lora(networks.flux, lora).metadata
+    report = load_lora(networks.flux, lora)
     merge(networks.flux)
-    return networks, about
+    return networks, report.metadata
 
 
 def take_paces(experiment: Experiment, loras: list[Path | None], args: argparse.Namespace) -> list[list[float]]:

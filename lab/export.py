@@ -19,6 +19,7 @@ from model.autoencoder import AutoEncoder
 from model.checkpoint import save_safetensors
 from model.flux import Flux
 
+from . import entry
 from .captions import joint_caption
 from .world import Panel, Placed, Subject, draw, random_set
 
@@ -104,8 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.export", description="Draw the bundled reference pictures.")
     default = Path("weights/tiny/examples/references")
     parser.add_argument("--out", type=Path, default=default, help="folder that receives them")
-    write_references(parser.parse_args(argv).out)
-    return 0
+    return entry.run(parser, lambda args: write_references(args.out), argv)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def _load(kind: type, config: type, folder: Path) -> nn.Module:
     module = kind(config.from_dict(read_json(folder / "config.json")))
     names = {hub_name(name): name for name in module.state_dict()}
     try:
-        module.load_state_dict({names.get(name, name): tensor.float() for name, tensor in load_file(path).items()})
+        tensors = {names.get(name, name): tensor.float() for name, tensor in load_file(path).items()}
+        module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its config.json: {' '.join(str(error).split())[:200]}") from None
     return module.requires_grad_(False).eval()

@@ -31,7 +31,7 @@ class Networks:
     autoencoder: AutoEncoder
     text: TextEncoders
     shift: bool
-    length: int  # T5 tokens
+    text_length: int  # T5 tokens
 
 
 def load_networks(model: str) -> Networks:
@@ -41,30 +41,36 @@ def load_networks(model: str) -> Networks:
     """
     files = find_model(model)
     flux = load_flux(files.flux, dtype=torch.float32)
-    row = model_defaults(flux.config)
-    text = load_text_encoders(files, dtype=torch.float32)
-    return Networks(flux, load_autoencoder(files.autoencoder), text, row.shift, row.text_length)
+    defaults, text = model_defaults(flux.config), load_text_encoders(files, dtype=torch.float32)
+    return Networks(flux, load_autoencoder(files.autoencoder), text, defaults.shift, defaults.text_length)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How sets are made: as train.py and sample.py have it, and most often as a LoRA was trained."""
+
+    steps: int = 20
+    guidance: float = 3.5
+    clean: bool = False  # feed kept panels clean at every step (--condition clean), not noised with the rest
+    concat: str = "pixels"
+    text: str = "joint"
+    offset: str = "d"  # of references, as all that follows
+    offset_scale: float = 1.0
+    posterior: str = "sample"
+    ref_size: int = PANEL
+    reference_attention: str = JOINT
 
 
 @torch.inference_mode()
 def generate(
     networks: Networks,
-    captions: list[str],
+    captions: Sequence[str],
     grid: tuple[int, int],
-    seeds: list[int],
-    steps: int = 20,
-    guidance: float = 3.5,
+    seeds: Sequence[int],
+    options: Options = Options(),
     kept: Tensor | None = None,
     masked: tuple[int, ...] = (),
-    clean: bool = False,
-    concat: str = "pixels",
-    text: str = "joint",
     references: Sequence[Sequence[Image.Image]] = (),
-    offset: str = "d",
-    offset_scale: float = 1.0,
-    posterior: str = "sample",
-    ref_size: int = PANEL,
-    reference_attention: str = JOINT,
     batch: int = 20,
 ) -> Tensor:
     """Make one set for each caption.
@@ -72,51 +78,57 @@ def generate(
     captions, seeds: N of each
     kept: (N, 3, h, w) in -1..1, composites whose masked panels are filled with 0
     masked: the panels that are generated, from 1; all of them if kept is not given
-    clean: feed kept panels clean at every step, as `--condition clean` trains it, instead of noised with the rest
-    concat, text: as train.py has them
     references: N lists of pictures that are to appear (UNO), of one number and size; none at all without them
-    offset, offset_scale, posterior, ref_size, reference_attention: of references, as sample.py has them
+    batch: sets that are made at a time
     Returns (N, 3, h, w) in -1..1; kept panels are pasted over the decoded ones, as iclora does
     Errors: ValueError if sets differ in number or size of their references
     """
-    shown = [[fit_reference(picture, ref_size) for picture in some] for some in references] or [[]] * len(captions)
-    sizes = {tuple(picture.size for picture in some) for some in shown}
-    if len(shown) != len(captions) or len(sizes) > 1:
-        raise ValueError(f"{len(captions)} captions with references of {len(shown)} and {len(sizes)} kinds of sizes; "
-                         "give every caption as many, and of the same sizes")  # fmt: skip
+    pictures = [[fit_reference(p, options.ref_size) for p in group] for group in references] or [[]] * len(captions)
+    sizes = {tuple(picture.size for picture in group) for group in pictures}
+    if len(pictures) != len(captions) or len(sizes) > 1:
+        raise ValueError(
+            f"{len(captions)} captions with references of {len(pictures)} and {len(sizes)} kinds of sizes; "
+            "give every caption as many, and of the same sizes"
+        )
     layout = Layout(*grid, PANEL, PANEL, *sizes)
-    made = []
+    sets = []
     for first in range(0, len(captions), batch):
         part = slice(first, first + batch)
         known = None if kept is None else kept[part]
-        how = (steps, guidance, known, masked, clean, concat, text, shown[part], offset, offset_scale, posterior)
-        made.append(_generate(networks, captions[part], layout, seeds[part], *how, reference_attention == ALONE))
-    return torch.cat(made)
+        sets.append(make_batch(networks, captions[part], layout, seeds[part], options, known, masked, pictures[part]))
+    return torch.cat(sets)
 
 
-def _generate(
-    networks: Networks, captions: list[str], layout: Layout, seeds: list[int], steps: int, guidance: float,
-    kept: Tensor | None, masked: tuple[int, ...], clean: bool, concat: str, text: str,
-    shown: Sequence[Sequence[Image.Image]], offset: str, offset_scale: float, posterior: str, alone: bool,
-) -> Tensor:  # fmt: skip
-    flux = networks.flux
-    txt, vec = encode_captions(networks.text, captions, networks.length, layout, text)
-    seen = panel_attention_mask(layout, txt.shape[1] // layout.panels) if text == "panel" else None
-    start = pack(torch.cat([noise(layout.height, layout.width, seed) for seed in seeds]))
-    streams = [torch.Generator().manual_seed(~seed) if posterior == "sample" else None for seed in seeds]  # Pipeline's
-    tokens = [encode(networks.autoencoder, *own) for own in zip(shown, streams, strict=True)]
-    references = torch.cat(tokens)  # (N, R, 64)
-    ids = image_ids(layout, offset, offset_scale)
+def make_batch(
+    networks: Networks,
+    captions: Sequence[str],
+    layout: Layout,
+    seeds: Sequence[int],
+    options: Options,
+    kept: Tensor | None,
+    masked: tuple[int, ...],
+    pictures: Sequence[Sequence[Image.Image]],
+) -> Tensor:
+    """Make sets of one layout at once, B of them; as for generate, but that the pictures are fitted."""
+    txt, vec = encode_captions(networks.text, list(captions), networks.text_length, layout, options.text)
+    attn_mask = panel_attention_mask(layout, txt.shape[1] // layout.panels) if options.text == "panel" else None
+    start = pack(torch.cat([noise(layout.height, layout.width, seed) for seed in seeds]))  # (B, I, 64)
+    sampled = options.posterior == "sample"
+    generators = [torch.Generator().manual_seed(~seed) if sampled else None for seed in seeds]  # the pipeline's
+    pairs = zip(pictures, generators, strict=True)
+    refs = torch.cat([encode(networks.autoencoder, group, generator) for group, generator in pairs])  # (B, R, 64)
+    ids = image_ids(layout, options.offset, options.offset_scale)
     mask = torch.ones(1, start.shape[1], 1) if kept is None else generate_mask(masked, layout)
     known = torch.zeros_like(start)
     if kept is not None:
-        known = pack(encode_by_panel(networks.autoencoder.encode, kept, layout, concat))
+        known = pack(encode_by_panel(networks.autoencoder.encode, kept, layout, options.concat))
 
-    ts = times(steps, tokens=start.shape[1], shift=networks.shift)
-    keep = keep_clean(known, mask) if clean else keep_known(known, start, mask)
-    x = denoise(flux, keep(start, 1.0), ts, ids, txt, vec, guidance, references, seen, alone, keep)
+    keep = keep_clean(known, mask) if options.clean else keep_known(known, start, mask)
+    ts, isolate_refs = times(options.steps, start.shape[1], networks.shift), options.reference_attention == ALONE
+    x, guidance = keep(start, 1.0), options.guidance
+    x = denoise(networks.flux, x, ts, ids, txt, vec, guidance, refs, attn_mask, isolate_refs, keep)
     z = unpack(x, 2 * layout.tokens_high, 2 * layout.tokens_wide)
-    image = encode_by_panel(networks.autoencoder.decode, z, layout, concat).clamp(-1, 1)
+    image = encode_by_panel(networks.autoencoder.decode, z, layout, options.concat).clamp(-1, 1)
     if kept is None:
         return image
     pixels = unpack(mask.expand(1, -1, 64), 2 * layout.tokens_high, 2 * layout.tokens_wide)[:, :1]

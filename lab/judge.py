@@ -12,7 +12,7 @@ from iclora.layout import Layout, stitch
 from sampling.images import to_tensor
 
 from .eyes import Eyes
-from .generate import Networks, generate
+from .generate import Networks, Options, generate
 from .report import tensors_after
 from .scores import hidden_agreement, interval, line, ratio, tiles, verdict
 from .sets import PANEL
@@ -61,18 +61,18 @@ class Judge:
     one: Callable[..., Callable[[], Tensor]] | None = None
 
 
-def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
+def measure(task: str, networks: Networks, metadata: dict[str, str], ruler: Ruler, count: int) -> Found:
     """Make sets with the networks of an arm and judge them.
 
-    about: metadata of its LoRA, whose ways are followed; the base has none
+    metadata: of its LoRA, made with the options that it says; the base has none
     """
-    reader, ways = ruler.reader, ways_of(about)
+    reader, options = ruler.reader, options_of(metadata)
     sets = task_sets(task, count, SEED, held_out=True)
     true, seeds = to_tensors(sets), list(range(count))
     given = {"kept": only_first(true), "masked": tuple(range(2, len(sets[0].pictures) + 1))}
 
     def make(captions: list[str], seeds: list[int] = seeds, **kept: Tensor | tuple[int, ...]) -> Tensor:
-        return generate(networks, captions, GRIDS[task], seeds, **ways, **kept)
+        return generate(networks, captions, GRIDS[task], seeds, options, **kept)
 
     told, silent = [one.caption for one in sets], [one.silent for one in sets]
     made = [make(told), make(told, **given), make(silent, **given)]
@@ -87,10 +87,10 @@ def measure(task: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
     return figures, [made[0][:COLUMNS], made[1][:COLUMNS]]
 
 
-def ways_of(about: dict[str, str]) -> dict[str, str | bool]:
-    """The ways of lab.generate that a LoRA says it was trained in; the base says nothing."""
-    ways = {"concat": about.get("iclora.concat", "pixels"), "text": about.get("iclora.text", "joint")}
-    return {"clean": about.get("iclora.condition") == "clean", **ways}
+def options_of(metadata: dict[str, str]) -> Options:
+    """The options that a LoRA says it was trained with; the base says nothing."""
+    options = {name: metadata[f"iclora.{name}"] for name in ("concat", "text") if f"iclora.{name}" in metadata}
+    return Options(clean=metadata.get("iclora.condition") == "clean", **options)
 
 
 def measure_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Found:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import eyes
 from .generate import Networks, generate
-from .judge import AGREEMENT, KINDS, Figures, Found, Judge, Ruler, details, traits, ways_of
+from .judge import AGREEMENT, KINDS, Figures, Found, Judge, Ruler, details, options_of, traits
 from .judge_uno import other
 from .panels import caption
 from .report import tensors_after, without
@@ -24,19 +24,19 @@ COLUMNS = 6  # sets on a sheet
 Sets = list[tuple[Panel, ...]]
 
 
-def measure(telling: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
+def measure(telling: str, networks: Networks, metadata: dict[str, str], ruler: Ruler, count: int) -> Found:
     """Make the panel with the networks of an arm, from its own set's others and from another's, and judge it.
 
     telling: of lab.panels
-    about: metadata of the LoRA; the base has none
+    metadata: of the LoRA; the base has none
     """
     sets = held_out(count)
     captions = [caption(panels, 2, 2, telling, None) for panels in sets]
     shown = {"own panel": sets, "another's panel": others(sets, telling)}
     figures, made = {}, []
     for whose, kept in shown.items():
-        ways = ways_of(about) | {"kept": without(to_tensors(kept), MASKED), "masked": (MASKED,)}
-        image = generate(networks, captions, (2, 2), list(range(count)), **ways)
+        rest = without(to_tensors(kept), MASKED)
+        image = generate(networks, captions, (2, 2), range(count), options_of(metadata), rest, (MASKED,))
         figures |= judge(ruler.reader, image, sets, whose)
         made.append(image[:COLUMNS])
     return figures, made[:1]

@@ -20,7 +20,7 @@ from iclora.references import TRAINED_WITH
 from sampling.images import to_tensor
 
 from .eyes import OPTIONS, Eyes, clip_image_features, clip_text_features, dino_features, twin, with_subject
-from .generate import Networks, generate
+from .generate import Networks, Options, generate
 from .judge import Figures, Found, Judge, Ruler
 from .pairs import Pair, make_pairs
 from .report import tensors_after
@@ -43,14 +43,14 @@ CONTROLLED = (
 BARS = {("one", "look"): 0.8, ("one", "scene"): 0.9, ("two", "all right"): 0.65, ("two", "swapped"): 0.1}
 
 
-def measure(kind: str, networks: Networks, about: dict[str, str], ruler: Ruler, count: int) -> Found:
+def measure(kind: str, networks: Networks, metadata: dict[str, str], ruler: Ruler, count: int) -> Found:
     """Make pictures with the networks of an arm, as its LoRA was trained, and judge them.
 
     kind: of lab.pairs
-    about: metadata of the LoRA; the base has none
+    metadata: of the LoRA; the base has none
     """
     pairs, rng = make_pairs(kind, count, SEED, held_out=True), np.random.default_rng(SEED)
-    make = partial(make_pictures, networks, about, pairs)
+    make = partial(make_pictures, networks, metadata, pairs)
     made = make([pair.references for pair in pairs])
     figures = judge(kind, ruler, made, pairs)
     wrong = [wrong_references(pair, rng, TOLD.get(kind, "")) for pair in pairs]
@@ -61,18 +61,20 @@ def measure(kind: str, networks: Networks, about: dict[str, str], ruler: Ruler, 
 
 
 def make_pictures(
-    networks: Networks, about: dict[str, str], pairs: Sequence[Pair], references: Sequence[Sequence[Image.Image]]
+    networks: Networks, metadata: dict[str, str], pairs: Sequence[Pair], references: Sequence[Sequence[Image.Image]]
 ) -> Tensor:
-    """Make a picture for the prompt of every pair, in the ways that a LoRA was trained in."""
-    ways = {name: kind(about[f"iclora.{name}"]) for name, kind in TRAINED_WITH.items() if f"iclora.{name}" in about}
-    prompts, seeds = [pair.prompt for pair in pairs], list(range(len(pairs)))
-    return generate(networks, prompts, (1, 1), seeds, guidance=REFERENCE_GUIDANCE, references=references, **ways)
+    """Make a picture for the prompt of every pair, with the options that a LoRA was trained with."""
+    trained = {name: kind for name, kind in TRAINED_WITH.items() if f"iclora.{name}" in metadata}
+    options = {name: kind(metadata[f"iclora.{name}"]) for name, kind in trained.items()}
+    options = Options(guidance=REFERENCE_GUIDANCE, **options)
+    prompts, seeds = [pair.prompt for pair in pairs], range(len(pairs))
+    return generate(networks, prompts, (1, 1), seeds, options, references=references)
 
 
-def one_picture(kind: str, networks: Networks, about: dict[str, str]) -> Callable[[], Tensor]:
+def one_picture(kind: str, networks: Networks, metadata: dict[str, str]) -> Callable[[], Tensor]:
     """What makes the first of the pictures that are judged, to be timed."""
     pairs = make_pairs(kind, 1, SEED, held_out=True)
-    return lambda: make_pictures(networks, about, pairs, [pair.references for pair in pairs])
+    return lambda: make_pictures(networks, metadata, pairs, [pair.references for pair in pairs])
 
 
 def measure_truth(kind: str, networks: Networks, ruler: Ruler, count: int) -> Found:

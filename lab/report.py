@@ -21,7 +21,7 @@ from sampling.images import to_picture
 
 from . import entry, eyes
 from .captions import joint_caption
-from .generate import Networks, generate, load_networks
+from .generate import Networks, Options, generate, load_networks
 from .measure import psnr, survival, tiling
 from .scores import HEAD, TEXT_SCORES, hidden_agreement, interval, per_set, read_sets, row, to_tensors
 from .sets import GRIDS, PANEL
@@ -174,7 +174,7 @@ def by_guidance(networks: Networks, reader: Reader, count: int) -> list[str]:
     names = list(TEXT_SCORES[1])
     lines = ["| guidance | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for guidance in (1.0, 2.0, 3.5, 5.0):
-        made = read_sets(reader, generate(networks, captions, (2, 2), list(range(count)), guidance=guidance))
+        made = read_sets(reader, generate(networks, captions, (2, 2), list(range(count)), Options(guidance=guidance)))
         cells = ["{:.1%} ({:.1%} to {:.1%})".format(*interval(per_set(made, sets, TEXT_SCORES[1][n]))) for n in names]
         lines.append(f"| {guidance:g} | " + " | ".join(cells) + " |")
     return lines

@@ -206,7 +206,8 @@ def _other_format(path: Path) -> str:
     with open(path, "rb") as file:
         start = file.read(32)
     damaged = "is no safetensors file, or it is cut short or its header is damaged; download it again"
-    return next((message for magic, message in MAGICS if start.startswith(magic)), damaged)
+    # A safetensors file begins with a length, which may look like a magic, and goes on with {"
+    return next((message for magic, message in MAGICS if start.startswith(magic) and start[8:10] != b'{"'), damaged)
 
 
 def read_json(path: Path) -> dict:

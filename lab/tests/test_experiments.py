@@ -72,8 +72,8 @@ def test_a_walk_from_text_is_made_twice_to_tell_what_agrees_by_chance(monkeypatc
     calls, sets = [], task_sets("walk", 2, judge.SEED, held_out=True)
     empty = [Reading("beach", ())] * 6
 
-    def generate(networks, captions, grid, seeds, **ways):
-        calls.append((captions, seeds, "kept" in ways))
+    def generate(networks, captions, grid, seeds, options, **kept):
+        calls.append((captions, seeds, "kept" in kept))
         return torch.zeros(2, 3, 192, 64)
 
     monkeypatch.setattr(judge, "generate", generate)

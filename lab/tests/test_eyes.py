@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Model
 
@@ -182,6 +183,18 @@ def test_missing_eyes_and_pictures_of_another_size_are_refused_in_one_line(dino,
         eyes._load(Dinov2Model, eyes.Dinov2Config, tmp_path)
     with pytest.raises(ValueError, match=r"pictures are \(1, 3, 128, 128\), not \(N, 3, 64, 64\); cut out and resize"):
         eyes.dino_features(dino, torch.zeros(1, 3, 128, 128))
+
+
+def test_eyes_that_do_not_fit_their_configuration_or_are_damaged_are_refused_in_one_line(dino, tmp_path):
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text(dino.config.to_json_string())
+    for change in ({"layernorm.bias": torch.zeros(3)}, {"more": torch.zeros(3)}):
+        save_file({eyes.hub_name(name): t for name, t in (dino.state_dict() | change).items()}, path)
+        with pytest.raises(ValueError, match=f"^{path} does not fit its config.json: .*{next(iter(change))}[^\n]*$"):
+            eyes._load(Dinov2Model, eyes.Dinov2Config, tmp_path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="is cut short or its header is damaged"):
+        eyes._load(Dinov2Model, eyes.Dinov2Config, tmp_path)
 
 
 def test_short_padding_changes_no_caption(clip, tokenizer):

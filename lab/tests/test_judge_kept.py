@@ -83,17 +83,17 @@ def test_a_panel_is_judged_by_its_own_scene_and_the_traits_of_its_sets_subject(m
 def test_an_arm_is_measured_in_its_own_way_from_own_panels_and_anothers(monkeypatch):
     calls = []
 
-    def generate(networks, captions, grid, seeds, **ways):
-        calls.append((captions, seeds, ways))
+    def generate(networks, captions, grid, seeds, options, kept, masked):
+        calls.append((captions, list(seeds), options, kept, masked))
         return torch.zeros(len(captions), 3, 128, 128)
 
     monkeypatch.setattr(judge_kept, "generate", generate)
     monkeypatch.setattr(judge_kept, "read_sets", lambda reader, image: [[Reading("", ())] * 4] * len(image))
     ruler = judge.Ruler(SimpleNamespace())
     figures, rows = judge_kept.measure("nothing", None, {"iclora.condition": "clean"}, ruler, 3)
-    (told, seeds, own), (again, same, other) = calls
-    assert told == again and seeds == same == [0, 1, 2] and own["clean"] and own["masked"] == (3,)
-    assert not own["kept"][:, :, 64:, :64].any() and not torch.equal(own["kept"], other["kept"])
+    (told, seeds, options, own, masked), (again, same, _, other, _) = calls
+    assert told == again and seeds == same == [0, 1, 2] and options.clean and masked == (3,)
+    assert not own[:, :, 64:, :64].any() and not torch.equal(own, other)
     assert len(figures) == 6 and len(rows) == 1
     most = {name: [1.0] * 3 for name in figures}
     assert len(judge.details("nothing", "clean", figures, most)) == len(judge.KINDS)

@@ -15,7 +15,7 @@ from iclora.plan import make_plan
 from iclora.references import encode
 from lab import experiments, judge, judge_uno, pairs
 from lab.arms import DEFAULTS, EXPERIMENTS, FITTING
-from lab.generate import generate, load_networks
+from lab.generate import Options, generate, load_networks
 from lab.judge_uno import BARS, CONTROLS, UNO, UNO_WITH_BARS, controls, score, wrong_references
 from lab.tables import tables
 from lab.tasks import GRIDS, task_sets
@@ -53,7 +53,7 @@ def test_batches_with_references_are_what_the_pipeline_makes_of_each(attention, 
     ways = {"steps": 2, "guidance": 4.0, "offset": "w", "offset_scale": 2.0, "reference_attention": attention}
     ways |= {"ref_size": 48} if attention == "alone" else {}
     shown = [pair.references for pair in drawn]
-    made = generate(networks, [pair.prompt for pair in drawn], (1, 1), [5, 6], references=shown, **ways)
+    made = generate(networks, [pair.prompt for pair in drawn], (1, 1), [5, 6], Options(**ways), references=shown)
     paths = [str(tmp_path / f"{i}.png") for i in range(2)]
     for path, picture in zip(paths, drawn[1].references, strict=True):
         picture.save(path)
@@ -66,7 +66,7 @@ def test_batches_with_references_are_what_the_pipeline_makes_of_each(attention, 
     (result,) = Pipeline(config, lambda line: None).run(plan)
     composite = result.composite
     assert np.abs(np.asarray(composite, int) - np.asarray(to_picture(made[1:]), int)).max() <= 1
-    other = generate(networks, [drawn[1].prompt], (1, 1), [6], references=[shown[1][::-1]], **ways)
+    other = generate(networks, [drawn[1].prompt], (1, 1), [6], Options(**ways), references=[shown[1][::-1]])
     assert (other[0] - made[1]).abs().mean() > 1e-4, "so the order of references, and they themselves, count"
 
 
@@ -177,8 +177,8 @@ def test_a_trait_that_the_prompt_asks_for_is_no_wrong_references_gift(monkeypatc
 def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_ones(monkeypatch):
     calls = []
 
-    def generate(networks, prompts, grid, seeds, references, **ways):
-        calls.append((prompts, seeds, references, ways))
+    def generate(networks, prompts, grid, seeds, options, references):
+        calls.append((prompts, seeds, references, options))
         return torch.full((len(prompts), 3, 64, 64), float(len(calls)))
 
     def read(reader, image):  # the first run shows the true panels, the others nobody
@@ -197,7 +197,7 @@ def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_one
     ]
     assert wrong[0][0].tobytes() != own[0][0].tobytes() and len(wrong) == 3
     assert len({str(prompts) + str(seeds) for prompts, seeds, _, _ in calls}) == 1
-    assert all(ways == {"guidance": 4.0, **told} for _, _, _, ways in calls)
+    assert all(options == Options(guidance=4.0, **told) for _, _, _, options in calls)
     assert figures["all right"] == [1, 1, 1] and len(rows) == 1
     assert all(figures[f"traits, {control}"] == [0, 0, 0] for control in CONTROLS)
     judge_uno.one_picture("two", None, about)()
@@ -320,7 +320,7 @@ def test_the_bundled_walk_walks_and_the_base_does_not():
     walked = []
     for lora in (find_model("tiny").root / "loras" / "walk.safetensors", None):
         networks, about = experiments.with_lora("tiny", lora)
-        ways, captions = judge.ways_of(about), [one.caption for one in sets]
-        made = generate(networks, captions, GRIDS["walk"], list(range(6)), **ways)
+        captions = [one.caption for one in sets]
+        made = generate(networks, captions, GRIDS["walk"], range(6), judge.options_of(about))
         walked.append(np.mean(judge.judge("walk", reader, made)))
     assert walked[0] >= 0.8 and walked[1] <= 0.2

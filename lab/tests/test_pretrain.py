@@ -12,7 +12,7 @@ from transformers import T5Tokenizer
 from lab import pretrain, sets, train_autoencoder, train_flow, train_text
 from lab.captions import joint_caption, length, panel_prompt, reticent, vocabulary
 from lab.export import EXAMPLES, REFERENCES
-from lab.generate import generate, load_networks
+from lab.generate import Options, generate, load_networks
 from lab.sets import GRIDS, draw_chunk
 from lab.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
 from lab.training import Stage, Work, orthogonal, rate, run, step_generator
@@ -310,7 +310,7 @@ def test_another_base_takes_all_but_its_transformer_from_a_model(short, tmp_path
     config = load_flux(files.flux).config
     assert (config.hidden_size, config.num_heads, config.mlp_hidden, config.guidance_embed) == (32, 1, 128, False)
     networks, caption = load_networks(out), ["a cat on a beach"]
-    assert generate(networks, caption, (1, 1), [0], steps=1).isfinite().all()
+    assert generate(networks, caption, (1, 1), [0], Options(steps=1)).isfinite().all()
     encoders = networks.text, load_text_encoders(given, dtype=torch.float32)
     ours, theirs = (text.encode(caption, None) for text in encoders)
     ours += tuple(networks.autoencoder.parameters())

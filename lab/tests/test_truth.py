@@ -123,10 +123,10 @@ def test_tiles_are_the_panels_in_reading_order_and_without_empties_one():
 def test_batches_of_sets_keep_what_is_kept_and_repeat():
     networks, image = generate.load_networks("tiny"), scores.to_tensors(sets(3))
     captions = [joint_caption(panels, 2, 2) for panels in sets(3)]
-    kept = report.without(image, 2)
-    made = generate.generate(networks, captions, (2, 2), [5, 6, 7], steps=2, kept=kept, masked=(2,), batch=2)
+    kept, two = report.without(image, 2), generate.Options(steps=2)
+    made = generate.generate(networks, captions, (2, 2), [5, 6, 7], two, kept=kept, masked=(2,), batch=2)
     assert torch.equal(report.without(made, 2), kept) and made[:, :, :64, 64:].std() > 0.1
-    alone = generate.generate(networks, captions[2:], (2, 2), [7], steps=2, kept=kept[2:], masked=(2,))
+    alone = generate.generate(networks, captions[2:], (2, 2), [7], two, kept=kept[2:], masked=(2,))
     assert torch.allclose(alone[0], made[2], atol=1e-4)
 
 

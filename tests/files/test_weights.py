@@ -232,6 +232,7 @@ def test_diffusers_shards_are_refused_by_name(tmp_path):
         (b"PK\x03\x04" + bytes(100), "is a torch pickle, which is never unpickled"),
         (b"\x80\x02}q\x00.", "is a pickle, which is never unpickled"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        (b'\x80\x0b\0\0\0\0\0\0{"img_in.bias":', "is no safetensors file, or it is cut short"),
         (b"<!DOCTYPE html>", "is no safetensors file"),
         (b"", "is no safetensors file"),
     ],
