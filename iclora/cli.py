@@ -121,7 +121,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str, prog
     if "config" not in flags:
         return kind(**flags)
     path = flags["config"]
-    voids = {name for given in flags for name in getattr(kind, "VOIDS", {}).get(given, ())}
+    voids = {name for given in flags for name in kind.VOIDS.get(given, ())}
     recorded = typed(kind, read_record(path)["config"], path)
     return kind(**{**{k: v for k, v in recorded.items() if k not in voids}, **flags})
 
@@ -167,10 +167,11 @@ def read_jobs(config: Config) -> dict[str, Config]:
             raise ValueError(f'{source} is no JSON object of options; write {{"prompt": ..., "seed": ...}} on one line')
         if shared := row.keys() & {"model", "device", "dtype", "out", "jobs", "config"}:
             raise ValueError(f"{source} sets {min(shared)}, which holds for the whole job; give {flag(min(shared))}")
+        options = typed(type(config), row, source)
         try:
-            jobs[source] = replace(config, **typed(type(config), row, source))
+            jobs[source] = replace(config, **options)
         except ValueError as error:
-            raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
     if not jobs:
         raise ValueError(f"--jobs {path} is no file with requests; write a JSON object of options a row")
     return jobs
@@ -244,12 +245,10 @@ def _parse_flags(kind: type, argv: Sequence[str] | None, description: str, progr
 def _types(kind: type) -> dict[str, type]:
     """Name the plain type of every field: int, float, str, bool or tuple (of texts), None left aside."""
     types = {}
-    names = {field.name for field in fields(kind)}
     for name, hint in get_type_hints(kind).items():
-        if name in names:
-            plain_hint = next((h for h in get_args(hint) if h is not type(None) and h is not ...), hint)
-            hint = plain_hint if type(None) in get_args(hint) else hint
-            types[name] = tuple if get_args(hint) else hint
+        if type(None) in get_args(hint):
+            hint = next(part for part in get_args(hint) if part is not type(None))
+        types[name] = tuple if get_args(hint) else hint
     return types
 
 

@@ -274,6 +274,10 @@ class ModelDefaults:
         """Give the longer sides of a single reference, and of each of several, where --ref-size says something."""
         return self.references if ref_size is None else (ref_size, ref_size)
 
+    def guidance_with(self, references: bool) -> float | None:
+        """Give the guidance, which is UNO's where there are references."""
+        return REFERENCE_GUIDANCE if references and self.guidance is not None else self.guidance
+
 
 DEV = ModelDefaults("dev", 512, 20, 3.5, True, 512, (512, 320), "bfloat16")
 SCHNELL = ModelDefaults("schnell", 256, 4, None, False, 512, (512, 320), "bfloat16")
@@ -311,7 +315,7 @@ def resolve_defaults(config: SampleConfig, task: Task | None, defaults: ModelDef
         "grid": f"{task.rows}x{task.cols}" if task else "1x1" if config.ref else "2x2",
         "panel_size": "{}x{}".format(*task.panel_size) if task and defaults.name != "tiny" else str(defaults.panel),
         "steps": defaults.steps,
-        "guidance": REFERENCE_GUIDANCE if config.ref and defaults.guidance is not None else defaults.guidance,
+        "guidance": defaults.guidance_with(bool(config.ref)),
         "ref_size": defaults.references[len(config.ref) > 1],
         "dtype": defaults.cpu_dtype if device == "cpu" else "bfloat16",
         **AS_PUBLISHED,

@@ -22,11 +22,17 @@ from .config import check, option
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
 WIDTHS = {
-    **{"img_in": ("out", "channels"), "txt_in": ("out", "context"), "vector_in.in_layer": ("out", "vec")},
-    **{"time_in.in_layer": ("out", ""), "guidance_in.in_layer": ("out", "")},
-    **{f"double_blocks.{{}}.{stream}_mlp.0": ("in", "M") for stream in ("img", "txt")},
-    **{f"double_blocks.{{}}.{stream}_mlp.2": ("out", "M") for stream in ("img", "txt")},
-    **{"single_blocks.{}.linear1": ("in", "3D + M"), "single_blocks.{}.linear2": ("out", "D + M")},
+    "img_in": ("out", "channels"),
+    "txt_in": ("out", "context"),
+    "vector_in.in_layer": ("out", "vec"),
+    "time_in.in_layer": ("out", ""),
+    "guidance_in.in_layer": ("out", ""),
+    "double_blocks.{}.img_mlp.0": ("in", "M"),
+    "double_blocks.{}.img_mlp.2": ("out", "M"),
+    "double_blocks.{}.txt_mlp.0": ("in", "M"),
+    "double_blocks.{}.txt_mlp.2": ("out", "M"),
+    "single_blocks.{}.linear1": ("in", "3D + M"),
+    "single_blocks.{}.linear2": ("out", "D + M"),
 }
 
 

@@ -30,7 +30,7 @@ from sampling.inpaint import keep_clean
 from sampling.latents import CELL, noise, pack, unpack
 
 from .checkpoint import CHECKPOINT, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
-from .config import REFERENCE_GUIDANCE, UNO, saved
+from .config import UNO, saved
 from .data import Example
 from .layout import Layout, encode_by_panel, generate_mask
 from .loader import Batch, Loader
@@ -233,7 +233,7 @@ def sample(run: Monitor, layout: Layout, batch: Batch, seed: int, after_step: Af
     defaults, x = run.plan.defaults, pack(noise(layout.height, layout.width, seed)).to(run.device)
     x = after_step(x, 1.0) if after_step else x
     ids = grid_ids(layout.tokens_high, layout.tokens_wide)[None].to(run.device) if batch.ids is None else batch.ids
-    guidance = REFERENCE_GUIDANCE if layout.references and defaults.guidance is not None else defaults.guidance
+    guidance = defaults.guidance_with(bool(layout.references))
     ts = times(defaults.steps, tokens=x.shape[1], shift=defaults.shift)
     conditions = batch.txt, batch.vec, guidance, batch.references, batch.attention_mask, batch.isolate_refs
     return unpack(denoise(run.flux, x, ts, ids, *conditions, after_step), layout.height // CELL, layout.width // CELL)

@@ -35,8 +35,8 @@ TINY_GRIDS = ("1x1", "1x2", "2x1", "2x2", "3x1")  # that it was trained on
 class Source:
     """A picture that was given, of its final size."""
 
-    path: str  # absolute; of a PIL image its place in the list
-    sha256: str  # of the file
+    path: str  # absolute; a PIL image is called one
+    sha256: str  # of the file; of a PIL image's pixels
     picture: Image.Image
 
 
@@ -70,7 +70,10 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     defaults = model_defaults(files.flux.config)
     config = drop_void(config, files.name, defaults, note)
     loras = choose_loras(config, files, note) if config.lora or config.ref else ()
-    config = follow_loras(config, [lora for lora, _ in loras]) if loras else config
+    modes = {name: mode_of(loras, name, *values) for name, values in MODES.items()}
+    if loras:
+        note_other_modes([lora for lora, _ in loras], modes, note)
+        config = follow_loras(config, [lora for lora, _ in loras])
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
@@ -85,14 +88,13 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     caption = joint_caption(config, layout, task, panels, note)
     kept, drafts = read_panels(config, layout, generated, panels, note)
     layout, references = read_references(config, layout, files) if config.ref else (layout, ())
-    modes = [mode_of(loras, name, *values) for name, values in MODES.items()]
-    if modes[-1] == "panel":
+    if modes["text"] == "panel":
         if references:
             raise ValueError(
                 "a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out"
             )
-        texts_of(caption, layout.rows, layout.cols, modes[-1])  # refuses a caption that cannot be taken apart
-    return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes)
+        texts_of(caption, layout.rows, layout.cols, "panel")  # refuses a caption that cannot be taken apart
+    return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes.values())
 
 
 def drop_void(config: SampleConfig, name: str, defaults: ModelDefaults, note: Note) -> SampleConfig:
@@ -133,8 +135,6 @@ def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> Loras:
             linears = shapes(Flux(files.flux.config))
         for lora, _ in loras:
             check_shapes(lora, linears)
-    modes = {name: mode_of(loras, name, *values) for name, values in MODES.items()}
-    note_other_modes([lora for lora, _ in loras], modes, note)
     return loras
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,9 +112,9 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{self.path} {error}") from None
 
-    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def read(self, keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """Map tensors into memory, privately: writing to one changes this process's copy, never the file."""
-        for path in self.paths:
+        for path in dict.fromkeys(self.tensors[key].path for key in keys):
             with safe_open(path, framework="pt") as file:
                 for key in (key for key in keys if self.tensors[key].path == path):
                     yield key, file.get_tensor(self.prefix + key)

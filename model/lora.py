@@ -38,9 +38,8 @@ class Adapter(nn.Module):
         Returns (..., rows)
         """
         hidden = self.scale * F.linear(x, self.down.to(x.dtype))
-        return F.linear(
-            hidden, self.up.to(x.dtype), None if self.bias is None else (self.scale * self.bias).to(x.dtype)
-        )
+        bias = None if self.bias is None else (self.scale * self.bias).to(x.dtype)
+        return F.linear(hidden, self.up.to(x.dtype), bias)
 
 
 class LoraLinear(nn.Module):

@@ -23,12 +23,23 @@ EXTRAS = {  # parts of whole models that the encoders do not have
 }
 KNOWN = {  # configurations of the single files that go round, T5 v1.1 XXL and CLIP-L
     "t5": {
-        **{"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
-        **{"feed_forward_proj": "gated-gelu", "is_encoder_decoder": False},
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
     },
     "clip": {
-        **{"vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
-        **{"num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
     },
 }
 
@@ -174,16 +185,15 @@ def _load(network: type, config: type, path: Path, kind: str, dtype: torch.dtype
         if tensor.dtype not in FLOATS and not re.search(EXTRAS[kind], key.removeprefix("text_model.")):
             raise ValueError(f"{checkpoint.path} has {key} as {tensor.dtype}, which is no float of 16 bits or more")
     settings = path / "config.json"  # beside a single file there is none
+    values = read_json(settings) if os.path.lexists(settings) else KNOWN[kind]
     try:
-        config = config.from_dict(read_json(settings) if os.path.lexists(settings) else KNOWN[kind])
+        config = config.from_dict(values)
         config = getattr(config, "text_config", config)  # of a whole CLIP
         source = {"pretrained_model_name_or_path": path, "local_files_only": True, "use_safetensors": True}
         if not path.is_dir():
             source = {"pretrained_model_name_or_path": None, "state_dict": dict(checkpoint.read(checkpoint.tensors))}
         module, report = network.from_pretrained(**source, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # of many kinds, for settings and shapes that do not fit
-        if str(settings) in str(error):
-            raise
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{checkpoint.path} does not load ({reason}); download its folder again") from None
     missing, extra = sorted(report["missing_keys"]), report["unexpected_keys"]

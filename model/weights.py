@@ -4,9 +4,8 @@ Data is mapped into memory, not copied, where the file already has the wanted dt
 so there are never two full copies. What a checkpoint is stands in checkpoint.py; the text encoders are in text.py.
 """
 
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from .autoencoder import AutoEncoder
 from .checkpoint import FLOATS, Checkpoint, file_in, mismatch, open_checkpoint
 from .flux import Flux
 
-CHUNK = 2**26  # bytes that are mapped at a time where tensors are cast, as mapped pages count as memory too
 PARTS = {
     "flux": "flux1-*.safetensors",
     "autoencoder": "ae.safetensors",
@@ -154,7 +152,9 @@ def _load(
         module = network(checkpoint.config)
     tensors = {}
     try:
-        for keys in _chunks(checkpoint):
+        ready = [key for key, stored in checkpoint.tensors.items() if FLOATS[stored.dtype] is dtype]
+        to_cast = [[key] for key in sorted(checkpoint.tensors.keys() - ready)]  # one by one, as mapped pages count too
+        for keys in [ready, *to_cast]:
             for key, tensor in checkpoint.read(keys):
                 tensors[key] = tensor.to(device, dtype)  # as it is, if nothing changes
                 del tensor
@@ -162,14 +162,3 @@ def _load(
     except (KeyError, RuntimeError):  # of tensors that are no floats; that are missing, unexpected or misshapen
         raise mismatch(checkpoint, module) from None
     return module.requires_grad_(False).eval()
-
-
-def _chunks(checkpoint: Checkpoint) -> Iterator[list[str]]:
-    """Group tensors, file by file, into lists of about CHUNK bytes."""
-    chunk, size = [], 0
-    for key, stored in sorted(checkpoint.tensors.items(), key=lambda item: item[1].path):
-        chunk, size = [*chunk, key], size + math.prod(stored.shape) * FLOATS[stored.dtype].itemsize
-        if size > CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    yield chunk

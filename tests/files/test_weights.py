@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from golden import AE, FLUX, GOLDEN
-from model.checkpoint import fingerprint, read_header, save_safetensors, write_atomic
+from model.checkpoint import read_header, save_safetensors, write_atomic
 from model.infer import infer_autoencoder_config, infer_flux_config
 from model.weights import find_model, load_autoencoder, load_flux
 
@@ -496,16 +496,6 @@ def test_where_no_hard_links_are_a_name_is_still_taken_only_once(tmp_path, monke
     with pytest.raises(FileExistsError):
         write_atomic(tmp_path / "a", "second", overwrite=False)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["first"]
-
-
-def test_large_files_are_identified_without_being_read(tmp_path, monkeypatch):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"12345")
-    monkeypatch.setattr("model.checkpoint.MAX_HASHED", 4)
-    before = fingerprint([path]), fingerprint([path], dated=True)
-    path.write_bytes(b"54321")
-    os.utime(path, (1, 1))
-    assert fingerprint([path]) == before[0] and fingerprint([path], dated=True) != before[1]
 
 
 # ---- memory ----
