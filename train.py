@@ -42,13 +42,14 @@ def run(config: TrainConfig) -> None:
     check_folder(Path(config.out))
     if Path(config.out).resolve().is_relative_to(Path(config.data).resolve()):
         raise ValueError(f"--out {config.out} lies in --data, where the next run would read it; choose one outside")
+    from iclora.checkpoint import only_run
     from iclora.monitor import Monitor
     from iclora.training import leave_processes, lost_process_is_one_line, plan_training, start_training, try_command
 
     rank, world_size = processes()
     tell = note if rank == 0 else lambda line: None
     plan = plan_training(config, world_size, tell)
-    with lost_process_is_one_line():
+    with lost_process_is_one_line(), only_run(Path(config.out)) if rank == 0 else contextlib.nullcontext():
         loader, flux, state = start_training(plan, rank, world_size, tell)
         with Monitor(plan, loader, flux, state, note) if rank == 0 else contextlib.nullcontext() as monitor:
             train(plan.config, flux, loader, state, monitor)

@@ -5,6 +5,7 @@ averages, the optimizers' moments and the number of steps are all there is to ke
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import shlex
@@ -23,7 +24,13 @@ from model.checkpoint import read_header, save_safetensors, write_atomic
 from .cli import as_flags
 from .config import TrainConfig, flag, saved
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
+LOCK = ".lock"  # held while a run works in its folder
 ANEW = "remove it to start anew, or give another --out"
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
@@ -88,7 +95,17 @@ def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerp
         for optimizer in state.optimizers:
             tensors |= {f"{i}.optimizer.{name}": value for name, value in optimizer.state.get(p, {}).items()}
     config, fingerprint = json.dumps(dict(config)), json.dumps(dict(fingerprint))
-    save_safetensors(tensors, path, {"step": str(state.step), "config": config, "origin": fingerprint})
+    metadata = {"step": str(state.step), "config": config, "origin": fingerprint}
+    save_safetensors(tensors, path, metadata | {"digest": digest(tensors, metadata)})
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hash all that a checkpoint says, so that a single flipped bit is told from it."""
+    hashed = hashlib.sha256(json.dumps([metadata[name] for name in ("step", "config", "origin")]).encode())
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def load_checkpoint(path: Path, state: State) -> None:
@@ -98,6 +115,9 @@ def load_checkpoint(path: Path, state: State) -> None:
     """
     step = read_checkpoint(path)[2]
     tensors = load_file(path)  # mapped, so what is kept of it is copied
+    metadata = read_header(path)[1]
+    if metadata.get("digest", whole := digest(tensors, metadata)) != whole:  # old ones have none
+        raise ValueError(f"{path} is damaged: it does not hold what was written; {ANEW}")
     shapes = {f"{i}.{kind}": p.shape for i, p in enumerate(state.parameters) for kind in ("weight", "average")}
     if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
         raise ValueError(f"{path} holds adapters of another shape; {ANEW}")
@@ -172,6 +192,25 @@ def train_command(config: TrainConfig) -> str:
     out = next(out for n in count(2) if not Path(out := f"{Path(config.out)}-{n}").exists())
     config = replace(config, init_lora=str(Path(config.out) / RESULT), out=out, config=None)
     return shlex.join(["python", "train.py", *as_flags(config)])
+
+
+@contextlib.contextmanager
+def only_run(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Keep other runs out of a folder for as long as this one works; the lock dies with the process.
+
+    name: of the file that is locked; runs of other names may share the folder
+    Errors: ValueError if another run works there; OSError if the folder cannot be made
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run works in {folder}; wait until it has ended, or give another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def start_folder(folder: Path, config: TrainConfig) -> None:

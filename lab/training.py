@@ -17,7 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from iclora.checkpoint import State, first_change, load_checkpoint, read_checkpoint, save_checkpoint, update_average
+from iclora.checkpoint import (
+    State,
+    first_change,
+    load_checkpoint,
+    only_run,
+    read_checkpoint,
+    save_checkpoint,
+    update_average,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -183,9 +191,18 @@ def run(
     work: `<stage>.safetensors` is kept in its folder; a stage that is finished there is loaded, not run
     every: seconds between checkpoints
     processes: each works on a batch of its own in every step; more than one needs a CPU and fork
-    Errors: ValueError if the folder holds a checkpoint of a run with another seed or origin
+    Errors: ValueError if the folder holds a checkpoint of a run with another seed or origin, or a run that works
     Returns the averaged (EMA) copy of the module
     """
+    with only_run(work.folder, f".{stage.name}.lock"):
+        return train_stage(stage, module, loss_at, work, is_hidden, every, processes, report)
+
+
+def train_stage(
+    stage: Stage, module: nn.Module, loss_at: Callable, work: Work, is_hidden: Callable, every: float, processes: int,
+    report: Callable,
+) -> nn.Module:  # fmt: skip
+    """Do what run says, in a folder that is its own."""
     path = work.folder / f"{stage.name}.safetensors"
     average = copy.deepcopy(module).requires_grad_(False)
     state = State(values(module), values(average), optimizers(module, stage, is_hidden))

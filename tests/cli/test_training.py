@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from iclora.checkpoint import (
     averaged,
     load_checkpoint,
     new_state,
+    only_run,
     read_checkpoint,
     refuse_other_run,
     save_checkpoint,
@@ -607,6 +610,41 @@ def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(checkpoint, tmp_p
     with pytest.raises(ValueError, match="checkpoint.safetensors .*; remove it to start anew, or give anot") as caught:
         refuse_other_run(path, CONFIG, ORIGIN)
     assert "\n" not in str(caught.value) and path.exists()
+
+
+@pytest.mark.parametrize("where", ["weight", "moment", "step"])
+def test_a_flipped_bit_is_told(checkpoint, tmp_path, where):
+    path, data = tmp_path / "checkpoint.safetensors", bytearray(checkpoint.read_bytes())
+    size = 8 + int.from_bytes(data[:8], "little")
+    at = {"weight": size + 5, "moment": len(data) - 5, "step": data.index(b'"step":"') + 8}[where]
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: it does not hold what was written; remove it to start anew"):
+        load_checkpoint(path, adapted()[1])
+
+
+def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+    with only_run(tmp_path):
+        with pytest.raises(ValueError, match="another run works in .*; wait until it has ended, or give another --out"):
+            with only_run(tmp_path):
+                pass
+        with only_run(tmp_path, "another stage"):
+            pass
+    with only_run(tmp_path):  # which has ended
+        pass
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    code = "import os, sys, pathlib; from iclora.checkpoint import only_run\n"
+    code += "with only_run(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another run works in"), only_run(tmp_path):
+            pass
+        other.kill()
+    with only_run(tmp_path):
+        pass
 
 
 def test_what_is_no_checkpoint_is_not_taken_for_one(checkpoint, tmp_path):
