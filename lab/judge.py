@@ -14,18 +14,18 @@ from sampling.images import to_tensor
 from .eyes import Eyes
 from .generate import Networks, Options, generate
 from .report import tensors_after
-from .scores import hidden_agreement, interval, line, ratio, tiles, verdict
+from .scores import ALL, above_chance, interval, line, tiles, traits_shown, verdict
 from .sets import PANEL
-from .tasks import GRIDS, TaskSet, is_sketch, is_sparkled, is_walk, task_sets
-from .truth import Reader, Reading, read
-from .world import Subject
+from .tasks import GRIDS, TaskSet, is_sketch, is_sparkled, is_walk, square, task_sets
+from .truth import SHOWN, Reader, read
 
 SEED = 9_000_000  # of the sets that are judged
 COLUMNS = 6  # sets on a sheet
 SUCCESS = ("from text", "first panel given", "given, caption silent")
-KINDS = ("named", "unnamed")  # traits that captions may name, and those that they never do
-ALIKE = "unnamed, none given"  # how far panels from text agree with each other
-BASE_BAR, LORA_BAR, TRAITS_BAR = 0.2, 0.85, 0.8  # at most, at least, and at least of the ceiling
+FIGURES = (*SHOWN, ALL)  # of the subject that is given, one by one
+GIVEN = OWN, OTHERS, NONE = "own panel", "another's panel", "no panel"  # what pictures are made from
+ALIKE = "face and hue, from text"  # how far panels from text agree with each other
+BASE_BAR, LORA_BAR, TRAITS_BAR = 0.2, 0.85, 0.8  # at most, at least, and at least above chance
 Figures = dict[str, list[float]]  # name -> a value of each set
 Found = tuple[Figures, list[Tensor]]  # and rows of composites for a sheet
 
@@ -76,14 +76,15 @@ def measure(task: str, networks: Networks, metadata: dict[str, str], ruler: Rule
 
     told, silent = [one.caption for one in sets], [one.silent for one in sets]
     made = [make(told), make(told, **given), make(silent, **given)]
-    figures = {name: judge(task, reader, image) for name, image in zip(SUCCESS, made, strict=True)}
+    figures = {name: judge(task, reader, image, sets) for name, image in zip(SUCCESS, made, strict=True)}
     if task == "walk":  # dusk and pencil hide what the reader reads
-        figures |= identity(reader, made[2], sets, "own panel")
+        figures |= identity(reader, made[2], sets, OWN)
         given["kept"] = only_first(true.roll(1, dims=0))
-        figures |= identity(reader, make(silent, **given), sets, "another's panel")
+        figures |= identity(reader, make(silent, **given), sets, OTHERS)
+        figures |= identity(reader, make(silent), sets, NONE)
         again = make(told, [count + seed for seed in seeds])
-        figures |= alike(reader, made[0], made[0], sets, "own panel")
-        figures |= alike(reader, made[0], again, sets, "another's panel")
+        figures |= alike(reader, made[0], made[0], sets, OWN)
+        figures |= alike(reader, made[0], again, sets, OTHERS)
     return figures, [made[0][:COLUMNS], made[1][:COLUMNS]]
 
 
@@ -97,10 +98,10 @@ def measure_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Fo
     """The same figures of the true sets, as the autoencoder gives them back: more cannot be reached."""
     sets = task_sets(task, count, SEED, held_out=True)
     after = tensors_after(networks, to_tensors(sets))
-    figures = dict.fromkeys(SUCCESS, judge(task, ruler.reader, after))
+    figures = dict.fromkeys(SUCCESS, judge(task, ruler.reader, after, sets))
     if task == "walk":
-        figures |= identity(ruler.reader, after, sets, "own panel")
-        figures |= alike(ruler.reader, after, after, sets, "own panel")
+        figures |= identity(ruler.reader, after, sets, OWN)
+        figures |= alike(ruler.reader, after, after, sets, OWN)
     return figures, [after[:COLUMNS]]
 
 
@@ -117,66 +118,62 @@ def only_first(image: Tensor) -> Tensor:
     return kept
 
 
-def judge(task: str, reader: Reader, image: Tensor) -> list[float]:
+def judge(task: str, reader: Reader, image: Tensor, sets: list[TaskSet]) -> list[float]:
     """Whether each composite (N, 3, h, w) shows the relation of the task: 1 or 0."""
     rows, cols = GRIDS[task]
     panels = tiles(image).unflatten(0, (-1, rows * cols))  # (N, panels, 3, 64, 64)
     if task == "walk":
-        return [float(is_walk(read(reader, group))) for group in panels]
-    relation = is_sparkled if task == "sparkle" else is_sketch
-    return [float(relation(group[1], group[0])) for group in panels]
+        return [float(is_walk(read(reader, group), group)) for group in panels]
+    relation, squares = is_sparkled if task == "sparkle" else is_sketch, [square(one.panels[0]) for one in sets]
+    return [float(relation(group[1], group[0], inside)) for group, inside in zip(panels, squares, strict=True)]
 
 
 def identity(reader: Reader, image: Tensor, sets: list[TaskSet], given: str) -> Figures:
-    """Which share of the subject's traits the later panels show, by kind of trait; a mean of each set."""
+    """Which traits of the subject the later panels show, each by itself; a mean of each set."""
     readings, size = read(reader, tiles(image)), len(sets[0].panels)
-    figures: Figures = {f"{kind}, {given}": [] for kind in KINDS}
+    figures: Figures = {f"{trait}, {given}": [] for trait in FIGURES}
     for first, one in zip(range(0, len(readings), size), sets, strict=True):
-        shares = [traits(found, one.panels[0].placed[0].subject) for found in readings[first + 1 : first + size]]
-        for values, share in zip(figures.values(), np.mean(shares, axis=0), strict=True):
-            values.append(float(share))
+        later = [traits_shown(found, one.panels[0].placed[0].subject) for found in readings[first + 1 : first + size]]
+        for trait in FIGURES:
+            figures[f"{trait}, {given}"].append(float(np.mean([shown[trait] for shown in later])))
     return figures
 
 
 def alike(reader: Reader, image: Tensor, other: Tensor, sets: list[TaskSet], whose: str) -> Figures:
-    """Which share of its unnamed traits the subject in panel 1 of another picture has in the later panels of this one.
+    """Whether the later panels of a picture have the face and hue that the subject in panel 1 of another one has.
 
     Captions cannot tell them, so panels of one set agree only as far as the model makes them for each other.
     """
     size = len(sets[0].panels)
     pages = [read(reader, tiles(picture)) for picture in (image, other)]
     values = []
-    for first, one in zip(range(0, len(pages[0]), size), sets, strict=True):
-        shape = one.panels[0].placed[0].subject.shape
-        shown = next((seen for seen in pages[1][first].seen if seen.shape == shape), None)
-        later = pages[0][first + 1 : first + size] if shown else []
-        values.append(float(np.mean([list(hidden_agreement(found, shown).values()) for found in later] or [0])))
+    for first in range(0, len(pages[0]), size):
+        agree = [
+            [traits_shown(found, shown)[trait] for trait in ("face", "hue")]
+            for shown in pages[1][first].seen[:1]
+            for found in pages[0][first + 1 : first + size]
+        ]
+        values.append(float(np.mean(agree or [0])))
     return {f"{ALIKE}, {whose}": values}
 
 
-def traits(reading: Reading, subject: Subject) -> tuple[float, float]:
-    """Which share of the subject's named and unnamed traits one of its shape has in a panel; if there is none, 0."""
-    same = [one for one in reading.seen if one.shape == subject.shape]
-    names = ("shape", "colour", "pattern", "accessory")
-    named = [any(getattr(one, name) == getattr(subject, name) for one in same) for name in names]
-    return float(np.mean(named)), float(np.mean(list(hidden_agreement(reading, subject).values())))
-
-
 AGREEMENT = (
-    "| arm | figure | own panel | another's | difference | ceiling | own / ceiling | bar | |",
+    "| arm | figure | own panel | another's | no panel | ceiling | above chance | bar | |",
     "|---|---|---|---|---|---|---|---|---|",
 )
 DETAILS = (
-    "Task success against its bars, if it has some; and the share of the subject's traits in the panels behind the "
-    "first: those of the panel that was given, with captions silent about it, or, where none was given, those that the "
-    "first panel got by chance, in the same set and in another one of the same caption:",
+    "Task success against its bars, if it has some; and, with captions that are silent about the subject, which of its "
+    "traits the panels behind the first show, each by itself: those of the panel that was given, of another's panel "
+    "(whose subject shares some by chance), and with no panel given. Above chance: (own - no panel) / (ceiling - no "
+    "panel). The last line is of panels from text that tells neither face nor hue: those that the first panel got, "
+    "in the same set and in another one of the same caption.",
     "",
     *AGREEMENT,
 )
 
 
 def details(task: str, name: str, figures: Figures, most: Figures, barred: bool = False) -> list[str]:
-    """Lines of an arm: traits that reappear, by kind, against the same run with another's panel.
+    """Lines of an arm: traits that reappear, each by itself, beside the same runs with another's panel and with none.
 
     barred: whether the bars hold here; then task success is told too
     """
@@ -185,14 +182,15 @@ def details(task: str, name: str, figures: Figures, most: Figures, barred: bool 
         told = verdict(float(np.mean(figures[way])), BASE_BAR if base else LORA_BAR, most=base)
         cells = [interval(figures[way]), None, None, interval(most[way]), None]
         lines.append(line(f"{task}: {name}", f"task success, {way}", cells, *told))
-    for kind in (*KINDS, ALIKE):
-        if f"{kind}, own panel" in figures:
-            own, other = figures[f"{kind}, own panel"], figures[f"{kind}, another's panel"]
-            ceiling = most[f"{kind}, own panel"]
-            share = ratio(own, ceiling)
-            told = verdict(share[0], TRAITS_BAR) if barred and not base and kind in KINDS else ("", "")
-            cells = [*map(interval, (own, other, np.subtract(own, other), ceiling)), share]
-            lines.append(line(f"{task}: {name}", kind, cells, *told))
+    for trait in (*FIGURES, ALIKE):
+        if f"{trait}, {OWN}" not in figures:
+            continue
+        own, others, none = (figures.get(f"{trait}, {given}") for given in GIVEN)
+        ceiling = most[f"{trait}, {OWN}"]
+        share = above_chance(own, none, ceiling) if none else None
+        told = verdict(share[0], TRAITS_BAR) if barred and not base and trait == ALL and share else ("", "")
+        cells = [*(values and interval(values) for values in (own, others, none, ceiling)), share]
+        lines.append(line(f"{task}: {name}", trait, cells, *told))
     return lines
 
 

@@ -1,22 +1,23 @@
 """What filling in a panel is judged by: panel 3 of 2x2 sets of held-out subjects, from the three others.
 
 A case is how much the caption tells of the subject: all that captions can, its shape, or nothing. The same captions and
-noise are also run with other sets' panels, of subjects that the caption fits as well: with a twin's, which differs in
-unnamed traits alone; with one's of the same shape and nothing else in common; and with anybody's.
+noise are also run with other sets' panels, whose subjects the caption fits as well and whose other traits are drawn
+anew, and with no panels at all, which is what chance gives.
 """
+
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
-from . import eyes
+from .eyes import drawn_anew, with_subject
 from .generate import Networks, generate
-from .judge import AGREEMENT, KINDS, Figures, Found, Judge, Ruler, details, options_of, traits
-from .judge_uno import other
+from .judge import AGREEMENT, FIGURES, NONE, OTHERS, OWN, Figures, Found, Judge, Ruler, details, options_of
 from .panels import caption
 from .report import tensors_after, without
-from .scores import read_sets, to_tensors
+from .scores import read_sets, to_tensors, traits_shown
 from .truth import Reader
-from .world import Panel, random_set
+from .world import Panel, random_set, random_subject
 
 SEED = 9_200_000  # of the sets that are judged
 MASKED = 3
@@ -32,11 +33,11 @@ def measure(telling: str, networks: Networks, metadata: dict[str, str], ruler: R
     """
     sets = held_out(count)
     captions = [caption(panels, 2, 2, telling, None) for panels in sets]
-    shown = {"own panel": sets, "another's panel": others(sets, telling)}
+    shown = {OWN: sets, OTHERS: others(sets, telling), NONE: None}
     figures, made = {}, []
     for whose, kept in shown.items():
-        rest = without(to_tensors(kept), MASKED)
-        image = generate(networks, captions, (2, 2), range(count), options_of(metadata), rest, (MASKED,))
+        rest = {} if kept is None else {"kept": without(to_tensors(kept), MASKED), "masked": (MASKED,)}
+        image = generate(networks, captions, (2, 2), range(count), options_of(metadata), **rest)
         figures |= judge(ruler.reader, image, sets, whose)
         made.append(image[:COLUMNS])
     return figures, made[:1]
@@ -46,7 +47,7 @@ def measure_truth(telling: str, networks: Networks, ruler: Ruler, count: int) ->
     """The same figures of the true panels, as the autoencoder gives them back: more cannot be reached."""
     sets = held_out(count)
     after = tensors_after(networks, to_tensors(sets))
-    return judge(ruler.reader, after, sets, "own panel"), [after[:COLUMNS]]
+    return judge(ruler.reader, after, sets, OWN), [after[:COLUMNS]]
 
 
 def held_out(count: int) -> Sets:
@@ -56,38 +57,37 @@ def held_out(count: int) -> Sets:
 
 def others(sets: Sets, telling: str) -> Sets:
     """The same scenes and places with subjects that a caption which tells this much fits as well."""
-    rng, subjects = np.random.default_rng(SEED), [panels[0].placed[0].subject for panels in sets]
-    if telling == "nothing":
-        changed = subjects[1:] + subjects[:1]
-    else:
-        changed = [(eyes.twin if telling == "all" else other)(subject, rng) for subject in subjects]
+    rng, changed = np.random.default_rng(SEED), []
+    for subject in (panels[0].placed[0].subject for panels in sets):
+        if telling == "all":
+            changed.append(drawn_anew(subject, rng))
+        else:
+            anybody = random_subject(rng, None)
+            changed.append(replace(anybody, shape=subject.shape) if telling == "shapes" else anybody)
     return [
-        tuple(eyes.with_subject(panel, subject) for panel in panels)
-        for panels, subject in zip(sets, changed, strict=True)
+        tuple(with_subject(panel, subject) for panel in panels) for panels, subject in zip(sets, changed, strict=True)
     ]
 
 
 def judge(reader: Reader, image: Tensor, sets: Sets, whose: str) -> Figures:
-    """Whether the masked panel shows its own scene, and which share of the traits of the subject of its own set."""
-    figures: Figures = {f"{name}, {whose}": [] for name in ("scene", *KINDS)}
+    """Whether the masked panel shows its own scene, and which traits of the subject of its own set."""
+    figures: Figures = {f"{name}, {whose}": [] for name in ("scene", *FIGURES)}
     for readings, panels in zip(read_sets(reader, image), sets, strict=True):
         found, panel = readings[MASKED - 1], panels[MASKED - 1]
-        values = float(found.scene == panel.scene), *traits(found, panel.placed[0].subject)
-        for each, value in zip(figures.values(), values, strict=True):
-            each.append(value)
+        figures[f"scene, {whose}"].append(float(found.scene == panel.scene))
+        for trait, value in traits_shown(found, panel.placed[0].subject).items():
+            figures[f"{trait}, {whose}"].append(value)
     return figures
 
 
 KEPT = Judge(
-    "kept", measure, measure_truth, tuple(f"{name}, own panel" for name in ("scene", *KINDS)),
+    "kept", measure, measure_truth, tuple(f"{name}, {OWN}" for name in ("scene", *FIGURES)),
     (
-        "The share of the traits of the subject in the panel that was made, from panels that show it and from "
-        "panels that show another one which the caption fits as well:", "", *AGREEMENT,
+        "Which traits of the subject the panel that was made shows, each by itself: from panels that show it, from "
+        "panels of another one which the caption fits as well, and from no panels. Above chance: (own - no panel) / "
+        "(ceiling - no panel).", "", *AGREEMENT,
     ),
     details,
-    notes=(
-        "A caption tells all that captions can of the subject, or its shape only, or nothing; it always tells the "
-        "scene. named: shape, colour, pattern and accessory; unnamed: face, hue, angle and spacing.",
-    ),
+    notes=("A caption tells all that captions can of the subject, or its shape only, or nothing; always the scene.",),
     sheet="true sets, then for every arm panel 3 (bottom left) from the three others",
 )  # fmt: skip

@@ -119,9 +119,9 @@ def without(image: Tensor, panel: int) -> Tensor:
     return image
 
 
-def twin(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[Panel, ...]:
-    """The same set with subjects that the caption cannot tell from the first ones, and other hidden traits."""
-    others = {one.subject: eyes.twin(one.subject, rng) for one in panels[0].placed}
+def somebody_else(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[Panel, ...]:
+    """The same set with subjects that the caption cannot tell from the first ones, hidden traits drawn anew."""
+    others = {one.subject: eyes.drawn_anew(one.subject, rng) for one in panels[0].placed}
     return tuple(replace(p, placed=tuple(replace(o, subject=others[o.subject]) for o in p.placed)) for p in panels)
 
 
@@ -130,7 +130,7 @@ def from_kept(networks: Networks, reader: Reader, count: int) -> list[str]:
     rng = np.random.default_rng(SEED + 20)
     sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
     captions = [joint_caption(panels, 2, 2) for panels in sets]
-    own, other = to_tensors(sets), to_tensors([twin(panels, rng) for panels in sets])
+    own, other = to_tensors(sets), to_tensors([somebody_else(panels, rng) for panels in sets])
     thirds, agree = {}, {}
     for name, kept in (("own", own), ("other", other)):
         made = generate(networks, captions, (2, 2), list(range(count)), kept=without(kept, 3), masked=(3,))
@@ -149,9 +149,9 @@ def from_kept(networks: Networks, reader: Reader, count: int) -> list[str]:
         lines.append(row(label, rate("own", score), BARS[label], float(np.mean(rate("true", score)))))
     lines += ["", "| hidden trait | own kept panels | another set's | difference | 95 % interval | ceiling |",
               "|---|---|---|---|---|---|"]  # fmt: skip
-    for trait in ("face", "hue", "angle", "spacing", "all"):
+    for trait in ("face", "hue", "angle", "spacing", "face and hue"):
         hits = {name: np.array([share(a, trait) for a in found]) for name, found in agree.items()}
-        there = ~np.isnan(hits["own"])
+        there = ~np.any([np.isnan(found) for found in hits.values()], axis=0)
         mine, theirs, true = (hits[name][there] for name in ("own", "other", "true"))
         mean, low, high = interval(mine - theirs)
         lines.append(f"| {trait} | {mine.mean():.1%} | {theirs.mean():.1%} | {mean:+.1%} | {low:+.1%} to {high:+.1%} | "
@@ -160,9 +160,9 @@ def from_kept(networks: Networks, reader: Reader, count: int) -> list[str]:
 
 
 def share(agreement: dict[str, bool], trait: str) -> float:
-    """One trait's agreement as a number, or the mean of all; NaN if the subject has no such trait."""
-    if trait == "all":
-        return float(np.mean(list(agreement.values())))
+    """One trait's agreement as a number, or the mean of two; NaN where it cannot be told."""
+    if trait == "face and hue":
+        return float(np.mean([agreement[one] for one in ("face", "hue")]))
     return float(agreement.get(trait, np.nan))
 
 

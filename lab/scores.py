@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from .sets import PANEL, composite
-from .truth import Reader, Reading, read, same_hidden
+from .truth import SHOWN, Reader, Reading, Seen, read, same_hidden, same_traits
 from .world import Panel, Subject
+
+ALL = "all traits"
+
 
 # pictures and tensors
 
@@ -53,7 +56,14 @@ def hidden_agreement(reading: Reading, subject: Subject) -> dict[str, bool]:
     for one in reading.seen:
         if one.shape == subject.shape:
             return same_hidden(one, subject)
-    return dict.fromkeys(("face", "hue") if subject.pattern == "plain" else ("face", "hue", "angle", "spacing"), False)
+    return {"face": False, "hue": False}
+
+
+def traits_shown(reading: Reading, subject: Subject | Seen) -> dict[str, float]:
+    """Which traits of a subject somebody in the panel has, each by itself, and their mean as "all traits"."""
+    agree = [same_traits(one, subject) for one in reading.seen]
+    shown = {trait: float(any(one[trait] for one in agree)) for trait in SHOWN}
+    return shown | {ALL: float(np.mean(list(shown.values())))}
 
 
 # tables
@@ -73,6 +83,17 @@ def ratio(values: Sequence[float], most: Sequence[float], rounds: int = 1000) ->
     picks = np.random.default_rng(0).integers(both.shape[1], size=(rounds, both.shape[1]))
     means = np.concatenate((both.mean(axis=1)[:, None], both[:, picks].mean(axis=2)), axis=1)  # (2, 1 + rounds)
     shares = means[0] / np.where(means[1] > 0, means[1], np.nan)
+    return float(shares[0]), float(np.nanquantile(shares[1:], 0.025)), float(np.nanquantile(shares[1:], 0.975))
+
+
+def above_chance(own, none, ceiling, rounds: int = 1000):
+    """Stand-in until the branch that has it is merged."""
+    all_ = np.asarray([own, none, ceiling], dtype=float)
+    picks = np.random.default_rng(0).integers(all_.shape[1], size=(rounds, all_.shape[1]))
+    m = np.concatenate((all_.mean(axis=1)[:, None], all_[:, picks].mean(axis=2)), axis=1)
+    if m[2, 0] <= m[1, 0]:
+        return None
+    shares = (m[0] - m[1]) / np.where(m[2] > m[1], m[2] - m[1], np.nan)
     return float(shares[0]), float(np.nanquantile(shares[1:], 0.025)), float(np.nanquantile(shares[1:], 0.975))
 
 

@@ -8,6 +8,7 @@ Every relation has a truth function, which tells from pixels, or from what the t
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from sampling.images import to_picture, to_tensor
 
 from .captions import NUMBERS, PANELS, POSITION_WORDS, SCENE_WORDS, name
 from .truth import Reading
-from .world import POSITIONS, SCENES, SIZES, SUPERSAMPLING, Panel, Placed, Subject, draw, random_subject
+from .world import POSITIONS, SCENES, SIZES, SUPERSAMPLING, Panel, Placed, Subject, box, draw, random_subject
 
 GRIDS = {"sparkle": (2, 1), "sketch": (1, 2), "walk": (3, 1)}
 WALK = ("left", "middle", "right")
@@ -42,6 +43,10 @@ SPOTS = tuple((x, y) for y in (10, 31, 53) for x in (10, 32, 54) if (x, y) != (3
 SPARKLE = (5.5, 9.0)  # from the centre of a sparkle to its points
 
 PAPER, PENCIL = (252, 250, 245), (52, 52, 58)
+
+# Thresholds of the truth functions, from true and wrong pictures alone (lab/tests/test_tasks.py): what explained must
+# give for the subject and for a drawing's scene, how far dusk may be off, and how sharp a panel must be
+SUBJECT, SCENE, DUSK, SHARP = {"sparkle": 0.5, "sketch": 0.6}, 0.5, 0.045, 0.12
 
 
 @dataclass(frozen=True)
@@ -165,62 +170,95 @@ def with_pencil(picture: Image.Image) -> Image.Image:
 # telling the truth
 
 
-def sparkle_measures(panel: Tensor, clean: Tensor) -> tuple[int, float, float]:
-    """What is_sparkled looks at: how many lights, the share of pixels between them, and how far those are from dusk.
+def square(panel: Panel) -> Tensor:
+    """Mark the square round the subject of a panel: (64, 64) bool."""
+    left, top, right, bottom = box(panel, 0)
+    inside = torch.zeros(PANEL, PANEL, dtype=torch.bool)
+    inside[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] = True
+    return inside
+
+
+def sparkle_measures(panel: Tensor, clean: Tensor, inside: Tensor) -> tuple[int, float, float, float]:
+    """What is_sparkled looks at: how many lights, the share of pixels between them, how far those are from dusk, and
+    how much of the subject's detail they show.
 
     panel, clean: (3, h, w) images in -1..1
-    returns: lights, share, mean distance per colour channel in 0..1
+    inside: (h, w) bool, where the subject is
+    Returns lights, share, mean distance per colour channel in 0..1, and what explained gives
     """
-    purple = torch.tensor(PURPLE)[:, None, None] / 255
-    off = _soft((panel + 1) / 2 - DIM * (clean + 1) / 2 - VEIL * purple, 3)  # (3, h, w)
+    got, dusk = (panel + 1) / 2, DIM * (clean + 1) / 2 + VEIL * torch.tensor(PURPLE)[:, None, None] / 255
+    off = _soft(got - dusk, 3)  # (3, h, w)
     light = _soft(off.mean(dim=0, keepdim=True), 3)  # softened twice, as a blurred plateau has one highest pixel
     peaks = (light == max_pool2d(light, 11, 1, 5)) & (light > 0.25) & (light - _soft(light, 17) > 0.15)
     between = light[0] < 0.1
-    return int(peaks.sum()), float(between.float().mean()), float(off[:, between].abs().mean().nan_to_num(1.0))
+    distance = float(off[:, between].abs().mean().nan_to_num(1.0))
+    detail = explained(*(image - _soft(image, 9) for image in (got, dusk)), inside & between)
+    return int(peaks.sum()), float(between.float().mean()), distance, detail
 
 
-def is_sparkled(panel: Tensor, clean: Tensor) -> bool:
-    """Whether a panel is the clean one at dusk and with sparkles: about eight, and dusk between them.
+def is_sparkled(panel: Tensor, clean: Tensor, inside: Tensor) -> bool:
+    """Whether a panel is the clean one at dusk and with sparkles: about eight, dusk between them, and its subject.
 
-    panel, clean: (3, h, w) images in -1..1
+    panel, clean, inside: as for sparkle_measures
     """
-    lights, share, off = sparkle_measures(panel, clean)
-    return 6 <= lights <= 11 and share > 0.65 and off < 0.06
+    lights, share, off, detail = sparkle_measures(panel, clean, inside)
+    return 6 <= lights <= 11 and share > 0.65 and off < DUSK and detail > SUBJECT["sparkle"]
 
 
-def sketch_measures(panel: Tensor, coloured: Tensor) -> tuple[float, float, float, float]:
-    """What is_sketch looks at: colourfulness, brightness, share of lines, likeness to the drawing that should be there.
-
-    panel, coloured: (3, h, w) images in -1..1
-    """
-    colourful = float((panel.amax(0) - panel.amin(0)).mean() / 2)
+def is_pencil(panel: Tensor) -> bool:
+    """Whether a panel (3, h, w) in -1..1 is a pencil drawing of anything: grey lines on bright paper."""
     bright = _brightness(panel)
     lines = float((bright < bright.quantile(0.9) - 0.2).float().mean())
-    drawn = _brightness(to_tensor(with_pencil(to_picture(coloured.clamp(-1, 1))))[0])
-    strokes = [_soft(image, 3) - _soft(image, 15) for image in (bright, drawn)]
-    return colourful, float(bright.mean()), lines, _alike(*strokes)
+    colourful = float((panel.amax(0) - panel.amin(0)).mean() / 2)
+    return colourful < 0.08 and float(bright.mean()) > 0.68 and 0.04 < lines < 0.5
 
 
-def is_sketch(panel: Tensor, coloured: Tensor | None = None) -> bool:
-    """Whether a panel is a pencil drawing: grey lines on bright paper.
+def sketch_measures(panel: Tensor, coloured: Tensor, inside: Tensor) -> tuple[float, float]:
+    """How much of the drawing that should be there is there: of the subject, and of the scene; see explained.
 
-    panel: (3, h, w) image in -1..1
-    coloured: what it must be a drawing of; None for anything
+    panel, coloured, inside: as for sparkle_measures
     """
-    colourful, bright, lines, alike = sketch_measures(panel, panel if coloured is None else coloured)
-    drawn = colourful < 0.08 and bright > 0.68 and 0.04 < lines < 0.5
-    return drawn and (coloured is None or alike > 0.55)
+    drawn = to_tensor(with_pencil(to_picture(coloured.clamp(-1, 1))))[0]
+    strokes = [_soft(image, 3) - _soft(image, 15) for image in map(_brightness, (panel, drawn))]
+    return explained(*strokes, inside), explained(*strokes, ~inside)
 
 
-def is_walk(readings: Sequence[Reading]) -> bool:
-    """Whether one subject, alone, goes from left to right through one scene.
+def is_sketch(panel: Tensor, coloured: Tensor, inside: Tensor) -> bool:
+    """Whether a panel is the pencil drawing of another one, of its subject and of its scene.
+
+    panel, coloured, inside: as for sparkle_measures
+    """
+    subject, scene = sketch_measures(panel, coloured, inside)
+    return is_pencil(panel) and subject > SUBJECT["sketch"] and scene > SCENE
+
+
+def is_walk(readings: Sequence[Reading], panels: Tensor) -> bool:
+    """Whether one subject, alone and drawn clearly, goes from left to right through one scene.
 
     readings: of the panels, as lab.truth.read gives them
+    panels: (N, 3, 64, 64) in -1..1
     """
     alone = all(len(reading.seen) == 1 for reading in readings)
     one_scene = len({reading.scene for reading in readings}) == 1
-    one_shape = len({one.shape for reading in readings for one in reading.seen}) == 1
-    return alone and one_scene and one_shape and tuple(reading.seen[0].position for reading in readings) == WALK
+    same = len({(one.shape, one.colour) for reading in readings for one in reading.seen}) == 1
+    walks = alone and tuple(reading.seen[0].position for reading in readings) == WALK
+    return walks and one_scene and same and min(map(sharpness, panels)) > SHARP
+
+
+def sharpness(panel: Tensor) -> float:
+    """The share of a picture's contrast that is between neighbouring pixels."""
+    bright = _brightness(panel)
+    return float((bright - _soft(bright, 3)).std() / bright.std())
+
+
+def explained(got: Tensor, wanted: Tensor, where: Tensor) -> float:
+    """The share of the variance of what is wanted that is there: 1 all of it, 0 as much as nothing at all.
+
+    got, wanted: (C, h, w)
+    where: (h, w) bool
+    """
+    a, b = (image[:, where] - image[:, where].mean() for image in (got, wanted))
+    return 1 - float((a - b).square().sum() / b.square().sum().clamp(min=1e-6))
 
 
 def _brightness(image: Tensor) -> Tensor:
@@ -231,13 +269,6 @@ def _brightness(image: Tensor) -> Tensor:
 def _soft(image: Tensor, window: int) -> Tensor:
     """Means over a square window, of those of its pixels that exist."""
     return avg_pool2d(image, window, 1, window // 2, count_include_pad=False)
-
-
-def _alike(a: Tensor, b: Tensor) -> float:
-    """Correlation of two tensors; 0 if one of them is flat."""
-    if a.std() < 1e-4 or b.std() < 1e-4:
-        return 0.0
-    return float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1])
 
 
 # on disk

@@ -1,7 +1,7 @@
 """Train the reader of lab.truth: python -m lab.train_truth --model weights/tiny
 
-It sees the panels of pretraining's sets in --work, panels with one to four subjects of any traits, held-out ones
-among them, and what the model's autoencoder makes of some of both.
+It sees panels with one to four subjects of any traits, held-out ones among them, and what the model's autoencoder
+makes of half of them.
 """
 
 import argparse
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from model.autoencoder import AutoEncoder
@@ -20,16 +19,13 @@ from model.checkpoint import save_safetensors
 from model.weights import find_model, load_autoencoder
 
 from . import entry
-from .pretrain import SETS
-from .scores import tiles
-from .sets import GRIDS, draw_sets, load_sets, plan_sets
 from .training import Stage, Work, run
 from .truth import Reader, groups, labels
 from .world import draw, random_set
 
 STAGE = Stage("truth", steps=3000, batch=48, lr=2e-3, muon_lr=4e-3, warmup=50, decay_from=0.2, ema=0.99)
-PANELS = 12_000  # drawn beside those of pretraining's sets
-DECODED = 6_000  # of all, also as the autoencoder gives them back
+PANELS = 24_000
+DECODED = 12_000  # of them, also as the autoencoder gives them back
 SHIFT = 1  # pixels up and aside that pictures are moved by
 SUBJECTS = (0.4, 0.28, 0.17, 0.15)  # chance of 1, 2, 3, 4 in a panel
 SEED = 3_000_000
@@ -86,17 +82,6 @@ def roughen(image: Tensor, generator: torch.Generator) -> Tensor:
     return image.lerp(blurred, weight) + noise * torch.randn(image.shape, generator=generator)
 
 
-def of_sets(folder: Path) -> tuple[Tensor, Tensor]:
-    """The panels of the sets that pretraining drew: (N, 3, 64, 64) uint8 and (N, groups) labels."""
-    pictures, told = [], []
-    for grid in GRIDS:
-        with safe_open(folder / f"sets-{grid[0]}x{grid[1]}.safetensors", "pt") as file:
-            count, seed = int(file.metadata()["count"]), int(file.metadata()["seed"])
-        pictures.append(tiles(load_sets(folder, grid, count)[0]))
-        told += [labels(panel) for panels in plan_sets(grid, count, seed) for panel in panels]
-    return torch.cat(pictures), torch.tensor(told)
-
-
 def shifted(image: Tensor, generator: torch.Generator) -> Tensor:
     """Move a batch by up to SHIFT pixels, edges repeated."""
     x, y = torch.randint(0, 2 * SHIFT + 1, (2,), generator=generator).tolist()
@@ -109,11 +94,8 @@ def is_hidden(name: str, p: Tensor) -> bool:
 
 def train(stage: Stage, autoencoder: AutoEncoder, work: Work, processes: int = 2) -> Reader:
     """Draw panels, and train a reader on them and on what the autoencoder gives back."""
-    draw_sets(work.folder, SETS, work.seed, processes)
-    sources = of_sets(work.folder), draw_panels(PANELS, processes)
-    pictures, told = (torch.cat(parts) for parts in zip(*sources, strict=True))
-    some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(work.seed))[:DECODED]
-    pool, told = torch.cat((pictures, round_trip(autoencoder, pictures[some]))), torch.cat((told, told[some]))
+    pictures, told = draw_panels(PANELS, processes)
+    pool, told = torch.cat((pictures, round_trip(autoencoder, pictures[:DECODED]))), torch.cat((told, told[:DECODED]))
     torch.manual_seed(work.seed)
     reader = Reader().to(memory_format=torch.channels_last)
 
@@ -138,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.train_truth", description=__doc__)
     parser.add_argument("--model", default="tiny", help="whose autoencoder the panels also pass through")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny/truth/model.safetensors"))
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints and drawn pictures")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints")
     parser.add_argument("--processes", type=entry.positive, default=2, help="that draw panels")
     return entry.run(parser, make, argv)
 

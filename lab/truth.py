@@ -195,11 +195,23 @@ TOLERANCE = {"hue": 0.5, "angle": 0.2, "spacing": 0.3}  # hue of -1..1, angle as
 
 
 def same_hidden(seen: Seen, subject) -> dict[str, bool]:
-    """Which of the traits that captions never name agree with a subject's; those of patterns only if it has one."""
+    """Which of the traits that captions never name agree with a subject's.
+
+    Angle and spacing are only told where both have a pattern that looks the same after the same turn.
+    """
     agree = {"face": seen.face == subject.face, "hue": abs(seen.hue - subject.hue) < TOLERANCE["hue"]}
-    if subject.pattern != "plain":
-        period = turn(subject.pattern)
+    period = turn(subject.pattern)
+    if "plain" not in (seen.pattern, subject.pattern) and turn(seen.pattern) == period:
         apart = abs(seen.angle - subject.angle) % period / period
         agree["angle"] = min(apart, 1 - apart) < TOLERANCE["angle"]
         agree["spacing"] = abs(seen.spacing - subject.spacing) < TOLERANCE["spacing"]
     return agree
+
+
+SHOWN = ("shape", "colour", "pattern", "accessory", "face", "hue")  # traits that every subject has
+
+
+def same_traits(seen: Seen, subject) -> dict[str, bool]:
+    """Which of SHOWN agree with a subject's."""
+    named = {trait: getattr(seen, trait) == getattr(subject, trait) for trait in SHOWN[:4]}
+    return named | {trait: same for trait, same in same_hidden(seen, subject).items() if trait in SHOWN}

@@ -1,0 +1,114 @@
+"""Judges let true pictures pass that went through the autoencoder, and wrong ones not.
+
+Thresholds in lab/tasks.py come from other sets of the same kinds, and from no generated picture.
+"""
+
+import numpy as np
+import pytest
+import torch
+from wrong import KINDS, with_effect, wrong
+
+from lab.judge import Ruler, judge
+from lab.judge_uno import score
+from lab.pairs import make_pairs
+from lab.scores import tiles, traits_shown
+from lab.tasks import task_sets
+from lab.truth import load_reader, read
+from model.weights import find_model, load_autoencoder
+from sampling.images import to_tensor
+
+COUNT, SEED = 60, 21
+TRUE, WRONG = 0.95, 0.10  # of true pictures at least, of wrong ones at most
+TASKS = ("sparkle", "sketch", "walk")
+
+
+@pytest.fixture(scope="module")
+def ruler():
+    return Ruler(load_reader(find_model("tiny").root / "truth" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def after():
+    """What the bundled autoencoder makes of pictures: (N, 3, h, w)."""
+    autoencoder = load_autoencoder(find_model("tiny").autoencoder)
+
+    @torch.no_grad()
+    def decode(pictures):
+        image = torch.cat([to_tensor(picture) for picture in pictures])
+        return torch.cat([autoencoder.decode(autoencoder.encode(part)) for part in image.split(16)]).clamp(-1, 1)
+
+    return decode
+
+
+def passed(task, kind, ruler, after):
+    """The share of composites that pass, whose later panels are wrong; of a walk one of the three."""
+    sets, rng = task_sets(task, COUNT, SEED, held_out=True), np.random.default_rng(SEED)
+    panels = []
+    for one in sets:
+        pictures = list(one.pictures)
+        if task != "walk":
+            pictures[1] = with_effect(task, one.panels[0], kind, rng)
+        elif kind != "true":
+            for at in range(3) if kind == "blurred" else [int(rng.integers(3))]:
+                pictures[at] = wrong(one.panels[at], kind, rng)
+        panels += pictures
+    rows, cols = sets[0].grid
+    image = after(panels).unflatten(0, (COUNT, rows, cols)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return np.mean(judge(task, ruler.reader, image, sets))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_true_sets_pass(task, ruler, after):
+    assert passed(task, "true", ruler, after) >= TRUE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", TASKS)
+def test_wrong_sets_fail(task, kind, ruler, after):
+    assert passed(task, kind, ruler, after) <= WRONG
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return make_pairs("one", COUNT, SEED, held_out=True)
+
+
+def scores(pairs, kind, ruler, after):
+    """What a picture of every pair gets whose target is wrong in one way: figures by name, a mean of all."""
+    rng = np.random.default_rng(SEED)
+    readings = read(ruler.reader, after([wrong(pair.panel, kind, rng) for pair in pairs]))
+    found = [score(reading, pair) for reading, pair in zip(readings, pairs, strict=True)]
+    return {name: np.mean([one[name] for one in found]) for name in ("traits", "look", "scene", "missing")}
+
+
+def test_true_targets_of_uno_get_nearly_everything(pairs, ruler, after):
+    true = scores(pairs, "true", ruler, after)
+    assert min(true[name] for name in ("traits", "look", "scene")) >= TRUE and true["missing"] <= 1 - TRUE
+
+
+def test_wrong_targets_of_uno_get_next_to_nothing(pairs, ruler, after):
+    nobody = scores(pairs, "subject removed", ruler, after)
+    assert nobody["look"] <= WRONG and nobody["missing"] >= 1 - WRONG
+    assert scores(pairs, "somebody else", ruler, after)["look"] <= WRONG
+    assert scores(pairs, "another scene", ruler, after)["scene"] <= WRONG
+
+
+def test_traits_are_those_of_the_subject_alone(ruler, after):
+    sets, rng = task_sets("walk", COUNT, SEED, held_out=True), np.random.default_rng(SEED)
+    panels = [one.panels[1] for one in sets]
+
+    def mean(kind):
+        readings = read(ruler.reader, after([wrong(panel, kind, rng) for panel in panels]))
+        shown = [traits_shown(found, p.placed[0].subject) for found, p in zip(readings, panels, strict=True)]
+        return {trait: np.mean([one[trait] for one in shown]) for trait in shown[0]}
+
+    true, other, nobody = mean("true"), mean("somebody else"), mean("subject removed")
+    assert min(true.values()) >= TRUE - 0.05 and true["all traits"] >= TRUE
+    assert other["shape"] == 0 and other["all traits"] <= 0.3 and nobody["all traits"] <= WRONG
+
+
+def test_tiles_put_panels_back_in_order(after):
+    pictures = [p for one in task_sets("walk", 2, SEED) for p in one.pictures]
+    image = torch.cat([to_tensor(p) for p in pictures])
+    composite = image.unflatten(0, (2, 3, 1)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    assert torch.equal(tiles(composite), image)
