@@ -1,11 +1,12 @@
 """The papers' experiments as rows: what every arm trains, and on which case it is judged."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from .judge import IN_CONTEXT, IN_CONTEXT_WITH_BARS, Judge
 from .judge_kept import KEPT
+from .judge_text import TEXT, TEXT_CASES
 from .judge_uno import UNO, UNO_WITH_BARS
 from .panels import TELLING
 from .tasks import COUNT, GRIDS
@@ -75,24 +76,14 @@ SIZE = ("--targets", "uno", "--rank", "32")
 CLEAN = ("--condition", "clean")
 
 
-def filling_in(*flags: str, length: int = 1) -> Training:
+def filling_in(*flags: str) -> Training:
     """Learns to fill in panels of all sorts of sets."""
-    return Training((("panels", 1200),), (*flags, *SIZE), length=length)
+    return Training((("panels", 1200),), (*flags, *SIZE), length=5)
 
 
 def after_filling_in(task: str) -> Arm:
     """An arm that learns a task from the LoRA that fills in panels."""
-    training = Training(((task, COUNT),), CLEAN, start=filling_in(*CLEAN, length=10))  # 4,000 steps, as by itself
-    return Arm(task, "LoRA after filling in, clean", training)
-
-
-def on_a_hundred(task: str) -> Arm:
-    return Arm(task, "100 sets", Training(((task, 100),), length=3))
-
-
-def left_out(name: str, share: str) -> Callable[[str], Arm]:
-    """An arm that leaves out a share of the captions, for twice as many steps."""
-    return lambda task: Arm(task, name, Training(((task, COUNT),), ("--dropout", share, *WHOLE), length=2))
+    return Arm(task, "LoRA after filling in, clean", Training(((task, COUNT),), CLEAN, start=filling_in(*CLEAN)))
 
 
 def of_every_task(*arms: tuple | Callable[[str], Arm]) -> tuple[Arm, ...]:
@@ -105,13 +96,20 @@ def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int
     return Arm(task, name, BASE if flags is None else Training(((task, count),) if count else (), flags))
 
 
+def knowledge() -> tuple[Arm, ...]:
+    """Sets from text by the base, and with the LoRA of each task and of all of them; as if there were none."""
+    loras = {"base": BASE} | {f"LoRA of {task}": Training(((task, COUNT),)) for task in GRIDS}
+    loras |= {"LoRA of all tasks": Training(), "UNO": BUNDLED}
+    return tuple(Arm(case, name, lora) for case in TEXT_CASES for name, lora in loras.items())
+
+
 # UNO
 
 PAIRS = 2000
 DEFAULTS = {  # without the flag, so that trainings are shared
     "--offset": "d", "--offset-scale": "1", "--rank": "64", "--reference-attention": "joint",
 }  # fmt: skip
-LIKENESS = ("traits", "all right", "swapped", "scene", "copied", "pasted", "DINO", "CLIP-I", "CLIP-T")
+LIKENESS = ("traits", "look", "all right", "swapped", "scene", "copied", "pasted", "DINO", "CLIP-I")
 EDITS = ("recolour", "sketch", "hat")
 
 
@@ -160,50 +158,46 @@ BUNDLED = Training(  # single references stay among the pairs of stage II: what 
 
 EXPERIMENTS = {
     "tasks": Experiment(
-        "What a LoRA teaches the base (bars: the base at most 20 %, the LoRA at least 85 %)",
-        of_every_task(("base", None), ("LoRA",), ("one LoRA of all tasks", (), None), after_filling_in),
-        IN_CONTEXT_WITH_BARS,
-    ),
-    "condition": Experiment(
-        "Given panels noised along (SDEdit) or clean, in training as in sampling",
-        of_every_task(("SDEdit",), ("clean", ("--condition", "clean"))),
-    ),
-    "concat": Experiment(
-        "Panels as one picture or as one row of tokens", of_every_task(("pixels",), ("tokens", ("--concat", "tokens")))
-    ),
-    "text": Experiment(
-        "One caption for all panels, or each reads its own part",
-        of_every_task(("joint",), ("panel", ("--text", "panel"))),
+        "What a LoRA of twenty sets teaches the base (bars: the base at most 20 %, the LoRA at least 85 %)",
+        of_every_task(("base", None), ("LoRA",), ("one LoRA of all tasks", (), None)),
+        IN_CONTEXT_WITH_BARS, seeds=3,
     ),
     "few": Experiment(
-        "Ten sets, all of them trained on, twenty, and a hundred for three times as many steps",
-        tuple(
-            arm
-            for arm in of_every_task(
-                (f"{COUNT} sets",), ("10 sets", WHOLE, 10), ("10 sets, one epoch", ONE_EPOCH, 10), on_a_hundred,
-            )
-            if arm != on_a_hundred("walk")  # which twenty teach
+        "Ten sets, twenty, and a hundred; and ten for a single epoch",
+        of_every_task(
+            (f"{COUNT} sets",), ("10 sets", WHOLE, 10), ("10 sets, one epoch", ONE_EPOCH, 10), ("100 sets", (), 100),
         ),
     ),
-    "captions": Experiment(
-        "Captions left out while training: one in twenty, as by default, every other one, and nine in ten",
-        (
-            *of_every_task(("one in twenty",), left_out("every other one", "0.5"), left_out("nine in ten", "0.9")),
-            Arm("sparkle", "one in twenty, as many steps", Training((("sparkle", COUNT),), WHOLE, length=2)),
-        ),
+    "silent": Experiment(
+        "Captions silent about the subject: does a given panel tell who it is? (bar: traits 80 % above chance)",
+        (Arm("walk", "base"), on_sets("walk", "LoRA"), on_sets("walk", "LoRA, clean", CLEAN), after_filling_in("walk")),
         IN_CONTEXT_WITH_BARS,
+    ),
+    "untuned": Experiment(
+        "Does the base generate in context? Panel 3 from the others, captions telling more or less",
+        tuple(Arm(telling, "base") for telling in TELLING), KEPT,
     ),
     "filling-in": Experiment(
         "Filling in a panel: the base, and LoRAs that learnt it from 1,200 sets, with given panels noised or clean",
         tuple(
             Arm(telling, name, training)
             for telling in TELLING
-            for name, training in (
-                ("base", BASE), ("SDEdit", filling_in()), ("clean", filling_in(*CLEAN)),
-            )
+            for name, training in (("base", BASE), ("SDEdit", filling_in()), ("clean", filling_in(*CLEAN)))
         ),
-        KEPT, steps=4000, minutes=(0, inf),
+        KEPT, minutes=(0, inf),
     ),
+    "condition": Experiment(
+        "Given panels noised along (SDEdit) or clean, in training as in sampling",
+        of_every_task(("base", None), ("SDEdit",), ("clean", CLEAN)),
+    ),
+    "text": Experiment(
+        "One caption for all panels, or each reads its own part (the base was pretrained on joint captions only)",
+        of_every_task(("joint",), ("panel", ("--text", "panel"))),
+    ),
+    "concat": Experiment(
+        "Panels as one picture or as one row of tokens", of_every_task(("pixels",), ("tokens", ("--concat", "tokens")))
+    ),
+    "knowledge": Experiment("Does a LoRA preserve what the base knows? Sets from text with it", knowledge(), TEXT),
     "bundled": Experiment(
         "The bundled LoRA of a walk, of rank 8",
         (Arm("walk", "base"), Arm("walk", "bundled LoRA", "loras/walk.safetensors")),
@@ -223,18 +217,19 @@ EXPERIMENTS = {
         seeds=2,
     ),
     "cropped": uno(
-        "UNO: the second reference drawn again, or cut out of the target",
-        Arm("two", "drawn again", then("two"), "Table 3: 54.2 / 73.3 / 32.2"),
+        "UNO: the second reference redrawn by the stage-I model, as the paper does, or by the renderer, or cut out",
+        Arm("two", "redrawn by stage I", then("redrawn"), "Table 3: 54.2 / 73.3 / 32.2"),
+        Arm("two", "drawn by the renderer", then("two")),
         Arm("two", "cut out", then("cropped"), "Table 3: 52.9 / 73.0 / 30.8"),
-        seeds=2,
     ),
     "cold": uno(
-        "UNO: several references after a stage of one, or from the start; as many steps in all",
+        "UNO: several references after a stage of one, or from the start; for as many steps in all, or of stage II",
         Arm("two", "stages I and II", then("two"), "Table 3: 54.2 / 73.3 / 32.2"),
-        Arm("two", "cold start", COLD, "Table 3: 51.1 / 72.1 / 32.2"),
+        Arm("two", "cold start, as many steps in all", COLD, "Table 3: 51.1 / 72.1 / 32.2"),
+        Arm("two", "cold start, as many of stage II", replace(COLD, length=1)),
         Arm("one", "stages I and II", then("two"), "Table 4: 76.0 / 83.5 / 30.4"),
-        Arm("one", "cold start", COLD),
-        seeds=2,
+        Arm("one", "cold start, as many steps in all", COLD),
+        Arm("one", "cold start, as many of stage II", replace(COLD, length=1)),
     ),
     "scale": uno(
         "UNO: how far past the picture references stand",
@@ -268,15 +263,10 @@ EXPERIMENTS = {
         *(
             Arm(case, name, training)
             for case in (*EDITS, "try-on", "one", "two")
-            for name, training in (
-                ("none of them", then("two")),
-                ("recolour and sketch", then("two", "two", "recolour", "sketch")),
-                ("all three", then("two", "two", "two", *EDITS)),
-            )
+            for name, training in (("none of them", then("two")), ("all three", then("two", "two", "two", *EDITS)))
         ),
         columns=("asked for", "traits", "all right", "confused", "scene", "copied", "pasted"),
     ),
-    "another-base": uno("UNO: the same recipe on another base", *STAGES),
     "tiny-uno": uno(
         "UNO: the bundled LoRA",
         *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two", "three", "four")),
@@ -284,7 +274,7 @@ EXPERIMENTS = {
         steps=3000,
         columns=(
             "traits", "look", "right", "all right", "swapped", "confused", "scene", "copied", "pasted", "DINO",
-            "CLIP-I", "CLIP-T",
+            "CLIP-I",
         ),
     ),
 }  # fmt: skip

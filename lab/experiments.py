@@ -24,13 +24,15 @@ from model.checkpoint import fingerprint, save_safetensors, write_atomic
 from model.flux import Flux
 from model.lora import attach, load_lora, merge
 from model.weights import find_model
+from sampling.images import to_picture
 
-from . import entry
+from . import entry, judge_uno
 from .arms import EXPERIMENTS, FITTING, Experiment, Training
+from .captions import panel_prompt
 from .eyes import load_eyes
 from .generate import Networks, load_networks
 from .judge import Found, Judge, Ruler
-from .pairs import make_pairs, write_pairs
+from .pairs import Pair, bare, make_pairs, write_pairs
 from .panels import write_sets
 from .report import put_between
 from .tables import sheet, tables, what_intervals_cover
@@ -89,7 +91,7 @@ def train_one(
     """
     steps *= training.length
     given = [fitting_rank(args.model) if flag is FITTING else flag for flag in training.flags]
-    flags = ["--data", str(draw_data(training, args.work)), "--model", args.model, "--steps", str(steps)]
+    flags = ["--data", str(draw_data(training, start, args)), "--model", args.model, "--steps", str(steps)]
     flags += ["--method", "uno", "--stage", str(training.stage)] if training.stage else []
     flags += [*(["--init-lora", str(start)] if start else []), *given, *(["--seed", str(seed)] if seed else [])]
     before = [start.parent.name] if start else [args.model]
@@ -109,12 +111,22 @@ def data_name(training: Training) -> str:
     return "+".join(f"{kind}-{count}" for kind, count in training.data) or "sets"
 
 
-def draw_data(training: Training, work: Path) -> Path:
-    """Where the sets or pairs of a training lie; they are drawn into --work unless they are committed ones."""
+def draw_data(training: Training, start: Path | None, args: argparse.Namespace) -> Path:
+    """Where the sets or pairs of a training lie; they are drawn into --work unless they are committed ones.
+
+    start: the LoRA of stage I, which draws the pairs of the kind "redrawn"
+    """
+    work = args.work
     if training.stage:
-        path = work / "pairs" / f"{data_name(training)}.json"
+        by = f"-{start.parent.name}" if "redrawn" in dict(training.data) else ""
+        path = work / "pairs" / f"{data_name(training)}{by}.json"
         if not path.exists():
-            write_pairs([pair for kind, count in training.data for pair in make_pairs(kind, count, seed=0)], path)
+            kinds = training.data
+            drawn = [
+                redrawn(count, start, args) if kind == "redrawn" else make_pairs(kind, count, 0)
+                for kind, count in kinds
+            ]
+            write_pairs([pair for pairs in drawn for pair in pairs], path)
         return path
     ((task, count),) = training.data or (("", COUNT),)
     if task == "panels":
@@ -124,6 +136,22 @@ def draw_data(training: Training, work: Path) -> Path:
         return Path("sets", task)
     write_tasks(work / f"sets-{count}", count)
     return work / f"sets-{count}" / task
+
+
+def redrawn(count: int, lora: Path, args: argparse.Namespace) -> list[Pair]:
+    """Pairs of two subjects whose second reference the stage-I model drew from its crop, in another scene (UNO, 3.2).
+
+    Errors: ValueError without a LoRA of stage I
+    """
+    pairs, (networks, metadata) = make_pairs("cropped", count, seed=0), with_lora(args.model, lora)
+    prompts = [panel_prompt(bare(pair.shown[1])) for pair in pairs]
+    crops = [[pair.references[1]] for pair in pairs]
+    made = judge_uno.make_pictures(networks, metadata, prompts, crops)
+    pictures = [to_picture(image[None]) for image in made]
+    return [
+        dataclasses.replace(pair, references=(pair.references[0], picture))
+        for pair, picture in zip(pairs, pictures, strict=True)
+    ]
 
 
 def fitting_rank(model: str) -> str:

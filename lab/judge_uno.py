@@ -52,7 +52,7 @@ def measure(kind: str, networks: Networks, metadata: dict[str, str], ruler: Rule
     metadata: of the LoRA; the base has none
     """
     pairs, rng = make_pairs(kind, count, SEED, held_out=True), np.random.default_rng(SEED)
-    make = partial(make_pictures, networks, metadata, pairs)
+    make = partial(make_pictures, networks, metadata, [pair.prompt for pair in pairs])
     made = make([pair.references for pair in pairs])
     figures = judge(kind, ruler, made, pairs)
     wrong = [wrong_references(pair, rng, TOLD.get(kind, "")) for pair in pairs]
@@ -63,20 +63,19 @@ def measure(kind: str, networks: Networks, metadata: dict[str, str], ruler: Rule
 
 
 def make_pictures(
-    networks: Networks, metadata: dict[str, str], pairs: Sequence[Pair], references: Sequence[Sequence[Image.Image]]
+    networks: Networks, metadata: dict[str, str], prompts: Sequence[str], references: Sequence[Sequence[Image.Image]]
 ) -> Tensor:
-    """Make a picture for the prompt of every pair, with the options that a LoRA was trained with."""
+    """Make a picture for every prompt, with the options that a LoRA was trained with."""
     trained = {name: kind for name, kind in TRAINED_WITH.items() if f"iclora.{name}" in metadata}
     options = {name: kind(metadata[f"iclora.{name}"]) for name, kind in trained.items()}
     options = Options(guidance=REFERENCE_GUIDANCE, **options)
-    prompts, seeds = [pair.prompt for pair in pairs], range(len(pairs))
-    return generate(networks, prompts, (1, 1), seeds, options, references=references)
+    return generate(networks, prompts, (1, 1), range(len(prompts)), options, references=references)
 
 
 def one_picture(kind: str, networks: Networks, metadata: dict[str, str]) -> Callable[[], Tensor]:
     """What makes the first of the pictures that are judged, to be timed."""
     pairs = make_pairs(kind, 1, SEED, held_out=True)
-    return lambda: make_pictures(networks, metadata, pairs, [pair.references for pair in pairs])
+    return lambda: make_pictures(networks, metadata, [pairs[0].prompt], [pairs[0].references])
 
 
 def measure_truth(kind: str, networks: Networks, ruler: Ruler, count: int) -> Found:
