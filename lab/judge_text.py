@@ -1,0 +1,56 @@
+"""What a LoRA leaves of the base's knowledge: sets from text that have nothing to do with what it was taught.
+
+The figures are those of lab.report: one subject in 2x2 sets, two in single panels.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from .captions import joint_caption
+from .generate import Networks, generate
+from .judge import Figures, Found, Judge, Ruler, options_of
+from .report import tensors_after
+from .scores import TEXT_SCORES, per_set, read_sets, to_tensors
+from .world import Panel, random_set
+
+SEED = 9_300_000  # of the sets that are judged
+COLUMNS = 6  # sets on a sheet
+TEXT_CASES = {"one subject, 2x2": (1, (2, 2)), "two subjects, 1x1": (2, (1, 1))}
+NAMES = ("colour and shape", "pattern", "accessory", "colours unmixed", "scene", "position", "same subject")
+
+
+def held_out(case: str, count: int) -> list[tuple[Panel, ...]]:
+    subjects, (rows, cols) = TEXT_CASES[case]
+    rng = np.random.default_rng(SEED)
+    return [random_set(rng, rows, cols, subjects, held_out=True) for _ in range(count)]
+
+
+def measure(case: str, networks: Networks, metadata: dict[str, str], ruler: Ruler, count: int) -> Found:
+    """Make sets from text with the networks of an arm, and judge them. case: of TEXT_CASES"""
+    grid, sets = TEXT_CASES[case][1], held_out(case, count)
+    captions = [joint_caption(panels, *grid) for panels in sets]
+    made = generate(networks, captions, grid, range(count), options_of(metadata))
+    return judge(case, ruler, made, sets), [made[:COLUMNS]]
+
+
+def measure_truth(case: str, networks: Networks, ruler: Ruler, count: int) -> Found:
+    """The same figures of the true sets, as the autoencoder gives them back."""
+    sets = held_out(case, count)
+    after = tensors_after(networks, to_tensors(sets, *TEXT_CASES[case][1]))
+    return judge(case, ruler, after, sets), [after[:COLUMNS]]
+
+
+def judge(case: str, ruler: Ruler, image: Tensor, sets: list[tuple[Panel, ...]]) -> Figures:
+    """The figures of lab.report for composites (N, 3, h, w): a mean of each set's panels."""
+    subjects, readings = TEXT_CASES[case][0], read_sets(ruler.reader, image)
+    figures = {name: per_set(readings, sets, score) for name, score in TEXT_SCORES[subjects].items()}
+    if subjects == 1:
+        figures["same subject"] = [float(share == 1) for share in figures["colour and shape"]]
+    return figures
+
+
+TEXT = Judge(
+    "text", measure, measure_truth, NAMES, (), lambda task, name, figures, most: [],
+    notes=("same subject: all four panels have the colour and shape that are asked for.",),
+    sheet="true sets, then for every arm sets from the same captions and noise",
+)  # fmt: skip
