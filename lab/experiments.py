@@ -30,7 +30,7 @@ from .arms import EXPERIMENTS, FITTING, Experiment, Training
 from .eyes import load_eyes
 from .generate import Networks, load_networks
 from .judge import Found, Judge, Ruler
-from .pages import TRUE, save_picture, save_values, sheet
+from .pages import TRUE, base_mark, save_picture, save_values, sheet
 from .pairs import make_pairs, write_pairs
 from .panels import write_sets
 from .tables import tables, what_intervals_cover
@@ -223,7 +223,8 @@ def write(
         marks = [lora and fingerprint([lora]) for lora in files[i]]
         pace = {"seconds a set": paces[i]} if paces else {}
         rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, **pace, "figures": figures})
-    save_values({"model": model, "count": args.count, "steps": steps, "rows": rows}, args.out / f"{name}.json")
+    base = {"model": model, "base": base_mark(args.model)}
+    save_values({**base, "count": args.count, "steps": steps, "rows": rows}, args.out / f"{name}.json")
     for task, (_, parts) in truth.items():
         made = [row for arm, each in zip(experiment.arms, found, strict=True) if arm.task == task for row in each[0][1]]
         picture = save_picture(sheet([*parts, *made]), args.out / f"{name}-{task}")

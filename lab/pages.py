@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import write_atomic
+from model.checkpoint import fingerprint, write_atomic
+from model.weights import find_model
 from sampling.images import to_picture
 
 TRUE = "true sets"  # the name of their rows among the values
@@ -47,6 +48,12 @@ def save_picture(picture: Image.Image, path: Path) -> Path:
 def save_values(values: dict, path: Path) -> None:
     """Write values as JSON without spaces, numbers with 4 decimals, NaN as null."""
     write_atomic(path, json.dumps(_short(values), separators=(",", ":")) + "\n")
+
+
+def base_mark(model: str) -> str:
+    """What stands for the base among values: a digest of transformer and autoencoder."""
+    files = find_model(model)
+    return fingerprint([*files.flux.paths, *files.autoencoder.paths])
 
 
 def _short(value: object) -> object:

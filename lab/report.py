@@ -23,7 +23,7 @@ from . import entry, eyes
 from .captions import joint_caption
 from .generate import Networks, Options, generate, load_networks
 from .measure import psnr, survival, tiling
-from .pages import TRUE, save_picture, save_values
+from .pages import TRUE, base_mark, save_picture, save_values
 from .scores import (
     HEAD,
     TEXT_SCORES,
@@ -296,7 +296,8 @@ def write(args: argparse.Namespace) -> None:
         lines += [about, "", f"![{name}]({save_picture(drawn, args.out / f'base-{name}').name})", ""]
     cases = {("text", "base"): text[0], ("text", TRUE): text[1], **{("kept", name): kept[name] for name in kept}}
     rows = [{"task": task, "name": name, "figures": [figures]} for (task, name), figures in cases.items()]
-    save_values({"model": model, "count": args.sets, "rows": rows}, args.out / "base.json")
+    base = {"model": model, "base": base_mark(args.model)}
+    save_values({**base, "count": args.sets, "rows": rows}, args.out / "base.json")
     lines.append(f"Made by `python -m lab.report --model {model} --sets {args.sets} --columns {args.columns}`.")
     write_atomic(args.out / "base.md", "\n".join(lines) + "\n")
 
