@@ -32,10 +32,10 @@ from .captions import panel_prompt
 from .eyes import load_eyes
 from .generate import Networks, load_networks
 from .judge import Found, Judge, Ruler
+from .pages import TRUE, base_mark, save_picture, save_values, sheet
 from .pairs import Pair, bare, make_pairs, write_pairs
 from .panels import write_sets
-from .report import put_between
-from .tables import sheet, tables, what_intervals_cover
+from .tables import tables, what_intervals_cover
 from .tasks import COUNT, write_tasks
 from .truth import load_reader
 
@@ -49,8 +49,6 @@ PACE = (
 
 def run_all(args: argparse.Namespace) -> None:
     """Run the experiments that are asked for, one after the other; what they share is trained and judged once."""
-    for name in args.experiments if args.document else ():
-        put_between(args.document, f"lab.experiments {name}", None)  # refuses it before hours of training
     ruler = load_ruler(args.judges or args.model)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -64,11 +62,12 @@ def run_all(args: argparse.Namespace) -> None:
 
     for name in args.experiments:
         experiment = EXPERIMENTS[name]
-        steps, seeds, judge = args.steps or experiment.steps, range(experiment.seeds), experiment.judge
+        steps, judge = args.steps or experiment.steps, experiment.judge
         truth = {arm.task: judge_truth(judge, arm.task, ruler, args) for arm in experiment.arms}
         found, seconds, files = [], [], []
         for arm in experiment.arms:
-            loras = [trained(arm.training, steps, seed) for seed in seeds]
+            seeds = experiment.seeds if isinstance(arm.training, Training) else 1
+            loras = [trained(arm.training, steps, seed) for seed in range(seeds)]
             found.append([judge_one(judge, arm.task, lora, ruler, args) for lora, _ in loras])
             files.append([lora for lora, _ in loras])
             known = [took for _, took in loras if took is not None]
@@ -235,31 +234,34 @@ def write(
     name: str, steps: int, args: argparse.Namespace, truth: dict[str, Found], found: list[list[Found]],
     seconds: Sequence[float | None], files: Sequence[Sequence[Path | None]], paces: Sequence[Sequence[float]],
 ) -> None:  # fmt: skip
-    """Print the tables of an experiment; write them, the values of every set, and a sheet of each task.
+    """Write and print the page of an experiment; beside it the values of every set, and a sheet of each task.
 
     files: the LoRAs of every arm, by seed; their marks stand beside the values
     """
-    experiment = EXPERIMENTS[name]
-    about = f"{args.count} held-out sets; {steps} steps a stage; on the base {Path(args.model).name}."
-    lines = [f"### {experiment.title}", "", f"{about} {what_intervals_cover(experiment)}", ""]
+    experiment, model = EXPERIMENTS[name], Path(args.model).name
+    trainings = [len(each) for each, arm in zip(files, experiment.arms, strict=True) if arm.training]
+    about = f"{args.count} held-out sets; {steps} steps a stage; on the base {model}."
+    lines = [f"# {experiment.title}", "", f"{about} {what_intervals_cover(trainings)}", ""]
     lines += [note for words in experiment.judge.notes for note in (words, "")]
     lines += [PACE.format(ROUNDS, torch.get_num_threads()), ""] if paces else []
     of_arms = [[figures for figures, _ in each] for each in found]
     lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds, paces)
-    rows = [{"task": task, "name": "true sets", "figures": [figures]} for task, (figures, _) in truth.items()]
+    rows = [{"task": task, "name": TRUE, "figures": [figures]} for task, (figures, _) in truth.items()]
     for i, (arm, figures, took) in enumerate(zip(experiment.arms, of_arms, seconds, strict=True)):
         marks = [lora and fingerprint([lora]) for lora in files[i]]
         pace = {"seconds a set": paces[i]} if paces else {}
         rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, **pace, "figures": figures})
-    values = {"model": Path(args.model).name, "count": args.count, "steps": steps, "rows": rows}
-    write_atomic(args.out / f"{name}.json", json.dumps(values) + "\n")
+    base = {"model": model, "base": base_mark(args.model)}
+    save_values({**base, "count": args.count, "steps": steps, "rows": rows}, args.out / f"{name}.json")
     for task, (_, parts) in truth.items():
         made = [row for arm, each in zip(experiment.arms, found, strict=True) if arm.task == task for row in each[0][1]]
-        sheet([*parts, *made]).save(args.out / f"{name}-{task}.png", optimize=True)
-        lines += ["", f"{task}: {experiment.judge.sheet}", "", f"![{name}, {task}]({args.out.name}/{name}-{task}.png)"]
-    print("\n".join(lines) + "\n", flush=True)
-    if args.document:
-        put_between(args.document, f"lab.experiments {name}", "\n".join(lines) + "\n")
+        picture = save_picture(sheet([*parts, *made]), args.out / f"{name}-{task}")
+        lines += ["", f"{task}: {experiment.judge.sheet}", "", f"![{name}, {task}]({picture.name})"]
+    judges = f" --judges {Path(args.judges).name}" if args.judges else ""
+    command = f"python -m lab.experiments {name} --model {model}{judges} --count {args.count} --steps {steps}"
+    page = "\n".join([*lines, "", f"Made by `{command}`."]) + "\n"
+    write_atomic(args.out / f"{name}.md", page)
+    print(page, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,8 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     of_each = "of a training or stage (default: 400, filling-in 4000, UNO 1200, tiny-uno 3000)"
     parser.add_argument("--steps", type=entry.positive, help=of_each)
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="folder of the trainings")
-    parser.add_argument("--out", type=Path, default=Path("lab/results"), help="folder for values and sheets")
-    parser.add_argument("--document", type=Path, help="also write the tables between their marks in this file")
+    parser.add_argument("--out", type=Path, default=Path("lab/results"), help="folder for pages, values and sheets")
     return entry.run(parser, run_all, argv)
 
 

@@ -1,13 +1,12 @@
-"""Measure a tiny model against the truth: python -m lab.report --model tiny --out docs/pictures
+"""Measure a tiny model against the truth: python -m lab.report --model tiny --out lab/results
 
 On held-out combinations of traits: the autoencoder, the reader that everything is read with, sets from text alone
 (2x2, and of two subjects 1x1 and 1x2 too), one panel from the three others, what guidance does, and borders between
-panels. Intervals are 95 %, bootstrapped over sets: they cover sampling, not training. Then it draws the contact sheets.
+panels. Then it draws the contact sheets, and writes all on a page, with the values of every set beside it.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from model.checkpoint import write_atomic
 from model.weights import find_model
 from sampling.images import to_picture
 
@@ -23,18 +23,44 @@ from . import entry, eyes
 from .captions import joint_caption
 from .generate import Networks, Options, generate, load_networks
 from .measure import psnr, survival, tiling
-from .scores import HEAD, TEXT_SCORES, hidden_agreement, interval, per_set, read_sets, row, to_tensors
+from .pages import TRUE, base_mark, save_picture, save_values
+from .scores import (
+    HEAD,
+    TEXT_SCORES,
+    Figures,
+    difference,
+    hidden_agreement,
+    interval,
+    per_set,
+    read_sets,
+    row,
+    to_tensors,
+)
 from .sets import GRIDS, PANEL
 from .train_truth import draw_some, round_trip
-from .truth import Reader, Reading, groups, load_reader
+from .truth import Reader, groups, load_reader
 from .world import POSITIONS, Panel, random_set
 
-OPENING, CLOSING = "<!-- tables of {} -->", "<!-- end of tables -->"
 SEED = 7_000_000  # far from the seeds of pretraining
 BARS = {
     "colour and shape": 0.90, "scene": 0.95, "position": 0.85, "same subject in all four": 0.85,
     "colours unmixed": 0.75, "masked panel: its own scene": 0.90, "masked panel: kept subject": 0.85,
 }  # fmt: skip
+SHEETS = {  # name -> what it shows
+    "from-text": "From text alone (`--mask all`), above the true set of the same caption:",
+    "panel-3": "Panel 3 from the other three (`--mask 3`, outlined), above the true set:",
+}
+COVER = (
+    "{} sets or panels of held-out subjects, where a table does not have a half or a quarter of them. Intervals are "
+    "95 %: Wilson's of what a set shows or does not, else bootstrapped over sets. They cover sampling, not training. A "
+    "ceiling is what the reader says of true panels after the autoencoder. Hidden traits are never named by captions."
+)
+SAME, OWN, OTHER = "same subject in all four", "own kept panels", "another set's"
+KEPT_SCORES = {
+    "masked panel: its own scene": TEXT_SCORES[1]["scene"],
+    "masked panel: kept subject": TEXT_SCORES[1]["colour and shape"],
+}
+HIDDEN = ("face", "hue", "angle", "spacing", "face and hue")
 CASES = ((1, (2, 2)), (2, (1, 1)), (2, (1, 2)), (2, (2, 2)))  # subjects in a panel, and the grid
 
 
@@ -82,9 +108,12 @@ def accuracy(reader: Reader, pictures: Tensor, told: Tensor) -> dict[str, float]
     return right
 
 
-def from_text(networks: Networks, reader: Reader, count: int) -> list[str]:
-    """Sets from captions alone: 2x2 of one subject, and of two in panels of several grids."""
-    lines = list(HEAD)
+def text_figures(networks: Networks, reader: Reader, count: int) -> tuple[Figures, Figures]:
+    """Figures of sets from captions alone and of true ones, 2x2 of one subject, and of two in panels of several grids.
+
+    Returns a value of every set that was made, and of every true one after the autoencoder
+    """
+    figures, ceilings = {}, {}
     for number, (subjects, (rows, cols)) in enumerate(CASES):
         rng = np.random.default_rng(SEED + 11 + number)
         sets = [random_set(rng, rows, cols, subjects, held_out=True) for _ in range(count)]
@@ -94,15 +123,22 @@ def from_text(networks: Networks, reader: Reader, count: int) -> list[str]:
         for name, score in TEXT_SCORES[subjects].items():
             if subjects == 2 and name == "position" and rows * cols > 2:
                 continue  # a caption of two subjects in four panels has no room for places
-            told = name if subjects == 1 else f"two subjects, {rows}x{cols}: {name}"
-            ceiling = float(np.mean(per_set(true, sets, score)))
-            lines.append(row(told, per_set(made, sets, score), BARS.get(name), ceiling))
+            label = name if subjects == 1 else f"two subjects, {rows}x{cols}: {name}"
+            figures[label], ceilings[label] = (per_set(found, sets, score) for found in (made, true))
         if subjects == 1:
             whole = TEXT_SCORES[1]["colour and shape"]
-            every = [
+            figures[SAME] = [
                 float(min(whole(r, p) for r, p in zip(f, s, strict=True))) for f, s in zip(made, sets, strict=True)
             ]
-            lines.append(row("same subject in all four", every, BARS["same subject in all four"]))
+    return figures, ceilings
+
+
+def from_text(figures: Figures, ceilings: Figures) -> list[str]:
+    """The table of text_figures."""
+    lines = list(HEAD)
+    for name, values in figures.items():
+        ceiling = float(np.mean(ceilings[name])) if name in ceilings else None
+        lines.append(row(name, values, BARS.get(name.split(": ")[-1]), ceiling))
     return lines
 
 
@@ -125,37 +161,38 @@ def somebody_else(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[
     return tuple(replace(p, placed=tuple(replace(o, subject=others[o.subject]) for o in p.placed)) for p in panels)
 
 
-def from_kept(networks: Networks, reader: Reader, count: int) -> list[str]:
-    """Panel 3 from the other three, and from three others that the caption fits as well."""
+def kept_figures(networks: Networks, reader: Reader, count: int) -> dict[str, Figures]:
+    """Figures of panel 3 from the other three, from three others that the caption fits as well, and of the true one.
+
+    Returns a value of every set, NaN of traits that its subject has not
+    """
     rng = np.random.default_rng(SEED + 20)
     sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
     captions = [joint_caption(panels, 2, 2) for panels in sets]
     own, other = to_tensors(sets), to_tensors([somebody_else(panels, rng) for panels in sets])
-    thirds, agree = {}, {}
-    for name, kept in (("own", own), ("other", other)):
-        made = generate(networks, captions, (2, 2), list(range(count)), kept=without(kept, 3), masked=(3,))
-        thirds[name] = [found[2] for found in read_sets(reader, made)]
-    thirds["true"] = [found[2] for found in read_sets(reader, tensors_after(networks, own))]
-    subjects = [panels[2].placed[0].subject for panels in sets]
-    for name, found in thirds.items():
-        agree[name] = [hidden_agreement(r, s) for r, s in zip(found, subjects, strict=True)]
+    pages, figures = {}, {}
+    for name, kept in ((OWN, own), (OTHER, other)):
+        pages[name] = generate(networks, captions, (2, 2), list(range(count)), kept=without(kept, 3), masked=(3,))
+    for name, page in (pages | {TRUE: tensors_after(networks, own)}).items():
+        thirds = [(found[2], panels[2]) for found, panels in zip(read_sets(reader, page), sets, strict=True)]
+        figures[name] = {label: [float(score(*third)) for third in thirds] for label, score in KEPT_SCORES.items()}
+        agree = [hidden_agreement(reading, panel.placed[0].subject) for reading, panel in thirds]
+        figures[name] |= {trait: [share(each, trait) for each in agree] for trait in HIDDEN}
+    return figures
 
-    def rate(name: str, score: Callable[[Reading, Panel], float]) -> list[float]:
-        return [float(score(r, panels[2])) for r, panels in zip(thirds[name], sets, strict=True)]
 
+def from_kept(figures: dict[str, Figures]) -> list[str]:
+    """The tables of kept_figures."""
+    own, other, true = (figures[name] for name in (OWN, OTHER, TRUE))
     lines = list(HEAD)
-    for label, score in (("masked panel: its own scene", TEXT_SCORES[1]["scene"]),
-                         ("masked panel: kept subject", TEXT_SCORES[1]["colour and shape"])):  # fmt: skip
-        lines.append(row(label, rate("own", score), BARS[label], float(np.mean(rate("true", score)))))
+    lines += [row(label, own[label], BARS[label], float(np.mean(true[label]))) for label in KEPT_SCORES]
     lines += ["", "| hidden trait | own kept panels | another set's | difference | 95 % interval | ceiling |",
               "|---|---|---|---|---|---|"]  # fmt: skip
-    for trait in ("face", "hue", "angle", "spacing", "face and hue"):
-        hits = {name: np.array([share(a, trait) for a in found]) for name, found in agree.items()}
-        there = ~np.any([np.isnan(found) for found in hits.values()], axis=0)
-        mine, theirs, true = (hits[name][there] for name in ("own", "other", "true"))
-        mean, low, high = interval(mine - theirs)
-        lines.append(f"| {trait} | {mine.mean():.1%} | {theirs.mean():.1%} | {mean:+.1%} | {low:+.1%} to {high:+.1%} | "
-                     f"{true.mean():.1%} |")  # fmt: skip
+    for trait in HIDDEN:
+        mean, low, high = difference(own[trait], other[trait])
+        cells = [f"{np.nanmean(each[trait]):.1%}" for each in (own, other, true)]
+        cells[2:2] = f"{mean:+.1%}", f"{low:+.1%} to {high:+.1%}"
+        lines.append("| " + " | ".join((trait, *cells)) + " |")
     return lines
 
 
@@ -221,26 +258,26 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.report", description=__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--reader", type=Path, help="the trained reader; by default truth/ beside the model's files")
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the contact sheets")
-    parser.add_argument("--document", type=Path, help="also write the tables between the marks in this file")
+    parser.add_argument("--out", type=Path, default=Path("lab/results"), help="folder for page, values and sheets")
     parser.add_argument("--sets", type=entry.positive, default=200, help="sets of each experiment")
     parser.add_argument("--columns", type=entry.positive, default=6, help="sets on a contact sheet")
     return entry.run(parser, write, argv)
 
 
 def write(args: argparse.Namespace) -> None:
-    """Run every experiment, print its table as it comes, write all of them down, and draw the contact sheets."""
-    networks = load_networks(args.model)
+    """Measure everything, print each table as it comes, and write base.md, its sheets and the values of every set."""
+    networks, model = load_networks(args.model), Path(args.model).name
     reader = load_reader(args.reader or find_model(args.model).root / "truth" / "model.safetensors")
     few = max(2, args.sets // 4)
+    text, kept = text_figures(networks, reader, args.sets), kept_figures(networks, reader, args.sets)
     experiments = {
         "Autoencoder, and reader: fresh panels / after the autoencoder": lambda: autoencoder_rows(
             networks, reader, args.sets
         ),
         "Hidden traits after the autoencoder, compared by pixels": lambda: bullets(survival(networks.autoencoder, few)),
         "Tiled decoding": lambda: bullets(tiling(networks.autoencoder, max(2, few // 4))),
-        "Sets from text alone": lambda: from_text(networks, reader, args.sets),
-        "Panel 3 from the other three": lambda: from_kept(networks, reader, args.sets),
+        "Sets from text alone": lambda: from_text(*text),
+        "Panel 3 from the other three": lambda: from_kept(kept),
         "Guidance": lambda: by_guidance(networks, reader, 2 * few),
         "Borders between panels, in steps of 255": lambda: bullets(borders(networks, few)),
     }
@@ -248,35 +285,25 @@ def write(args: argparse.Namespace) -> None:
         experiments["The eyes: CLIP and DINOv2"] = lambda: eyes.tables(
             eyes.load_eyes(args.model), networks.autoencoder, args.sets
         )
-    tables = []
+    lines = [f"# The base {model}", "", COVER.format(args.sets), ""]
     for title, run in experiments.items():
-        tables.append(f"### {title}\n\n" + "\n".join(run()) + "\n")
-        print(tables[-1], flush=True)
+        table = [f"## {title}", "", *run(), ""]
+        print("\n".join(table), flush=True)
+        lines += table
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, masked in (("text-to-set", False), ("panel-3-from-the-others", True)):
-        sheet(networks, args.columns, masked).save(args.out / f"{name}.png", optimize=True)
-    if args.document:
-        put_between(args.document, "lab.report", "\n".join(tables))
+    for name, about in SHEETS.items():
+        drawn = sheet(networks, args.columns, masked=name == "panel-3")
+        lines += [about, "", f"![{name}]({save_picture(drawn, args.out / f'base-{name}').name})", ""]
+    cases = {("text", "base"): text[0], ("text", TRUE): text[1], **{("kept", name): kept[name] for name in kept}}
+    rows = [{"task": task, "name": name, "figures": [figures]} for (task, name), figures in cases.items()]
+    base = {"model": model, "base": base_mark(args.model)}
+    save_values({**base, "count": args.sets, "rows": rows}, args.out / "base.json")
+    lines.append(f"Made by `python -m lab.report --model {model} --sets {args.sets} --columns {args.columns}`.")
+    write_atomic(args.out / "base.md", "\n".join(lines) + "\n")
 
 
 def bullets(lines: list[str]) -> list[str]:
     return [f"- {line}" for line in lines]
-
-
-def put_between(path: Path, name: str, text: str | None) -> None:
-    """Replace what stands between the marks of a document.
-
-    name: of what made the tables, which the first mark tells
-    text: None only looks for the marks
-    Errors: ValueError if it has no marks
-    """
-    mark = OPENING.format(name)
-    before, opening, rest = path.read_text().partition(mark)
-    _, closing, after = rest.partition(CLOSING)
-    if not closing:
-        raise ValueError(f"{path} has no place for tables; write {mark} and {CLOSING} there")
-    if text is not None:
-        path.write_text(f"{before}{opening}\n{text}{closing}{after}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scores of panels as the reader sees them, and tables of them with bootstrap intervals."""
+"""Scores of panels as the reader sees them, their means with 95 % intervals, and lines of tables."""
 
 from collections.abc import Callable, Sequence
 
@@ -66,35 +66,123 @@ def traits_shown(reading: Reading, subject: Subject | Seen) -> dict[str, float]:
     return shown | {ALL: float(np.mean(list(shown.values())))}
 
 
-# tables
+# means and their intervals
+
+ROUNDS, ENDS, Z = 1000, (0.025, 0.975), 1.959964  # of resampling; 95 %, in shares and in deviations
+Values = Sequence[float] | np.ndarray  # (N,) of every set, or (S, N) of S trainings; NaN where a set cannot tell
+Interval = tuple[float, float, float]  # mean, lower and upper end
+Figures = dict[str, list[float]]  # name -> a value of every set
 
 
-def interval(values: Sequence[float], rounds: int = 1000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval; a value is the mean of one set."""
-    values = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(rounds, len(values)))].mean(axis=1)
-    return float(values.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+def interval(values: Values) -> Interval:
+    """Mean and 95 % interval of a figure: Wilson's of a rate (all values 0 or 1), else bootstrapped.
+
+    What is alike in all sets counts as a rate. Trainings are resampled beside sets, and a rate spans both intervals.
+    Source: Wilson, doi.org/10.1080/01621459.1927.10502953
+    """
+    return _interval(np.atleast_2d(np.asarray(values, dtype=float)), (0, 1), _wilson)
 
 
-def ratio(values: Sequence[float], most: Sequence[float], rounds: int = 1000) -> tuple[float, float, float]:
-    """Mean of values over the mean of the most that the same sets allow, and its 95 % bootstrap interval."""
-    both = np.asarray([values, most], dtype=float)
-    picks = np.random.default_rng(0).integers(both.shape[1], size=(rounds, both.shape[1]))
-    means = np.concatenate((both.mean(axis=1)[:, None], both[:, picks].mean(axis=2)), axis=1)  # (2, 1 + rounds)
-    shares = means[0] / np.where(means[1] > 0, means[1], np.nan)
-    return float(shares[0]), float(np.nanquantile(shares[1:], 0.025)), float(np.nanquantile(shares[1:], 0.975))
+def difference(values: Values, others: Values) -> Interval:
+    """Mean and 95 % interval of values minus others, paired by set, and by training as far as both have several.
+
+    Of rates it is Bonett and Price's: the normal one, with a set more of +1 and one of -1, so that it has width.
+    Source: Bonett and Price, doi.org/10.3102/1076998611411915
+    """
+    values, others = (np.atleast_2d(np.asarray(figure, dtype=float)) for figure in (values, others))
+    both = min(len(values), len(others))
+    if both > 1:
+        values, others = values[:both], others[:both]
+    return _interval(values - others, (-1, 0, 1), _bonett_price)
 
 
-def above_chance(own, none, ceiling, rounds: int = 1000):
-    """Stand-in until the branch that has it is merged."""
-    all_ = np.asarray([own, none, ceiling], dtype=float)
-    picks = np.random.default_rng(0).integers(all_.shape[1], size=(rounds, all_.shape[1]))
-    m = np.concatenate((all_.mean(axis=1)[:, None], all_[:, picks].mean(axis=2)), axis=1)
-    if m[2, 0] <= m[1, 0]:
+def above_chance(own: Values, none: Values, ceiling: Values) -> Interval | None:
+    """Which share of what can be added to chance is added, and its 95 % interval: (own - none) / (ceiling - none).
+
+    none: the figure of the same sets by chance, such as without references
+    ceiling: that of true pictures
+    Returns None where the ceiling is not above chance
+    """
+    mine, chance, most = _means(own, none, ceiling)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(most > chance, (mine - chance) / (most - chance), np.nan)
+    if np.isnan(shares[0]):
         return None
-    shares = (m[0] - m[1]) / np.where(m[2] > m[1], m[2] - m[1], np.nan)
-    return float(shares[0]), float(np.nanquantile(shares[1:], 0.025)), float(np.nanquantile(shares[1:], 0.975))
+    low, high = np.nanquantile(shares[1:], ENDS)
+    if _is_discrete(np.asarray(own, dtype=float), (0, 1)):  # no resampling of sets that are all right has a wrong one
+        ends = [(end - chance[0]) / (most[0] - chance[0]) for end in interval(own)[1:]]
+        low, high = min(low, ends[0]), max(high, ends[1])
+    return float(shares[0]), float(low), float(high)
+
+
+def ratio(values: Values, most: Values) -> Interval:
+    """Mean of values over the mean of the most that the same sets allow, and its 95 % bootstrap interval."""
+    mine, most = _means(values, most)
+    shares = mine / np.where(most > 0, most, np.nan)
+    return float(shares[0]), *map(float, np.nanquantile(shares[1:], ENDS))
+
+
+def _interval(values: np.ndarray, steps: tuple[int, ...], closed: Callable[[np.ndarray], Sequence[float]]) -> Interval:
+    """The mean, the least lower end and the greatest upper one of the intervals that suit the values (S, N).
+
+    steps: what values are of which a formula knows more than resampling
+    closed: that formula, of the means of sets
+    """
+    of_sets = _average(values, 0)
+    of_sets = of_sets[~np.isnan(of_sets)]
+    if not of_sets.size:
+        return (np.nan,) * 3
+    mean, *drawn = _means(values)[0]
+    discrete = _is_discrete(values, steps)
+    ends = [closed(of_sets)] if discrete else []
+    if len(values) > 1 or not discrete:
+        ends.append(np.nanquantile(drawn, ENDS))
+    lows, highs = zip(*ends, strict=True)
+    return float(mean), float(min(lows)), float(max(highs))
+
+
+def _is_discrete(values: np.ndarray, steps: tuple[int, ...]) -> bool:
+    """Whether there are only these steps among the values, or a single value between the first and the last."""
+    values = values[~np.isnan(values)]
+    alike = np.ptp(values) < 1e-9 and steps[0] <= values[0] <= steps[-1]
+    return bool(alike or np.isin(values, steps).all())
+
+
+def _wilson(values: np.ndarray) -> tuple[float, float]:
+    count, rate = len(values), values.mean()
+    centre, width = rate + Z**2 / (2 * count), Z * np.sqrt(rate * (1 - rate) / count + (Z / (2 * count)) ** 2)
+    return max(0.0, (centre - width) / (1 + Z**2 / count)), min(1.0, (centre + width) / (1 + Z**2 / count))
+
+
+def _bonett_price(values: np.ndarray) -> tuple[float, float]:
+    values = np.append(values, (1, -1))
+    width = Z * values.std() / np.sqrt(len(values))
+    return max(-1.0, values.mean() - width), min(1.0, values.mean() + width)
+
+
+def _means(*figures: Values) -> np.ndarray:
+    """Means of figures of the same sets, and those of ROUNDS resamplings: (figures, 1 + ROUNDS).
+
+    Sets and trainings are drawn, the same ones for all figures. Of S trainings S - 1 are drawn: the mean of S drawn
+    ones would have only (S - 1) / S of the variance that the mean of S trainings has.
+    """
+    wide = [np.atleast_2d(np.asarray(figure, dtype=float)) for figure in figures]
+    values = np.stack(np.broadcast_arrays(*wide))  # (figures, S, N)
+    rng, (trainings, sets) = np.random.default_rng(0), values.shape[1:]
+    drawn_sets = rng.integers(sets, size=(ROUNDS, 1, sets))
+    drawn_trainings = rng.integers(trainings, size=(ROUNDS, max(1, trainings - 1), 1))
+    drawn = _average(values[:, drawn_trainings, drawn_sets], (2, 3))
+    return np.concatenate((_average(values, (1, 2))[:, None], drawn), axis=1)
+
+
+def _average(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """The mean of what is not NaN, and NaN where nothing is."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, values, 0).sum(axis) / there.sum(axis)
+
+
+# tables
 
 
 def row(name: str, values: Sequence[float], bar: float | None = None, ceiling: float | None = None) -> str:
@@ -113,8 +201,13 @@ def verdict(mean: float, bar: float, most: bool = False) -> tuple[str, str]:
 
 def line(first: str, second: str, found: Sequence, *last: str, sign: str = "") -> str:
     """One line of a table: means and their intervals, in percent; None leaves a cell empty."""
-    cells = ["" if one is None else "{} ({} to {})".format(*(f"{100 * v:{sign}.1f}" for v in one)) for one in found]
+    cells = ["" if one is None else percent(one, sign) for one in found]
     return "| " + " | ".join((first, second, *cells, *(last or ("",)))) + " |"
+
+
+def percent(found: Interval, sign: str = "") -> str:
+    """A mean and its interval in percent; nothing if nothing was told."""
+    return "" if np.isnan(found[0]) else "{} ({} to {})".format(*(f"{100 * value:{sign}.1f}" for value in found))
 
 
 HEAD = ["| figure | reached | 95 % interval | ceiling | bar | |", "|---|---|---|---|---|---|"]

@@ -1,18 +1,14 @@
-"""Tables and sheets of lab.experiments: means with 95 % intervals, bootstrapped over sets, and pictures."""
+"""Tables of lab.experiments: means with 95 % intervals, and what these cover."""
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
 from lab.benchmarks.rounds import spread, times_as_fast
-from sampling.images import to_picture
 
 from .arms import Experiment
 from .judge import Figures
-from .scores import interval, line
+from .scores import difference, interval, line
 
 
 def tables(
@@ -22,31 +18,32 @@ def tables(
     """Figures of every arm, how far they are from those of the first arm of its task, and the judge's own table.
 
     truth: by task
-    found: of every arm and every seed
+    found: of every arm and every training
     seconds: that the trainings of every arm took, None if that is unknown
     paces: of every arm, the seconds of a set in each round; none are not shown
     """
-    judge, means = experiment.judge, [over_seeds(figures) for figures in found]
-    columns = [c for c in experiment.columns or judge.columns if any(c in figures for figures in means)]
-    seeds, paper = experiment.seeds > 1, any(arm.paper for arm in experiment.arms)
+    judge, arms = experiment.judge, [by_training(each) for each in found]
+    columns = [c for c in experiment.columns or judge.columns if any(c in figures for figures in arms)]
+    seeds, paper = any(len(each) > 1 for each in found), any(arm.paper for arm in experiment.arms)
     heads = [*columns, *[f"{columns[0]} by seed"] * seeds, *["paper"] * paper, *["seconds a set"] * bool(paces)]
     lines = [f"| task | arm | {' | '.join(heads)} | training |", "|---|---|" + "---|" * (len(heads) + 1)]
     more, first, empty = [], {}, [""] * (seeds + paper)
-    for i, (arm, each, figures, took) in enumerate(zip(experiment.arms, found, means, seconds, strict=True)):
+    for i, (arm, each, figures, took) in enumerate(zip(experiment.arms, found, arms, seconds, strict=True)):
         most, base = truth[arm.task], first.setdefault(arm.task, i)
         pace = [spread(paces[i]).show()] if paces else []
         if base == i:
             truths = [*empty, *[""] * len(pace), ""]
             lines.append(line(arm.task, "true sets after the autoencoder", cells(most, columns), *truths))
-        by_seed = [", ".join(f"{100 * np.mean(one[columns[0]]):.1f}" for one in each if columns[0] in one)] * seeds
+        single = [f"{100 * np.nanmean(one[columns[0]]):.1f}" for one in each if columns[0] in one]
+        by_seed = [", ".join(single) if len(single) > 1 else ""] * seeds
         last = [*by_seed, *[arm.paper] * paper, *pace, training_time(took, *experiment.minutes)]
         lines.append(line(arm.task, arm.name, cells(figures, columns), *last))
         if base != i:
-            both = [c for c in columns if c in figures and c in means[base]]  # what was judged earlier may lack some
-            apart = {c: np.subtract(figures[c], means[base][c]) for c in both}
+            both = arms[base].keys() & figures.keys()  # what was judged earlier may lack some
+            apart = [difference(figures[c], arms[base][c]) if c in both else None for c in columns]
             pace = [f"{times_as_fast(paces[i], paces[base]).show()} times as fast"] if paces else []
             lines.append(
-                line(arm.task, f"{arm.name}, difference", cells(apart, columns), *empty, *pace, "", sign="+")
+                line(arm.task, f"{arm.name}, difference", apart, *empty, *pace, "", sign="+")
             )  # fmt: skip
         more += judge.details(arm.task, arm.name, figures, most)
     return [*lines, *(["", *judge.head, *more] if more else [])]
@@ -65,23 +62,25 @@ def cells(figures: Figures, columns: Sequence[str]) -> list[tuple[float, float, 
     return [interval(figures[c]) if c in figures else None for c in columns]
 
 
-def over_seeds(found: Sequence[Figures]) -> Figures:
-    """The mean over trainings, set by set."""
-    return {name: np.mean([figures[name] for figures in found], axis=0).tolist() for name in found[0]}
+def by_training(found: Sequence[Figures]) -> Figures:
+    """The values of every set in every training: (S, N) of each figure; of a single training (N,)."""
+    if len(found) == 1:
+        return found[0]
+    return {name: np.array([figures[name] for figures in found]) for name in found[0]}
 
 
-def what_intervals_cover(experiment: Experiment) -> str:
-    """A sentence on what the intervals of an experiment hold, and what they do not."""
-    if experiment.seeds == 1:
-        return "Intervals cover sampling only: every arm was trained once."
+def what_intervals_cover(trainings: Sequence[int]) -> str:
+    """A sentence on what intervals hold, and what they do not.
+
+    trainings: of every arm that is trained
+    """
+    method = "Intervals are 95 %: Wilson's of what a set shows or does not, else bootstrapped over sets"
+    most = max(trainings, default=0)
+    if most < 2:
+        return f"{method}. They cover sampling only: {'every arm was trained once' if most else 'nothing was trained'}."
+    once = "; arms without means by seed were trained once, and theirs cover sampling only" if 1 in trainings else ""
     return (
-        f"Every arm was trained {experiment.seeds} times, with --seed 0 to {experiment.seeds - 1}; figures are means "
-        "over the trainings. Intervals cover sampling only; the spread that training adds shows between the means of "
-        "the single trainings (by seed)."
+        f"{method} and, of arms that were trained {most} times (--seed 0 to {most - 1}), over trainings too. Their "
+        f"figures are means over the trainings, whose own means stand beside them (by seed). These intervals cover "
+        f"training as well, as far as {most} trainings can tell of it{once}."
     )
-
-
-def sheet(rows: list[Tensor], zoom: int = 2) -> Image.Image:
-    """Rows of composites (N, 3, h, w), one below the other."""
-    picture = to_picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).clamp(-1, 1))
-    return picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)

@@ -13,11 +13,9 @@ from iclora.records import Findings, read_records
 from lab import experiments, judge
 from lab.arms import BASE, EXPERIMENTS, Arm, Experiment, Training, on_sets
 from lab.scores import ratio
-from lab.tables import training_time
+from lab.tables import training_time, what_intervals_cover
 from lab.tasks import COUNT, GRIDS, SEED, task_sets
 from lab.truth import Reading, Seen
-
-MARKS = "# Experiments\n\n<!-- tables of lab.experiments {} -->\nold\n<!-- end of tables -->\nafter\n"
 
 
 def seen(subject, **other):
@@ -140,11 +138,6 @@ def test_arms_without_a_training_and_no_others_are_called_base():
     assert all((arm.name == "base") == (arm.training is BASE) for arm in arms)
 
 
-def test_every_experiment_has_a_place_in_the_document():
-    text = (Path(__file__).parents[2] / "lab" / "results" / "experiments.md").read_text()
-    assert not [name for name in EXPERIMENTS if f"<!-- tables of lab.experiments {name} -->" not in text]
-
-
 @pytest.fixture
 def made_up(monkeypatch):
     """No network is loaded and nothing is trained; what train.py is told is noted."""
@@ -185,28 +178,28 @@ def made_up(monkeypatch):
 
 
 def run(tmp_path, *names):
-    document = tmp_path / "doc.md"
-    document.write_text("".join(MARKS.format(name) for name in names))
-    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--document", str(document)]
-    return experiments.main([*names, "--count", "2", "--steps", "7", *places]), document.read_text()
+    places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    status = experiments.main([*names, "--count", "2", "--steps", "7", *places])
+    return status, [(tmp_path / "out" / f"{name}.md").read_text() for name in names if not status]
 
 
-def test_the_runner_trains_judges_and_writes_tables_values_and_sheets(made_up, tmp_path, capsys):
+def test_the_runner_trains_judges_and_writes_pages_values_and_sheets(made_up, tmp_path, capsys):
     told, judged = made_up
-    status, text = run(tmp_path, "one", "two")
-    assert status == 0 and "old" not in text and text.count("after\n") == 2
-    assert "| walk | base | 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) | 0.0 (0.0 to 0.0) |  |" in text
-    assert "| walk | LoRA, difference | +100.0 (+100.0 to +100.0) |" in text
-    assert "| walk: LoRA | unnamed | 100.0 (100.0 to 100.0) |" in text and "few | named" not in text
-    assert "seconds a set" not in text
-    assert text.count("![one, walk](out/one-walk.png)") == 1
-    assert capsys.readouterr().out.count("### one") == 1
+    status, (text, other) = run(tmp_path, "one", "two")
+    assert status == 0 and text.startswith("# one\n") and other.startswith("# two\n")
+    assert "| walk | base | 0.0 (0.0 to 65.8) | 0.0 (0.0 to 65.8) | 0.0 (0.0 to 65.8) |  |" in text
+    assert "| walk | LoRA, difference | +100.0 (-34.9 to +100.0) |" in text
+    assert "| walk: LoRA | unnamed | 100.0 (34.2 to 100.0) |" in text and "few | named" not in text
+    assert "seconds a set" not in text and "by seed" not in text and "every arm was trained once" in text
+    assert text.count("![one, walk](one-walk.png)") == 1
+    assert text.endswith("Made by `python -m lab.experiments one --model tiny --count 2 --steps 7`.\n")
+    assert capsys.readouterr().out.count("# one\n") == 1 and str(tmp_path) not in text
     rows = json.loads((tmp_path / "out" / "one.json").read_text())["rows"]
     assert [(row["task"], row["name"]) for row in rows] == [
         ("walk", "true sets"), ("sketch", "true sets"), ("walk", "base"), ("walk", "LoRA"), ("sketch", "base"),
         ("sketch", "few"),
     ]  # fmt: skip
-    assert rows[3]["figures"][0]["from text"] == [1.0, 1.0] and rows[3]["seconds"] >= 0
+    assert rows[3]["figures"] == [{name: [1, 1] for name in rows[3]["figures"][0]}] and rows[3]["seconds"] >= 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
         "one-sketch.png", "one-walk.png", "two-sketch.png", "two-walk.png",
     ]  # fmt: skip
@@ -219,10 +212,8 @@ def test_the_runner_trains_judges_and_writes_tables_values_and_sheets(made_up, t
 
 def test_a_second_stage_starts_from_the_first_of_its_seed_which_is_trained_once(made_up, tmp_path, monkeypatch):
     told, judged = made_up
-    document = tmp_path / "doc.md"
-    document.write_text(MARKS.format("chain"))
     argv = ["chain", "--count", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    assert experiments.main([*argv, "--document", str(document)]) == 0
+    assert experiments.main(argv) == 0
     given = [dict(zip(flags[::2], flags[1::2], strict=True)) for flags in told]
     assert [(flags["--stage"], flags.get("--seed")) for flags in given] == [
         ("1", None), ("2", None), ("1", "1"), ("2", "1"), ("2", None), ("2", "1"),
@@ -233,9 +224,10 @@ def test_a_second_stage_starts_from_the_first_of_its_seed_which_is_trained_once(
     assert len({flags["--out"] for flags in given}) == 6 and {flags["--steps"] for flags in given} == {"5"}
     mixed = json.loads(Path(given[4]["--data"]).read_text())
     assert [len(row["image_paths"]) for row in mixed] == [2, 1]
-    text = document.read_text()
+    text = (tmp_path / "out" / "chain.md").read_text()
     assert "from text by seed | paper | training |" in text and "100.0, 100.0 | 90.0 | 0.0 min |" in text
-    assert "trained 2 times" in text and "cover sampling only" in text and "nothing" not in text
+    assert "trained 2 times" in text and "cover training as well" in text and "nothing" not in text
+    assert "sampling only" not in text
 
     monkeypatch.setattr(train, "main", lambda flags: 0)
     assert experiments.main(argv) == 0 and len(judged) == 1 + 4, "what was judged is found again"
@@ -254,7 +246,7 @@ def test_arms_that_are_timed_take_turns_with_those_of_their_task(made_up, tmp_pa
     turns, plain = [], EXPERIMENTS["one"]
     monkeypatch.setitem(EXPERIMENTS, "one", replace(plain, timed=True, judge=replace(plain.judge, one=one)))
     monkeypatch.setattr(experiments, "take_turns", take_turns)
-    status, text = run(tmp_path, "one")
+    status, (text,) = run(tmp_path, "one")
     assert status == 0 and [list(each) for each in turns] == [["base", "LoRA"], ["base", "few"]]
     assert turns[0]["base"] == ("walk", None) and turns[0]["LoRA"][1].name == RESULT
     assert "| seconds a set | training |" in text and "| 2.00 (1.50 to 2.50) |  |" in text
@@ -263,16 +255,35 @@ def test_arms_that_are_timed_take_turns_with_those_of_their_task(made_up, tmp_pa
     assert rows[3]["seconds a set"] == [0.5, 1.5]
 
 
-def test_a_failed_training_or_a_missing_mark_is_one_line(made_up, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "main", lambda flags: 2)
-        assert run(tmp_path, "one")[0] == 2
+def test_a_failed_training_is_one_line_and_writes_no_page(made_up, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda flags: 2)
+    assert run(tmp_path, "one")[0] == 2
     assert "did not end well" in capsys.readouterr().err.splitlines()[-1]
-    (tmp_path / "doc.md").write_text("no marks")
-    argv = ["one", "--count", "2", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
-    assert experiments.main([*argv, "--document", str(tmp_path / "doc.md")]) == 2
-    assert "has no place for tables; write <!-- tables of lab.experiments one -->" in capsys.readouterr().err
-    assert (tmp_path / "doc.md").read_text() == "no marks"
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_is_not_trained_is_judged_once_however_many_seeds(made_up, tmp_path, monkeypatch):
+    told, _ = made_up
+    monkeypatch.setitem(EXPERIMENTS, "one", replace(EXPERIMENTS["one"], seeds=3))
+    status, (text,) = run(tmp_path, "one")
+    rows = json.loads((tmp_path / "out" / "one.json").read_text())["rows"]
+    assert [len(row["figures"]) for row in rows] == [1, 1, 1, 3, 1, 3] and len(told) == 6
+    assert "| walk | base | 0.0 (0.0 to 65.8) | 0.0 (0.0 to 65.8) | 0.0 (0.0 to 65.8) |  |  |" in text
+    assert "| 100.0, 100.0, 100.0 |" in text and "trained 3 times" in text
+
+
+@pytest.mark.parametrize(
+    ("trainings", "words"),
+    [
+        ([], "cover sampling only: nothing was trained."),
+        ([1, 1], "cover sampling only: every arm was trained once."),
+        ([3, 3], "as far as 3 trainings can tell of it."),
+        ([3, 1], "arms without means by seed were trained once, and theirs cover sampling only."),
+    ],
+)
+def test_a_page_says_what_its_intervals_cover(trainings, words):
+    sentence = what_intervals_cover(trainings)
+    assert sentence.endswith(words) and "Wilson" in sentence
 
 
 def test_the_first_sets_of_a_task_are_the_committed_ones():

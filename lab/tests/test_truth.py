@@ -1,5 +1,9 @@
 """The ruler of the experiments, checked with a reader that knows the truth."""
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -98,16 +102,6 @@ def test_accuracy_counts_what_a_reader_gets_right():
     assert report.accuracy(Oracle(panels[::-1]), pictures, told)["scene"] < 0.5
 
 
-def test_intervals_hold_the_mean_and_shrink_with_the_number_of_sets():
-    rng = np.random.default_rng(0)
-    few, many = rng.random(20) < 0.7, rng.random(2000) < 0.7
-    for values in (few, many):
-        mean, low, high = scores.interval(values)
-        assert low <= mean <= high and mean == values.mean()
-    widths = [np.subtract(*scores.interval(values)[:0:-1]) for values in (few, many)]
-    assert widths[1] < widths[0] / 4 and scores.interval([1, 1, 1]) == (1, 1, 1)
-
-
 def test_a_row_says_whether_its_bar_is_reached():
     assert "| reached |" in scores.row("a", [1, 1, 0, 1], bar=0.7)
     assert "| **missed** |" in scores.row("a", [1, 1, 0, 1], bar=0.8)
@@ -141,14 +135,35 @@ def test_the_report_measures_with_the_models_own_reader_and_writes_everything(tm
         monkeypatch.setattr(report, name, table)
     monkeypatch.setattr(report.eyes, "tables", table)
     monkeypatch.setattr(report, "generate", lambda networks, captions, *rest, **more: torch.zeros(1, 3, 128, 128))
-    document = tmp_path / "doc.md"
-    document.write_text(f"{report.OPENING.format('lab.report')} old {report.CLOSING} after")
-    argv = ["--model", "tiny", "--columns", "1", "--out", str(tmp_path), "--document", str(document)]
-    assert report.main(argv) == 0
-    assert sum(isinstance(reader, truth.Reader) for reader in readers) == 4 and len(readers) == 8
-    text = document.read_text()
-    assert text.count("a line") == 8 and "old" not in text and text.endswith(f"{report.CLOSING} after")
-    assert {path.stem for path in tmp_path.glob("*.png")} == {"text-to-set", "panel-3-from-the-others"}
+    monkeypatch.setattr(report, "text_figures", lambda *rest: ({"scene": [1.0]}, {"scene": [0.5]}))
+    monkeypatch.setattr(report, "kept_figures", lambda *rest: {report.TRUE: {"face": [np.nan]}})
+    assert report.main(["--model", "tiny", "--columns", "1", "--out", str(tmp_path)]) == 0
+    assert sum(isinstance(reader, truth.Reader) for reader in readers) == 2 and len(readers) == 8
+    text = (tmp_path / "base.md").read_text()
+    assert text.startswith("# The base tiny\n") and text.count("a line") == 8
+    assert text.endswith("Made by `python -m lab.report --model tiny --sets 200 --columns 1`.\n")
+    pictures = re.findall(r"\]\((.*)\)", text)
+    assert [Path(name).stem for name in pictures] == ["base-from-text", "base-panel-3"]
+    assert all((tmp_path / name).exists() for name in pictures)
+    rows = json.loads((tmp_path / "base.json").read_text())["rows"]
+    assert [(row["task"], row["name"], row["figures"]) for row in rows] == [
+        ("text", "base", [{"scene": [1]}]), ("text", report.TRUE, [{"scene": [0.5]}]),
+        ("kept", report.TRUE, [{"face": [None]}]),
+    ]  # fmt: skip
+
+
+def test_tables_of_the_base_have_a_line_for_each_figure():
+    made, true = {"scene": [1.0, 1.0], report.SAME: [1.0, 0.0]}, {"scene": [1.0, 0.5]}
+    assert report.from_text(made, true)[2:] == [
+        "| scene | 100.0% | 34.2% to 100.0% | 75.0% | 95% | reached |",
+        "| same subject in all four | 50.0% | 9.5% to 90.5% |  | 85% | **missed** |",
+    ]
+    hidden = {trait: [1.0, np.nan] for trait in report.HIDDEN}
+    kept = {name: {**dict.fromkeys(report.KEPT_SCORES, [1.0, 0.0]), **hidden} for name in (report.OWN, report.TRUE)}
+    kept[report.OTHER] = {trait: [0.0, np.nan] for trait in report.HIDDEN}
+    lines = report.from_kept(kept)
+    assert len(lines) == 2 + 2 + 3 + 5 and lines[2].startswith("| masked panel: its own scene | 50.0% |")
+    assert lines[-1] == "| all | 100.0% | 0.0% | +100.0% | -73.4% to +100.0% | 100.0% |"
 
 
 @pytest.mark.parametrize("subjects", [1, 2, 3, 4])

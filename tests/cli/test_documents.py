@@ -16,12 +16,13 @@ import train
 from iclora.cli import parse
 from iclora.config import SampleConfig, TrainConfig
 from iclora.prompts import TASKS, preset
-from lab import experiments, pretrain, report, train_truth
+from lab import experiments, pretrain, report, summary, train_truth
 
 ROOT = Path(__file__).parents[2]
 README, METHOD = ROOT / "README.md", ROOT / "docs" / "method.md"
-NAMES = ["README.md", "CONTRIBUTING.md", "weights/README.md", "lab/README.md", "lab/results/experiments.md"]
-DOCUMENTS = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = ["README.md", "CONTRIBUTING.md", "weights/README.md", "lab/README.md"]
+PAGES = [path for folder in ("docs", "lab/results") for path in sorted((ROOT / folder).glob("*.md"))]
+DOCUMENTS = [*(ROOT / name for name in NAMES), *PAGES]
 CONFIGS = {"sample.py": SampleConfig, "train.py": TrainConfig}
 SET_UP = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
 FILES = {"panels", "set", "ref", "lora", "init-lora", "data", "config", "jobs"}  # options that read what a user has
@@ -131,7 +132,7 @@ def test_every_file_that_is_named_exists(path):
     text = path.read_text()
     names = [name for name in re.findall(r"`([^`\n]+)`", text) for name in name.split()]
     names = [name for name in names if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]*\w", name)]
-    names += re.findall(r'(?:src="|\]\()([\w./-]+\.(?:png|md|py))', text)
+    names += re.findall(r'(?:src="|\]\()([\w./-]+\.(?:png|jpg|md|py))', text)
     missing = [name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()]
     assert path.name == "log.md" or not missing  # the log tells of files as they were called then
 
@@ -176,7 +177,7 @@ def test_every_preset_builds(name):
     assert parse(SampleConfig, ["--preset", name], "").preset == name and preset(name) is TASKS[name]
 
 
-@pytest.mark.parametrize("entry", [sample, train, pretrain, report, train_truth, experiments])
+@pytest.mark.parametrize("entry", [sample, train, pretrain, report, train_truth, experiments, summary])
 def test_help_is_printed(entry, capsys):
     try:
         status = entry.main(["--help"])

@@ -1,0 +1,227 @@
+"""Results on one page: python -m lab.summary --out docs/results.md
+
+One line an experiment. What is asked, which figure is the headline, what it answers and what the paper has are written
+here by hand; figures are read from the values that lab.experiments and lab.report leave in lab/results.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from model.checkpoint import write_atomic
+
+from . import entry
+from .pages import TRUE, base_mark
+from .scores import above_chance, difference, interval, percent
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The figure that stands for an experiment: of one arm on one task.
+
+    none: the figure of the same arm by chance; then the share above chance is told
+    against: another arm of the task; then the difference from it is told
+    """
+
+    task: str
+    arm: str
+    figure: str
+    none: str = ""
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a person says of an experiment.
+
+    answer: eight words at most; empty until somebody has looked
+    paper: what the paper has, and whether this agrees
+    """
+
+    question: str
+    headline: Headline
+    answer: str = ""
+    paper: str = ""
+
+
+ROWS = {  # in the order of the page; a name without values in lab/results is told as not run
+    "base": Row(
+        "Does the base draw what captions tell, alike in all panels?",
+        Headline("text", "base", "same subject in all four"),
+    ),
+    "tasks": Row(
+        "Do twenty sets teach a relation that the base lacks?",
+        Headline("sketch", "LoRA", "first panel given", against="base"),
+        paper="In-Context LoRA: 20 to 100 sets do; no figures",
+    ),
+    "few": Row(
+        "Do more sets help?",
+        Headline("sketch", "100 sets", "from text", against="20 sets"),
+        paper="In-Context LoRA: 20 to 100 sets; no figures",
+    ),
+    "condition": Row(
+        "Are given panels better noised along (SDEdit) or clean?",
+        Headline("walk", "clean", "first panel given", against="SDEdit"),
+        paper="In-Context LoRA: SDEdit, which loses identity; no figures",
+    ),
+    "text": Row(
+        "Is one joint caption better than a part for each panel?",
+        Headline("walk", "panel", "from text", against="joint"),
+        paper="In-Context LoRA: joint; no figures",
+    ),
+    "captions": Row(
+        "Do captions that are left out help an effect?",
+        Headline("sparkle", "every other one", "first panel given", against="one in twenty"),
+        paper="not asked there",
+    ),
+    "filling-in": Row(
+        "Does a LoRA that fills in panels carry traits over?",
+        Headline("nothing", "clean", "unnamed, own panel", none="unnamed, another's panel"),
+        paper="In-Context LoRA: a base fills in context; no figures",
+    ),
+    "bundled": Row(
+        "Does the bundled LoRA walk?",
+        Headline("walk", "bundled LoRA", "from text", against="base"),
+    ),
+    "stages": Row(
+        "Are two references followed after both stages?",
+        Headline("two", "stages I and II", "all right", none="all right, no references"),
+        paper="UNO, table 2: DINO 54.2, CLIP-I 73.3",
+    ),
+    "offsets": Row(
+        "Does it matter where references stand?",
+        Headline("two", "offset o", "all right", against="offset d"),
+        paper="UNO, table 6: DINO 38.6 on the picture (o), 54.2 diagonally (d)",
+    ),
+    "cropped": Row(
+        "Do references cut out of the target teach pasting?",
+        Headline("two", "cut out", "pasted", against="drawn again"),
+        paper="UNO, table 3: DINO 52.9 cut out, 54.2 generated",
+    ),
+    "cold": Row(
+        "Is a first stage of one reference needed?",
+        Headline("two", "cold start", "all right", against="stages I and II"),
+        paper="UNO, table 3: DINO 51.1 cold, 54.2 in stages",
+    ),
+    "scale": Row(
+        "Do references follow better from further away?",
+        Headline("one", "offset-scale 2", "look", against="offset-scale 1"),
+        paper="UNO: scale 1 only",
+    ),
+    "number": Row(
+        "Do more than two references work?",
+        Headline("four", "four, taught two to four", "right", none="right, no references"),
+        paper="UNO leaves it open",
+    ),
+    "edits": Row(
+        "Can it recolour a reference once such pairs are taught?",
+        Headline("recolour", "recolour and sketch", "asked for", against="none of them"),
+        paper="UNO leaves it open",
+    ),
+    "tiny-uno": Row(
+        "Does the bundled UNO follow one reference?",
+        Headline("one", "tiny UNO", "look", none="look, no references"),
+        paper="UNO, table 4: DINO 76.0, CLIP-I 83.5",
+    ),
+}
+OLD = {  # typed by hand from what lab.experiments found on the base before this one, 100 sets, trained once
+    "rank": (
+        "Does a larger rank follow a reference better?", "rank 64, 4, 16, 128",
+        "rank 4, one reference: traits 54.3 (50.3 to 58.3); minus rank 64 -4.6 (-8.2 to -0.9)",
+        "From rank 16 on no difference was seen.", "UNO, figure 18: grows up to 128; agrees in part",
+    ),
+    "concat": (
+        "Panels as one picture, or encoded apart?", "pixels, tokens",
+        "tokens, walk: first panel given 96.0 (90.2 to 98.4); minus pixels +3.0 (-1.3 to +7.2)",
+        "No difference was seen.", "Group Diffusion Transformers: tokens; no figures",
+    ),
+    "alone": (
+        "May references see each other alone?", "joint, alone",
+        "alone, two references: traits 44.0 (40.1 to 47.6); minus joint +3.5 (+0.4 to +6.6)",
+        "No loss was seen; little time is saved.", "UNO: joint only",
+    ),
+}  # fmt: skip
+HEAD = """\
+# Results
+
+One line an experiment; its name leads to the page with all tables and sheets. Everything is measured on held-out \
+subjects, in percent, with 95 % intervals. Figures *above chance* are (own - none) / (ceiling - none): none is the \
+same arm without a reference or with another's panels, ceiling is the true picture after the autoencoder. What \
+intervals cover stands on each page. The papers' figures are of photographs, so that only the order of arms can agree.
+
+Made by `python -m lab.summary`; speed and memory are in [benchmarks.md](../lab/results/benchmarks.md).
+"""
+COLUMNS = ("experiment", "question", "arms", "headline", "answer", "paper")
+
+
+def page(results: Path, mark: str) -> str:
+    """The whole page.
+
+    results: folder of values
+    mark: of this base (base_mark); what was measured on another one counts as not run
+    Errors: ValueError if values lack the headline of their experiment
+    """
+    run, not_run = [], []
+    for name, row in ROWS.items():
+        path = results / f"{name}.json"
+        values = json.loads(path.read_text()) if path.exists() else {}
+        if values.get("base") == mark:
+            arms = ", ".join(dict.fromkeys(each["name"] for each in values["rows"] if each["name"] != TRUE))
+            link = f"[{name}](../lab/results/{name}.md)"
+            run.append((link, row.question, arms, headline(path, row.headline), row.answer, row.paper))
+        else:
+            not_run.append(f"- {name}: {row.question}")
+    parts = [HEAD]
+    parts += ["## On this base", "", *table(run), ""] if run else []
+    parts += ["## Not run on this base", "", "Nothing is claimed of:", "", *not_run, ""] if not_run else []
+    parts += ["## On the old base", "", "Measured on the base before this one, 100 sets, every arm trained once:", ""]
+    parts += [*table([(name, *cells) for name, cells in OLD.items()]), "", "Another base comes with the factory."]
+    return "\n".join(parts) + "\n"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+
+
+def headline(path: Path, told: Headline) -> str:
+    """The headline in words and percent, from the values of an experiment.
+
+    Errors: ValueError if they lack it
+    """
+    rows = {(row["task"], row["name"]): row["figures"] for row in json.loads(path.read_text())["rows"]}
+
+    def of(arm: str, figure: str) -> np.ndarray:
+        each = rows.get((told.task, arm), [{}])
+        if any(figure not in figures for figures in each):
+            raise ValueError(f"{path} has no figure {figure!r} of {arm!r} in {told.task!r}; change its row in ROWS")
+        return np.array([figures[figure] for figures in each], dtype=float)  # (S, N); null becomes NaN
+
+    own, words = of(told.arm, told.figure), f"{told.arm}, {told.task}: {told.figure}"
+    if told.none:
+        found = above_chance(own, of(told.arm, told.none), of(TRUE, told.figure))
+        return f"{words}, above chance {percent(found) if found else 'cannot be told'}"
+    if told.against:
+        apart = difference(own, of(told.against, told.figure))
+        return f"{words} {percent(interval(own))}; minus {told.against} {percent(apart, '+')}"
+    return f"{words} {percent(interval(own))}"
+
+
+def write(args: argparse.Namespace) -> None:
+    """Write the page."""
+    write_atomic(args.out, page(args.results, base_mark("tiny")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lab.summary", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("lab/results"), help="folder of values")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="the page")
+    return entry.run(parser, write, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
