@@ -187,10 +187,10 @@ def details(task: str, name: str, figures: Figures, most: Figures, barred: bool 
             continue
         own, others, none = (figures.get(f"{trait}, {given}") for given in GIVEN)
         ceiling = most[f"{trait}, {OWN}"]
-        share = above_chance(own, none, ceiling) if none else None
+        share = None if none is None else above_chance(own, none, ceiling)
         told = verdict(share[0], TRAITS_BAR) if barred and not base and trait == ALL and share else ("", "")
-        cells = [*(values and interval(values) for values in (own, others, none, ceiling)), share]
-        lines.append(line(f"{task}: {name}", trait, cells, *told))
+        cells = [None if v is None else interval(v) for v in (own, others, none, ceiling)]
+        lines.append(line(f"{task}: {name}", trait, [*cells, share], *told))
     return lines
 
 
