@@ -27,6 +27,12 @@ INPUTS = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
 MODELS = {"dev": GOLDEN / "dev" / "flux1-dev.safetensors", "schnell": GOLDEN / "schnell" / "flux1-schnell.safetensors"}
 TINY_FLUX = TINY / "flux1-tiny.safetensors"
 EFFECTS = load_file(FIXTURES / "effects.safetensors")
+CAPTIONS = [
+    "a cat on a beach.",
+    "",
+    "two pictures of a green striped cat with a hat: [IMAGE1] it is on the left on a beach, [IMAGE2] it is in the "
+    "middle in the snow.",
+]  # of the stored features
 
 
 def case(name):
@@ -160,15 +166,9 @@ def test_packing_is_undone_by_unpacking():
 def test_texts_have_the_features_they_had_before():
     stored = load_file(FIXTURES / "text.safetensors")
     encoders = load_text_encoders(find_model("tiny"), "cpu", torch.float32)
-    captions = [
-        "a cat on a beach.",
-        "",
-        "two pictures of a green striped cat with a hat: [IMAGE1] it is on the left on a beach, [IMAGE2] it is in the "
-        "middle in the snow.",
-    ]
-    txt, vec = encoders.encode(captions, 40)
+    txt, vec = encoders.encode(CAPTIONS, 40)
     assert far(txt[:, ::4], stored["txt"]) < 1e-4 and far(vec, stored["vec"]) < 1e-4
-    assert encoders.encode(captions[:1], 16)[0].shape == (1, 16, txt.shape[2])
+    assert encoders.encode(CAPTIONS[:1], 16)[0].shape == (1, 16, txt.shape[2])
 
 
 # LoRA files

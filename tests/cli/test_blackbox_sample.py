@@ -86,6 +86,7 @@ COMMANDS = {
         ["--lora", LORAS / "alone.safetensors", "--ref", CAT, ROBOT, "--prompt", "a cat and a robot on a beach."],
     ),
 }  # fmt: skip
+RECORDS = ("walk", "kept-and-reference", "text", "first")  # of pictures, kept beside them
 SELDOM = {"two-panels", "whole-set", "reference", "two-references", "tiled", "clean-lora", "uno-lora"}
 
 
@@ -277,7 +278,7 @@ def test_a_replay_from_other_pictures_is_told_and_made(tmp_path, capsys):
     assert pngs(tmp_path / "out", "0002") != pngs(tmp_path / "out", "0001")
 
 
-@pytest.mark.parametrize("name", ["walk", slow("kept-and-reference"), slow("text"), slow("first")])
+@pytest.mark.parametrize("name", [RECORDS[0], *map(slow, RECORDS[1:])])
 def test_a_record_of_before_is_replayed_to_its_picture(tmp_path, name):
     text = (FIXTURES / "records" / f"{name}.json").read_text().replace("{root}", str(ROOT))
     (tmp_path / "old.json").write_text(text)
