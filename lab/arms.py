@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from .judge import IN_CONTEXT, IN_CONTEXT_WITH_BARS, Judge
+from .judge import ALL_TASKS, IN_CONTEXT, IN_CONTEXT_WITH_BARS, SILENT, Judge
 from .judge_kept import KEPT
 from .judge_text import TEXT, TEXT_CASES
 from .judge_uno import UNO, UNO_WITH_BARS
@@ -159,7 +159,7 @@ BUNDLED = Training(  # single references stay among the pairs of stage II: what 
 EXPERIMENTS = {
     "tasks": Experiment(
         "What a LoRA of twenty sets teaches the base (bars: the base at most 20 %, the LoRA at least 85 %)",
-        of_every_task(("base", None), ("LoRA",), ("one LoRA of all tasks", (), None)),
+        of_every_task(("base", None), ("LoRA",), (ALL_TASKS, (), None)),
         IN_CONTEXT_WITH_BARS, seeds=3,
     ),
     "few": Experiment(
@@ -171,7 +171,7 @@ EXPERIMENTS = {
     "silent": Experiment(
         "Captions silent about the subject: does a given panel tell who it is? (bar: traits 80 % above chance)",
         (Arm("walk", "base"), on_sets("walk", "LoRA"), on_sets("walk", "LoRA, clean", CLEAN), after_filling_in("walk")),
-        IN_CONTEXT_WITH_BARS,
+        SILENT,
     ),
     "untuned": Experiment(
         "Does the base generate in context? Panel 3 from the others, captions telling more or less",
