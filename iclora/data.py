@@ -21,9 +21,10 @@ from model.weights import ModelFiles, find_model
 from sampling.images import fit, open_picture
 from sampling.latents import TOKEN
 
+from .buckets import composite_layouts, nearest_panel
 from .cli import guard, parse, plain
 from .config import UNO, check, model_defaults, option
-from .layout import Layout, composite_layouts, nearest_panel, parse_grid
+from .layout import Layout, parse_grid
 from .prompts import build, clean, lint, markers_for
 from .records import SETTINGS, Findings, Grid, Record, collect, read_records
 from .references import fitted

@@ -23,10 +23,11 @@ from model.lora_formats import LoraFile
 from model.text import check_widths, load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
+from .buckets import parse_sides
 from .cache import Cache, Entry, Panels, latent_entry, reference_entry, text_encoder_paths, text_entry
 from .config import ALONE, TrainConfig, model_defaults
 from .data import Buckets, Example, Note, bucket
-from .layout import Layout, generate_mask, panel_attention_mask, parse_sides
+from .layout import Layout, generate_mask, panel_attention_mask
 from .prompts import texts_of
 from .references import image_ids
 

@@ -30,10 +30,11 @@ from model.weights import ModelFiles, find_model, load_flux
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
+from .buckets import parse_sides
 from .checkpoint import CHECKPOINT, RESULT, State, as_begun, load_checkpoint, new_state, refuse_other_run, train_command
 from .config import IN_CONTEXT, UNO, ModelDefaults, TrainConfig, model_defaults, resolve_training_defaults
 from .data import Example, bucket, load
-from .layout import Layout, parse_grid, parse_sides
+from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
