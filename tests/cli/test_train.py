@@ -516,6 +516,19 @@ def test_one_run_learns_sets_at_several_sizes_and_says_what_the_tiny_model_knows
     assert "holds a run with --panel-size None, not 32; give the same settings" in refused(capsys)
 
 
+def test_the_largest_of_several_sizes_has_to_fit_into_memory(world, out, capsys, monkeypatch):
+    monkeypatch.setattr(iclora.memory, "MAX_TOKENS", 7)
+    argv = command(world, out, "--composite-size", "32,46")
+    at = argv.index("--panel-size")
+    assert train.main(argv[:at] + argv[at + 2 :]) == 2
+    told = (
+        r"^error: 8 tokens of the picture, 2 examples .*; at most 7 tokens are possible, .* or lower --composite-size$"
+    )
+    assert re.search(told, refused(capsys)) and not out.exists()
+    assert train.main([*argv[:at], *argv[at + 2 :], "--composite-size", "512,1k"]) == 2
+    assert "composite size '512,1k' is not a list of 16 to 8192 pixels; write 512,768" in refused(capsys)
+
+
 def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
     monkeypatch.setattr(iclora.monitor.Monitor, "draw_sheet", killing(iclora.monitor.Monitor.draw_sheet, 1))
     with pytest.raises(Killed):
