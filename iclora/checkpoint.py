@@ -53,9 +53,9 @@ class State:
     step: int = 0
 
 
-def new_state(parameters: list[nn.Parameter]) -> State:
-    """Start training from the parameters as they are."""
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+def new_state(parameters: list[nn.Parameter], eps: float = 1e-8) -> State:
+    """Start training from the parameters as they are. eps: of AdamW's denominator"""
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), eps=eps, weight_decay=0.01, fused=True)
     return State(parameters, [p.detach().clone() for p in parameters], [optimizer])
 
 
@@ -161,12 +161,25 @@ def first_change(
     Errors: as read_checkpoint
     """
     before, learnt, _ = read_checkpoint(path)
+    before = TrainConfig.BEFORE | before
     for name, value in json.loads(json.dumps(dict(config))).items():
         known = [key for key in CONTENT.get(name, ()) if key in learnt]  # old runs have fewer
         changed = any(learnt[key] != fingerprint[key] for key in known) if known else before.get(name) != value
         if changed and name not in free:
             return name, before.get(name), value
     return None
+
+
+def as_begun(config: TrainConfig, path: Path) -> TrainConfig:
+    """Give options that are younger than a run the values that they had then, where they are left open.
+
+    path: of the run's checkpoint; if there is none, it begins now
+    Errors: as read_checkpoint
+    """
+    if not path.exists():
+        return config
+    known, before = read_checkpoint(path)[0], TrainConfig.BEFORE.items()
+    return replace(config, **{k: v for k, v in before if k not in known and getattr(config, k) is None})
 
 
 def refuse_other_run(path: Path, config: TrainConfig, fingerprint: Mapping[str, str], more: str = "") -> None:
