@@ -87,13 +87,18 @@ def roughen(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def of_sets(folder: Path) -> tuple[Tensor, Tensor]:
-    """The panels of the sets that pretraining drew: (N, 3, 64, 64) uint8 and (N, groups) labels."""
+    """The panels of the sets that pretraining drew: (N, 3, 64, 64) uint8 and (N, groups) labels.
+
+    Sets in a domain are left out: pencil hides the colours that labels tell, and dusk dims them.
+    """
     pictures, told = [], []
     for grid in GRIDS:
         with safe_open(folder / f"sets-{grid[0]}x{grid[1]}.safetensors", "pt") as file:
             count, seed = int(file.metadata()["count"]), int(file.metadata()["seed"])
-        pictures.append(tiles(load_sets(folder, grid, count)[0]))
-        told += [labels(panel) for panels in plan_sets(grid, count, seed) for panel in panels]
+        planned = plan_sets(grid, count, seed)
+        plain = [i for i, one in enumerate(planned) if not one.domain]
+        pictures.append(tiles(load_sets(folder, grid, count)[plain]))
+        told += [labels(panel) for i in plain for panel in planned[i].panels]
     return torch.cat(pictures), torch.tensor(told)
 
 
