@@ -145,6 +145,18 @@ def test_a_killed_stage_by_the_clock_goes_on_with_the_seconds_that_are_left(tmp_
     run(stage, quadratic()[0], None, Work(tmp_path))  # it is finished, so only loaded
 
 
+def test_a_bfloat16_stage_keeps_its_weights_and_averages_in_float32(tmp_path):
+    stage = Stage("toy", steps=2, batch=16, lr=0.01, muon_lr=0.01, bfloat16=True)
+    model, loss_at = quadratic()
+    seen = []
+    model[0].register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
+    average = run(stage, model, loss_at, Work(tmp_path), lambda name, p: p.ndim == 2, report=lambda line: None)
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in (*model.parameters(), *average.parameters())} == {torch.float32}
+    kept = load_file(tmp_path / "toy.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+
+
 def test_processes_beside_know_how_much_of_a_stage_is_done(tmp_path):
     stage = Stage("toy", steps=4, batch=16, lr=0.01)
     clock, (model, loss_at) = Clock(stage), quadratic()
@@ -351,6 +363,14 @@ def test_every_token_is_told_its_own_panel(captions, tmp_path):
     pieces = tokenizer.convert_ids_to_tokens(ids[0])
     assert [panel[pieces.index("\u2581" + word)] for word in ("red", "night", "beach")] == [0, 1, 2]
     assert panel[pieces.index("[IMAGE1]")] == 1 and panel[pieces.index("</s>")] == panel[-1] == 0
+
+
+def test_t5_learns_from_captions_of_every_domain():
+    captions, told = train_text.draw_many(1500, 0, processes=1)
+    assert len(captions) == len(told) == 1000 and told.shape[1:] == (5, len(train_text.CLASSES))
+    words = {domain: tuple(f for both in fronts for f in both) for domain, fronts in DOMAIN_WORDS.items()}
+    shares = {domain: np.mean([c.startswith(fronts) for c in captions]) for domain, fronts in words.items()}
+    assert all(0.03 < share < 0.12 for share in shares.values()), shares
 
 
 def test_facts_are_those_that_the_caption_tells():
