@@ -37,8 +37,8 @@ COUNT, SEED = 20, 1  # of the committed sets
 BEGINNINGS = ("{number} pictures of {who}:", "a set of {number} images shows {who}:", "the story of {who}:")
 OTHERS = ("it is {scene}", "we see it {scene}", "now it is {scene}", "{scene} we see it")
 
-# Thresholds of the truth functions, from true and wrong pictures alone (lab/tests/test_wrong_pictures.py): what explained must
-# give for the subject and for a drawing's scene, how far dusk may be off, and how sharp a panel must be
+# Thresholds of the truth functions, from true and wrong pictures alone (lab/tests/test_wrong_pictures.py): what
+# explained must give for the subject and for a drawing's scene, how far dusk may be off, how sharp a panel must be
 SUBJECT, SCENE, DUSK, SHARP = {"sparkle": 0.5, "sketch": 0.6}, 0.5, 0.045, 0.12
 
 
