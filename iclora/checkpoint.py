@@ -7,6 +7,7 @@ averages, the optimizers' moments and the number of steps are all there is to ke
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +31,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
-LOCK = ".lock"  # held while a run works in its folder
 ANEW = "remove it to start anew, or give another --out"
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
@@ -208,22 +208,30 @@ def train_command(config: TrainConfig) -> str:
 
 
 @contextlib.contextmanager
-def only_run(folder: Path, name: str = LOCK) -> Iterator[None]:
+def only_run(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder for as long as this one works; the lock dies with the process.
 
-    name: of the file that is locked; runs of other names may share the folder
+    A folder in which nothing was written is removed again.
+
     Errors: ValueError if another run works there; OSError if the folder cannot be made
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run works in {folder}; wait until it has ended, or give another --out") from None
-        except OSError:  # a file system without locks
-            pass
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"another run works in {folder}; wait until it has ended, or give another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # unless something is in it
+        if fcntl:
+            os.close(handle)
 
 
 def start_folder(folder: Path, config: TrainConfig) -> None:

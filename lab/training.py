@@ -240,7 +240,7 @@ def run(
     Errors: ValueError if the folder holds a checkpoint of a run with another seed or origin, or a run that works
     Returns the averaged (EMA) copy of the module
     """
-    with only_run(work.folder, f".{stage.name}.lock"):
+    with only_run(work.folder / f"{stage.name}.running"):
         return train_stage(stage, module, loss_at, work, is_hidden, every, processes, report, clock or Clock(stage))
 
 

@@ -663,14 +663,16 @@ def test_a_flipped_bit_is_told(checkpoint, tmp_path, where):
 
 
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+    tmp_path = tmp_path / "run"
     with only_run(tmp_path):
         with pytest.raises(ValueError, match="another run works in .*; wait until it has ended, or give another --out"):
             with only_run(tmp_path):
                 pass
-        with only_run(tmp_path, "another stage"):
-            pass
-    with only_run(tmp_path):  # which has ended
-        pass
+        assert not list(tmp_path.iterdir())
+    assert not tmp_path.exists(), "nothing was written in it"
+    with only_run(tmp_path):  # the other one has ended
+        (tmp_path / "file").touch()
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
