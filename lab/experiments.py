@@ -188,7 +188,8 @@ def remembered(
 ) -> Found:
     """Find something, or read what was found before with the same files; remove judged/ when judges have changed."""
     folders = sorted({find_model(model).root for model in (args.model, args.judges or args.model)})
-    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name != "loras"]
+    unused = {"loras"} if judge.eyes else {"loras", "clip", "dinov2"}
+    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name not in unused]
     mark = fingerprint([*weights, *([what] if isinstance(what, Path) else [])])[:16]
     kind = "truth" if what == "truth" else "made"
     path = args.work / "judged" / f"{judge.name}-{task}-{args.count}-{kind}-{mark}.safetensors"

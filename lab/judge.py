@@ -48,6 +48,7 @@ class Judge:
     head: of a second table, and details: its lines for an arm: (case, name, figures, those of true pictures)
     notes: what the figures are; sheet: what it shows
     one: (case, networks, metadata of the LoRA) -> a call that makes a single set, to be timed
+    eyes: whether CLIP and DINOv2 are asked too
     """
 
     name: str
@@ -59,6 +60,7 @@ class Judge:
     notes: tuple[str, ...] = ()
     sheet: str = ""
     one: Callable[..., Callable[[], Tensor]] | None = None
+    eyes: bool = False
 
 
 def measure(task: str, networks: Networks, metadata: dict[str, str], ruler: Ruler, count: int) -> Found:

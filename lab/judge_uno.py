@@ -248,6 +248,6 @@ UNO = Judge(
         "DreamBench, times 100; CLIP-T is not measured here: it ranked true pictures below those without references.",
     ),
     sheet="references, true pictures after the autoencoder, then every arm (its first seed) from the same noise",
-    one=one_picture,
+    one=one_picture, eyes=True,
 )  # fmt: skip
 UNO_WITH_BARS = replace(UNO, details=partial(controls, bars=BARS))
