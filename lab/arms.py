@@ -31,7 +31,7 @@ class Training:
     flags: tuple[str, ...] = ()
     stage: int | None = None
     start: "Training | None" = None
-    length: int = 1
+    length: float = 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ STAGES = (
 COLD = Training(pairs("two"), (), 2, length=2)
 BUNDLED = Training(  # single references stay among the pairs of stage II: what is bundled must do both
     pairs("one", "two", "up-to-four", "up-to-four", count=2 * PAIRS), ("--rank", FITTING), 2,
-    Training(pairs("one", count=2 * PAIRS), ("--rank", FITTING), 1),
+    Training(pairs("one", count=2 * PAIRS), ("--rank", FITTING), 1), 2 / 3,
 )  # fmt: skip
 
 EXPERIMENTS = {
@@ -271,7 +271,7 @@ EXPERIMENTS = {
         "UNO: the bundled LoRA",
         *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two", "three", "four")),
         judge=UNO_WITH_BARS,
-        steps=3000,
+        steps=1500,
         columns=(
             "traits", "look", "right", "all right", "swapped", "confused", "scene", "copied", "pasted", "DINO",
             "CLIP-I",
