@@ -64,6 +64,16 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
         Headline("sketch", "100 sets", "from text", against="20 sets"),
         paper="In-Context LoRA: 20 to 100 sets; no figures",
     ),
+    "silent": Row(
+        "Does a given panel tell who it is if captions are silent?",
+        Headline("walk", "LoRA, clean", "all traits, own panel", none="all traits, no panel"),
+        paper="In-Context LoRA: captions name the subject",
+    ),
+    "untuned": Row(
+        "Does the base generate in context, without a LoRA?",
+        Headline("nothing", "base", "all traits, own panel", none="all traits, no panel"),
+        paper="In-Context LoRA: its hypothesis; no figures",
+    ),
     "condition": Row(
         "Are given panels better noised along (SDEdit) or clean?",
         Headline("walk", "clean", "first panel given", against="SDEdit"),
@@ -74,15 +84,15 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
         Headline("walk", "panel", "from text", against="joint"),
         paper="In-Context LoRA: joint; no figures",
     ),
-    "captions": Row(
-        "Do captions that are left out help an effect?",
-        Headline("sparkle", "every other one", "first panel given", against="one in twenty"),
-        paper="not asked there",
-    ),
     "filling-in": Row(
         "Does a LoRA that fills in panels carry traits over?",
-        Headline("nothing", "clean", "unnamed, own panel", none="unnamed, another's panel"),
-        paper="In-Context LoRA: a base fills in context; no figures",
+        Headline("nothing", "clean", "all traits, own panel", none="all traits, no panel"),
+        paper="In-Context LoRA: SDEdit fills in; no figures",
+    ),
+    "knowledge": Row(
+        "Does a LoRA preserve what the base knows?",
+        Headline("one subject, 2x2", "LoRA of all tasks", "same subject", against="base"),
+        paper="In-Context LoRA: it does; no figures",
     ),
     "bundled": Row(
         "Does the bundled LoRA walk?",
@@ -100,12 +110,12 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "cropped": Row(
         "Do references cut out of the target teach pasting?",
-        Headline("two", "cut out", "pasted", against="drawn again"),
+        Headline("two", "cut out", "pasted", against="redrawn by stage I"),
         paper="UNO, table 3: DINO 52.9 cut out, 54.2 generated",
     ),
     "cold": Row(
         "Is a first stage of one reference needed?",
-        Headline("two", "cold start", "all right", against="stages I and II"),
+        Headline("two", "cold start, as many steps in all", "all right", against="stages I and II"),
         paper="UNO, table 3: DINO 51.1 cold, 54.2 in stages",
     ),
     "scale": Row(
@@ -120,7 +130,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "edits": Row(
         "Can it recolour a reference once such pairs are taught?",
-        Headline("recolour", "recolour and sketch", "asked for", against="none of them"),
+        Headline("recolour", "all three", "asked for", against="none of them"),
         paper="UNO leaves it open",
     ),
     "tiny-uno": Row(
@@ -151,7 +161,7 @@ HEAD = """\
 
 One line an experiment; its name leads to the page with all tables and sheets. Everything is measured on held-out \
 subjects, in percent, with 95 % intervals. Figures *above chance* are (own - none) / (ceiling - none): none is the \
-same arm without a reference or with another's panels, ceiling is the true picture after the autoencoder. What \
+same arm without references or given panels, ceiling is the true picture after the autoencoder. What \
 intervals cover stands on each page. The papers' figures are of photographs, so that only the order of arms can agree.
 
 Made by `python -m lab.summary`; speed and memory are in [benchmarks.md](../lab/results/benchmarks.md).

@@ -3,16 +3,22 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from iclora.checkpoint import CHECKPOINT, RESULT
+from iclora.config import IN_CONTEXT as METHOD
+from iclora.config import TINY_TRAINING, TRAINING
 from iclora.records import Findings, read_records
-from lab import experiments, judge
+from lab import experiments, judge, pairs
 from lab.arms import BASE, EXPERIMENTS, Arm, Experiment, Training, on_sets
-from lab.scores import ratio
+from lab.captions import panel_prompt
+from lab.judge import FIGURES, IN_CONTEXT, IN_CONTEXT_WITH_BARS, NONE, OTHERS, OWN, SUCCESS
+from lab.scores import ALL, ratio, traits_shown
 from lab.tables import training_time, what_intervals_cover
 from lab.tasks import COUNT, GRIDS, SEED, task_sets
 from lab.truth import Reading, Seen
@@ -24,87 +30,98 @@ def seen(subject, **other):
     return Seen(**{**traits, **other})
 
 
-def test_traits_count_only_with_somebody_of_the_subjects_shape():
+def test_every_trait_counts_by_itself_whoever_has_it():
     subject = task_sets("walk", 1, 0)[0].panels[0].placed[0].subject
-    face = subject.face + 1
-    assert judge.traits(Reading("beach", (seen(subject),)), subject) == (1, 1)
-    assert judge.traits(Reading("beach", (seen(subject, colour="none", face=face),)), subject) == (
-        0.75, pytest.approx(1 - 1 / (2 if subject.pattern == "plain" else 4)),
-    )  # fmt: skip
-    assert judge.traits(Reading("beach", (seen(subject, shape="none"),)), subject) == (0, 0)
-    assert judge.traits(Reading("beach", ()), subject) == (0, 0)
+    every = dict.fromkeys(FIGURES, 1)
+    assert traits_shown(Reading("beach", (seen(subject),)), subject) == every
+    other = seen(subject, shape="none", face=subject.face + 1)
+    some = every | {"shape": 0, "face": 0, ALL: pytest.approx(4 / 6)}
+    assert traits_shown(Reading("beach", (other,)), subject) == some
+    nobody = seen(subject, shape="", colour="", pattern="", accessory="", face=-1, hue=9)
+    assert traits_shown(Reading("beach", (nobody, other)), subject) == some
+    assert traits_shown(Reading("beach", ()), subject) == dict.fromkeys(FIGURES, 0)
 
 
 def test_identity_looks_at_the_later_panels_only(monkeypatch):
     sets = task_sets("walk", 2, 0)
-    subjects = [one.panels[0].placed[0].subject for one in sets]
-    nobody = Reading("beach", ())
-    first, second = (Reading("beach", (seen(subject),)) for subject in subjects)
-    found = [nobody, first, first, second, nobody, nobody]
-    monkeypatch.setattr(judge, "read", lambda reader, image: found)
-    figures = judge.identity(None, torch.zeros(2, 3, 192, 64), sets, "own panel")
-    assert figures == {"named, own panel": [1, 0], "unnamed, own panel": [1, 0]}
+    first, second = (one.panels[0].placed[0].subject for one in sets)
+    nobody, bald = Reading("beach", ()), seen(first, accessory="other")
+    found = [nobody, Reading("beach", (seen(first),)), Reading("beach", (bald,)), Reading("beach", (seen(second),))]
+    monkeypatch.setattr(judge, "read", lambda reader, image: [*found, nobody, nobody])
+    figures = judge.identity(None, torch.zeros(2, 3, 192, 64), sets, OWN)
+    wanted = {f"{trait}, {OWN}": [1, 0] for trait in FIGURES}
+    assert figures == wanted | {f"accessory, {OWN}": [0.5, 0], f"{ALL}, {OWN}": [pytest.approx(1 - 0.5 / 6), 0]}
 
 
-def test_panels_are_alike_if_the_first_ones_unnamed_traits_come_back(monkeypatch):
+def test_panels_are_alike_if_face_and_hue_of_the_first_one_come_back(monkeypatch):
     sets = task_sets("walk", 3, 0)
     subjects = [one.panels[0].placed[0].subject for one in sets]
-    page = [Reading("beach", (seen(subject),)) for subject in subjects for _ in range(3)]
-    page[1] = Reading("beach", (seen(subjects[0], face=subjects[0].face + 1, hue=subjects[0].hue + 2),))
+    page = [Reading("beach", (seen(subject, colour="any"),)) for subject in subjects for _ in range(3)]
+    page[1] = Reading("beach", (seen(subjects[0], face=subjects[0].face + 1),))
     page[5] = page[6] = Reading("beach", ())  # a later panel of the second set, and the first of the third
-    share = 1 - 2 / (2 if subjects[0].pattern == "plain" else 4)
-    monkeypatch.setattr(judge, "read", lambda reader, image: page)
     image = torch.zeros(3, 3, 192, 64)
-    assert judge.alike(None, image, image, sets, "own panel") == {f"{judge.ALIKE}, own panel": [
-        pytest.approx((share + 1) / 2), 0.5, 0,
-    ]}  # fmt: skip
-    other = [seen(subject, face=subject.face + 1, hue=subject.hue + 2, angle=subject.angle + 45, spacing=9)
-             for subject in subjects]  # fmt: skip
+    monkeypatch.setattr(judge, "read", lambda reader, image: page)
+    assert judge.alike(None, image, image, sets, OWN) == {f"{judge.ALIKE}, {OWN}": [0.75, 0.5, 0]}
+    other = [seen(subject, face=subject.face + 1, hue=subject.hue + 2) for subject in subjects]
     pages = iter([page, [Reading("beach", (one,)) for one in other for _ in range(3)]])
     monkeypatch.setattr(judge, "read", lambda reader, image: next(pages))
-    (values,) = judge.alike(None, image, image, sets, "another's panel").values()
-    assert values[1:] == [0, 0], "the first panel is the other picture's"
+    (values,) = judge.alike(None, image, image, sets, OTHERS).values()
+    assert values == [0.25, 0, 0], "the first panel is the other picture's"
 
 
-def test_a_walk_from_text_is_made_twice_to_tell_what_agrees_by_chance(monkeypatch):
+def test_a_walk_is_also_made_silently_from_its_own_panel_from_anothers_and_from_none(monkeypatch):
     calls, sets = [], task_sets("walk", 2, judge.SEED, held_out=True)
     empty = [Reading("beach", ())] * 6
 
-    def generate(networks, captions, grid, seeds, options, **kept):
-        calls.append((captions, seeds, "kept" in kept))
+    def generate(networks, captions, grid, seeds, options, kept=None, masked=()):
+        calls.append((captions, seeds, kept, masked))
         return torch.zeros(2, 3, 192, 64)
 
     monkeypatch.setattr(judge, "generate", generate)
     monkeypatch.setattr(judge, "read", lambda reader, image: empty[: len(image)])
     figures, _ = judge.measure("walk", None, {}, judge.Ruler(None), 2)
     told, silent = [one.caption for one in sets], [one.silent for one in sets]
-    assert calls == [
-        (told, [0, 1], False), (told, [0, 1], True), (silent, [0, 1], True), (silent, [0, 1], True),
-        (told, [2, 3], False),
+    assert [(captions, seeds, masked) for captions, seeds, _, masked in calls] == [
+        (told, [0, 1], ()), (told, [0, 1], (2, 3)), (silent, [0, 1], (2, 3)), (silent, [0, 1], (2, 3)),
+        (silent, [0, 1], ()), (told, [2, 3], ()),
     ]  # fmt: skip
-    kinds = (*judge.KINDS, judge.ALIKE)
-    wanted = {f"{kind}, {whose}" for kind in kinds for whose in ("own panel", "another's panel")}
+    own, wrong = judge.only_first(judge.to_tensors(sets)), judge.only_first(judge.to_tensors(sets[::-1]))
+    for (_, _, kept, _), wanted in zip(calls, (None, own, own, wrong, None, None), strict=True):
+        assert kept is wanted or torch.equal(kept, wanted)
+    wanted = {f"{trait}, {given}" for trait in FIGURES for given in judge.GIVEN}
+    wanted |= {f"{judge.ALIKE}, {given}" for given in (OWN, OTHERS)}
     assert set(figures) == {*judge.SUCCESS, *wanted}
 
 
-def test_bars_of_task_success_hold_as_they_are_and_those_of_traits_as_shares_of_the_ceiling():
-    def lines(name, success, share):
-        figures = dict.fromkeys(judge.SUCCESS, [success] * 2)
-        kept = {f"{kind}, {whose} panel": [share] * 2 for kind in judge.KINDS for whose in ("own", "another's")}
-        most = dict.fromkeys((*figures, *kept), [0.9] * 2)
-        return EXPERIMENTS["tasks"].judge.details("walk", name, figures | kept, most)
+def lines(name, success, traits, judged=IN_CONTEXT_WITH_BARS):
+    """The details of an arm of a walk: by chance 0.1 of the traits come back, of true sets 0.9."""
+    figures = dict.fromkeys(SUCCESS, [success] * 2)
+    kept = {f"{trait}, {OWN}": [traits] * 2 for trait in FIGURES}
+    kept |= {f"{trait}, {given}": [0.1] * 2 for trait in FIGURES for given in (OTHERS, NONE)}
+    found = judged.details("walk", name, figures | kept, dict.fromkeys((*figures, *kept), [0.9] * 2))
+    return [line.split(" | ") for line in found]
 
-    def ends(found):
-        return [line.split(" | ", 1)[0][2:] + ":" + ",".join(line.split(" | ")[-2:]) for line in found]
 
-    wanted = [f"walk: LoRA:at least {bar}%,reached |" for bar in (85, 85, 80, 80)]
-    assert ends(lines("LoRA", 0.86, 0.73)) == wanted
-    assert [line.count("**missed**") for line in lines("LoRA", 0.84, 0.71)] == [1] * 4
-    base = lines("base", 0.2, 0.1)
-    assert ends(base)[:2] == ["walk: base:at most 20%,reached |"] * 2 and "at least" not in "".join(base)
-    assert [line.count("**missed**") for line in lines("base", 0.21, 0.1)] == [1, 1, 0, 0]
-    plain = judge.IN_CONTEXT.details("walk", "LoRA", dict.fromkeys(judge.SUCCESS, [0.0]), {})
-    assert plain == [] and {arm.name for arm in EXPERIMENTS["tasks"].arms if arm.training is None} == {"base"}
+def test_every_trait_stands_beside_chance_and_only_all_of_them_have_a_bar():
+    found = lines("LoRA", 0.86, 0.74)
+    assert {len(cells) for cells in found} == {judge.AGREEMENT[0].count("|") - 1}
+    assert [cells[1] for cells in found] == [*(f"task success, {way}" for way in SUCCESS[:2]), *FIGURES]
+    assert [[cell.split(" ")[0] for cell in cells[2:7]] for cells in found[2:]] == [
+        ["74.0", "10.0", "10.0", "90.0", "80.0"]
+    ] * len(FIGURES)
+    barred = [cells[1] for cells in found if "at least" in cells[-2]]
+    assert barred == [f"task success, {way}" for way in SUCCESS[:2]] + [ALL]
+    assert lines("LoRA", 0.86, 0.74, IN_CONTEXT) == [[*cells[:7], "", " |"] for cells in found[2:]], "no bars"
+
+
+def test_bars_of_task_success_hold_as_they_are_and_that_of_traits_above_chance():
+    def bars(found):
+        return [",".join(cells[-2:]) for cells in found if "at " in cells[-2]]
+
+    assert bars(lines("LoRA", 0.86, 0.75)) == [f"at least {bar}%,reached |" for bar in (85, 85, 80)]
+    assert bars(lines("LoRA", 0.84, 0.73)) == [f"at least {bar}%,**missed** |" for bar in (85, 85, 80)]
+    assert bars(lines("base", 0.2, 0.1)) == ["at most 20%,reached |"] * 2
+    assert bars(lines("base", 0.21, 0.1)) == ["at most 20%,**missed** |"] * 2
 
 
 @pytest.mark.parametrize(
@@ -121,11 +138,11 @@ def test_a_ratio_is_that_of_the_means_and_its_interval_holds_it():
     assert ratio([1.0, 1.0], [1.0, 1.0]) == (1, 1, 1)
 
 
-def test_every_experiment_compares_arms_of_every_task():
+def test_arms_of_a_task_differ_and_tasks_have_all_of_them():
     for name, experiment in EXPERIMENTS.items():
-        if experiment.judge.name != judge.IN_CONTEXT.name:
+        if experiment.judge.name != IN_CONTEXT.name:
             continue
-        if name != "bundled":
+        if name not in ("bundled", "silent"):  # which are about a walk
             assert {arm.task for arm in experiment.arms} == set(GRIDS)
         for task in {arm.task for arm in experiment.arms}:
             own = [arm.training for arm in experiment.arms if arm.task == task]
@@ -136,6 +153,14 @@ def test_arms_without_a_training_and_no_others_are_called_base():
     """Bars are told by that name."""
     arms = [arm for experiment in EXPERIMENTS.values() for arm in experiment.arms]
     assert all((arm.name == "base") == (arm.training is BASE) for arm in arms)
+
+
+def test_one_lora_of_all_tasks_is_the_users_own_command():
+    """python train.py --data sets/ --rank 16, of which the rank is the default."""
+    (training,) = {arm.training for arm in EXPERIMENTS["tasks"].arms if arm.name == "one LoRA of all tasks"}
+    assert (training.data, training.flags, training.start) == ((), (), None)
+    assert {**TRAINING[METHOD], **TINY_TRAINING[METHOD]}["rank"] == 16
+    assert training in {arm.training for arm in EXPERIMENTS["knowledge"].arms}
 
 
 @pytest.fixture
@@ -153,8 +178,9 @@ def made_up(monkeypatch):
     def measure(task, networks, settings, ruler, count):
         judged.append((task, networks))
         right = [1.0 if networks else 0.0] * count
-        figures = dict.fromkeys(judge.SUCCESS, right)
-        kept = {f"{kind}, {whose} panel": right for kind in judge.KINDS for whose in ("own", "another's")}
+        figures = dict.fromkeys(SUCCESS, right)
+        kept = {f"{trait}, {given}": right if given == OWN else [0.0] * count
+                for trait in FIGURES for given in judge.GIVEN}  # fmt: skip
         return figures | (kept if task == "walk" else {}), [torch.zeros(count, 3, 64, 64)] * 2
 
     def measure_truth(task, networks, ruler, count):
@@ -166,7 +192,7 @@ def made_up(monkeypatch):
     monkeypatch.setattr(experiments, "load_ruler", lambda model: None)
     monkeypatch.setattr(experiments, "load_networks", lambda model: None)
     monkeypatch.setattr(experiments, "with_lora", lambda model, lora: (lora, {}))
-    made_up = replace(judge.IN_CONTEXT, measure=measure, measure_truth=measure_truth)
+    made_up = replace(IN_CONTEXT, measure=measure, measure_truth=measure_truth)
     arms = (Arm("walk", "base"), on_sets("walk", "LoRA"), Arm("sketch", "base"), on_sets("sketch", "few", (), 3))
     for name in ("one", "two"):
         monkeypatch.setitem(EXPERIMENTS, name, Experiment(name, arms, made_up))
@@ -189,7 +215,9 @@ def test_the_runner_trains_judges_and_writes_pages_values_and_sheets(made_up, tm
     assert status == 0 and text.startswith("# one\n") and other.startswith("# two\n")
     assert "| walk | base | 0.0 (0.0 to 65.8) | 0.0 (0.0 to 65.8) | 0.0 (0.0 to 65.8) |  |" in text
     assert "| walk | LoRA, difference | +100.0 (-34.9 to +100.0) |" in text
-    assert "| walk: LoRA | unnamed | 100.0 (34.2 to 100.0) |" in text and "few | named" not in text
+    right, wrong = "100.0 (34.2 to 100.0)", "0.0 (0.0 to 65.8)"
+    assert f"| walk: LoRA | face | {' | '.join((right, wrong, wrong, right, right))} |  |  |" in text
+    assert "sketch: few |" not in text, "only a walk shows the traits"
     assert "seconds a set" not in text and "by seed" not in text and "every arm was trained once" in text
     assert text.count("![one, walk](one-walk.png)") == 1
     assert text.endswith("Made by `python -m lab.experiments one --model tiny --count 2 --steps 7`.\n")
@@ -199,7 +227,9 @@ def test_the_runner_trains_judges_and_writes_pages_values_and_sheets(made_up, tm
         ("walk", "true sets"), ("sketch", "true sets"), ("walk", "base"), ("walk", "LoRA"), ("sketch", "base"),
         ("sketch", "few"),
     ]  # fmt: skip
-    assert rows[3]["figures"] == [{name: [1, 1] for name in rows[3]["figures"][0]}] and rows[3]["seconds"] >= 0
+    (figures,) = rows[3]["figures"]
+    assert figures == {name: [0, 0] if name.endswith((OTHERS, NONE)) else [1, 1] for name in figures}
+    assert rows[3]["seconds"] >= 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
         "one-sketch.png", "one-walk.png", "two-sketch.png", "two-walk.png",
     ]  # fmt: skip
@@ -290,13 +320,43 @@ def test_the_first_sets_of_a_task_are_the_committed_ones():
     assert task_sets("walk", 3, SEED) == task_sets("walk", COUNT, SEED)[:3]
 
 
+def drawn(training, tmp_path, start=None):
+    return experiments.draw_data(training, start, SimpleNamespace(work=tmp_path, model="made-up"))
+
+
 def test_what_a_training_learns_from_is_drawn_once_and_readable(tmp_path, monkeypatch):
-    panels = experiments.draw_data(Training((("panels", 3),)), tmp_path)
+    panels = drawn(Training((("panels", 3),)), tmp_path)
     findings = Findings()
     records = read_records(panels, None, findings)
     assert panels == tmp_path / "panels-3" / "sets.jsonl" and len(records) == 3 and not findings.broken
     monkeypatch.setattr(experiments, "write_sets", None)
-    assert experiments.draw_data(Training((("panels", 3),)), tmp_path) == panels
-    assert experiments.draw_data(Training((("walk", COUNT),)), tmp_path) == Path("sets", "walk")
-    pairs = experiments.draw_data(Training((("one", 1), ("two", 1)), stage=2), tmp_path)
-    assert [len(row["image_paths"]) for row in json.loads(pairs.read_text())] == [1, 2]
+    assert drawn(Training((("panels", 3),)), tmp_path) == panels
+    assert drawn(Training((("walk", COUNT),)), tmp_path) == Path("sets", "walk")
+    assert drawn(Training(), tmp_path) == Path("sets")
+    of_both = drawn(Training((("one", 1), ("two", 1)), stage=2), tmp_path)
+    assert [len(row["image_paths"]) for row in json.loads(of_both.read_text())] == [1, 2]
+
+
+def test_second_references_are_redrawn_by_the_first_stage_from_their_crops(tmp_path, monkeypatch):
+    calls = []
+
+    def make_pictures(networks, metadata, prompts, references):
+        calls.append((networks, prompts, references))
+        return torch.linspace(-1, 1, 2)[:, None, None, None].expand(2, 3, 64, 64)
+
+    monkeypatch.setattr(experiments, "with_lora", lambda model, lora: (f"{model} with {lora}", {}))
+    monkeypatch.setattr(experiments.judge_uno, "make_pictures", make_pictures)
+    start, training = Path("runs", "first", RESULT), Training((("redrawn", 2),), stage=2)
+    path = drawn(training, tmp_path, start)
+    assert drawn(training, tmp_path, start) == path and len(calls) == 1, "drawn once"
+    assert drawn(training, tmp_path, Path("runs", "other", RESULT)) != path and len(calls) == 2
+    (networks, prompts, references), cropped = calls[0], pairs.make_pairs("cropped", 2, 0)
+    assert networks == f"made-up with {start}"
+    assert [[p.tobytes() for p in crop] for crop in references] == [[p.references[1].tobytes()] for p in cropped]
+    assert prompts == [panel_prompt(pairs.bare(pair.shown[1])) for pair in cropped]
+    assert all(pair.shown[1].scene != pair.panel.scene for pair in cropped)
+    for row, pair, grey in zip(json.loads(path.read_text()), cropped, (0, 255), strict=True):
+        first, second = (Image.open(path.parent / name) for name in row["image_paths"])
+        assert first.tobytes() == pair.references[0].tobytes() and set(second.tobytes()) == {grey}
+        assert Image.open(path.parent / row["image_tgt_path"]).tobytes() == pair.target.tobytes()
+        assert row["prompt"] == pair.prompt

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer, Dinov2Model
 
-from lab import eyes, report, train_eyes
+from lab import eyes, train_eyes
 from lab.captions import panel_prompt, vocabulary
 from lab.training import Stage, Work
 from lab.truth import same_hidden
@@ -128,12 +128,13 @@ def test_twins_in_training_have_the_same_captions_and_are_somebody_else():
         assert not all(same_hidden(a, b).values()), (a, b)
 
 
-def test_a_whole_twin_is_the_twin_of_the_report():
+def test_a_twin_has_the_same_caption_and_no_hidden_trait_in_common():
+    rng = np.random.default_rng(5)
     for panel in singles(20):
         subject = panel.placed[0].subject
-        (other,) = report.twin((panel,), np.random.default_rng(5))
-        assert eyes.twin(subject, np.random.default_rng(5)) == other.placed[0].subject
-        assert not any(same_hidden(subject, other.placed[0].subject).values())
+        other = eyes.twin(subject, rng)
+        assert panel_prompt(eyes.with_subject(panel, other)) == panel_prompt(panel)
+        assert not any(same_hidden(subject, other).values()), (subject, other)
 
 
 def test_captions_start_out_white_and_without_a_mean(clip, tokenizer):

@@ -16,7 +16,7 @@ from iclora.references import encode
 from lab import experiments, judge, judge_uno, pairs
 from lab.arms import DEFAULTS, EXPERIMENTS, FITTING
 from lab.generate import Options, generate, load_networks
-from lab.judge_uno import BARS, CONTROLS, UNO, UNO_WITH_BARS, controls, score, wrong_references
+from lab.judge_uno import BARS, CONTROLS, HEAD, UNO, UNO_WITH_BARS, controls, score, wrong_references
 from lab.tables import tables
 from lab.tasks import GRIDS, task_sets
 from lab.truth import Reading, Seen
@@ -204,16 +204,37 @@ def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_one
     assert [call[:1] for call in calls[0][:2]] == list(calls[-1][:2]) and calls[-1][3] == calls[0][3]
 
 
-def test_bars_are_shares_of_the_ceiling_but_for_swapping():
-    figures = {name: [0.6, 0.6] for name in ("all right", "swapped")}
-    figures |= {f"{name}, {control}": [0, 0] for name in tuple(figures) for control in CONTROLS}
-    most = {"all right": [0.9, 0.9], "swapped": [0, 0]}
-    assert not any("reached" in line or "missed" in line for line in controls("two", "arm", figures, most))
-    right, swapped = UNO_WITH_BARS.details("two", "arm", figures, most)
+def told_of(figures, judged=UNO_WITH_BARS, trainings=()):
+    """What the details of two subjects say of figures, given as own, none, wrong and ceiling: the last three cells."""
+    values = {}
+    for name, (own, *chance, _) in figures.items():
+        values |= {name: own, **{f"{name}, {c}": each for c, each in zip(CONTROLS, chance, strict=True)}}
+    values = {name: np.broadcast_to(each, (*trainings, len(each))) for name, each in values.items()}
+    most = {name: ceiling for name, (*_, ceiling) in figures.items()}
+    cells = [line.split(" | ") for line in judged.details("two", "arm", values, most)]
+    assert [len(each) for each in cells] == [HEAD[2].count("|") - 1] * len(figures)
+    return {each[1]: [each[-3].split(" ")[0], *each[-2:]] for each in cells}
+
+
+def test_bars_are_shares_above_chance_but_for_scenes_and_for_swapping_what_it_adds_to_chance():
+    low, wrong, most = [0.2, 0.2], [0.3, 0.3], [0.9, 0.9]
+    figures = {"all right": ([0.7, 0.7], low, wrong, most), "scene": ([0.95] * 2, most, most, most),
+               "swapped": ([0.24, 0.24], low, wrong, [0, 0]), "pasted": ([0.1, 0.1], low, wrong, [0, 0])}  # fmt: skip
+    assert told_of(figures) == told_of(figures, trainings=(3,)) == {
+        "all right": ["71.4", "at least 65%", "reached |"], "swapped": ["4.0", "at most 5%", "reached |"],
+        "scene": ["95.0", "", " |"], "pasted": ["-10.0", "", " |"],
+    }  # fmt: skip
+    figures |= {"all right": ([0.6] * 2, low, wrong, most), "swapped": ([0.26] * 2, low, wrong, [0, 0])}
+    found = told_of(figures)
+    assert [found[name][2] for name in ("all right", "swapped")] == ["**missed** |"] * 2
+    assert {each[1] for each in told_of(figures, UNO).values()} == {""}, "bars are those of the bundled LoRA"
     assert EXPERIMENTS["tiny-uno"].judge is UNO_WITH_BARS
-    assert "| 66.7% (66.7% to 66.7%) | at least 65% | reached |" in right
-    assert "| at most 10% | **missed** |" in swapped
-    assert {figure for _, figure in BARS} == {"look", "scene", "all right", "swapped"}
+    assert BARS == {("one", "look"): 0.8, ("one", "scene"): 0.95, ("two", "all right"): 0.65, ("two", "swapped"): 0.05}
+
+
+def test_a_share_above_chance_is_not_told_where_true_pictures_have_no_more():
+    figures = {"all right": ([1, 1], [0.5, 0.5], [0, 0], [0.5, 0.5])}
+    assert told_of(figures) == {"all right": ["", "", " |"]}
 
 
 def test_figures_that_an_earlier_judging_lacks_are_left_out():
@@ -226,7 +247,7 @@ def test_figures_that_an_earlier_judging_lacks_are_left_out():
 
 
 def test_scores_of_the_paper_stand_beside_those_of_the_controls():
-    names = ("traits", "DINO", "CLIP-I", "CLIP-T")
+    names = ("traits", "DINO", "CLIP-I")
     figures = {name: [0.6, 0.6] for name in names} | {f"{name}, {c}": [0.1, 0.1] for name in names for c in CONTROLS}
     lines = controls("one", "arm", figures, {name: [0.8, 0.8] for name in names})
     assert [line.split(" | ")[1] for line in lines] == list(names)
@@ -246,7 +267,7 @@ def test_every_training_is_a_command_that_parses_and_pairs_that_exist():
         for training in (step for arm in one.arms for step in chain(arm.training)):
             flags = ["8" if flag is FITTING else flag for flag in training.flags]
             parse(TrainConfig, ["--method", "uno", "--stage", str(training.stage), *flags], "")
-            assert {kind for kind, _ in training.data} <= set(pairs.KINDS)
+            assert {kind for kind, _ in training.data} <= {*pairs.KINDS, "redrawn"}
             assert sum(count for _, count in training.data) >= 0.95 * 2000
             assert training.start is None or training.start.stage == 1 and training.stage == 2
 
@@ -271,10 +292,14 @@ def test_flags_that_are_left_out_are_the_trainers_defaults():
     }  # fmt: skip
 
 
-def test_the_papers_tables_are_complete_with_two_seeds_and_equal_steps():
-    assert all(EXPERIMENTS[name].seeds >= 2 for name in ("offsets", "cropped", "cold"))
-    warm, cold, *_ = (arm.training for arm in EXPERIMENTS["cold"].arms)
-    assert cold.start is None and cold.length == sum(step.length for step in chain(warm))
+def test_the_papers_tables_are_complete_and_cold_starts_take_as_many_steps_in_all_and_of_stage_ii():
+    for warm, whole, second in (EXPERIMENTS["cold"].arms[:3], EXPERIMENTS["cold"].arms[3:]):
+        steps = [sum(step.length for step in chain(arm.training)) for arm in (warm, whole, second)]
+        assert len(chain(warm.training)) == 2 and whole.training.start is second.training.start is None
+        assert steps[0] == steps[1] and steps[2] == warm.training.length
+        assert {arm.training.data for arm in (whole, second)} == {warm.training.data}
+    kinds = [[kind for kind, _ in arm.training.data] for arm in EXPERIMENTS["cropped"].arms]
+    assert kinds == [["redrawn"], ["two"], ["cropped"]]
     offsets = {(arm.task, *arm.training.flags) for arm in EXPERIMENTS["offsets"].arms}
     assert {flags[2:] or ("d",) for flags in offsets} == {("d",), ("h",), ("w",), ("o",)} and len(offsets) == 8
     alone = EXPERIMENTS["alone"]
@@ -312,7 +337,7 @@ def test_the_bundled_uno_takes_colours_from_references():
     wrong = [wrong_references(pair, np.random.default_rng(0)) for pair in drawn]
     right = []
     for references in ([pair.references for pair in drawn], wrong):
-        made = judge_uno.make_pictures(networks, about, drawn, references)
+        made = judge_uno.make_pictures(networks, about, [pair.prompt for pair in drawn], references)
         figures = judge_uno.judge("one", replace(reader, eyes=None), made, drawn)
         right.append((np.mean(figures["colour"]), np.mean(figures["scene"])))
     assert right[0][0] >= 0.75 and right[1][0] <= 0.25, "with own references, and with those of others"
@@ -326,5 +351,5 @@ def test_the_bundled_walk_walks_and_the_base_does_not():
         networks, about = experiments.with_lora("tiny", lora)
         captions = [one.caption for one in sets]
         made = generate(networks, captions, GRIDS["walk"], range(6), judge.options_of(about))
-        walked.append(np.mean(judge.judge("walk", reader, made)))
+        walked.append(np.mean(judge.judge("walk", reader, made, sets)))
     assert walked[0] >= 0.8 and walked[1] <= 0.2
