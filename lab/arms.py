@@ -153,7 +153,7 @@ STAGES = (
 COLD = Training(pairs("two"), (), 2, length=2)
 BUNDLED = Training(  # single references stay among the pairs of stage II: what is bundled must do both
     pairs("one", "two", "up-to-four", "up-to-four", count=2 * PAIRS), ("--rank", FITTING), 2,
-    Training(pairs("one", count=2 * PAIRS), ("--rank", FITTING), 1), 2 / 3,
+    Training(pairs("one", count=2 * PAIRS), ("--rank", FITTING), 1), 0.5,
 )  # fmt: skip
 
 EXPERIMENTS = {

@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="the base, as for train.py")
     parser.add_argument("--judges", metavar="MODEL", help="whose reader, CLIP and DINOv2 judge (default: --model's)")
     parser.add_argument("--count", type=entry.positive, default=100, help="held-out sets that are judged")
-    of_each = "of a training or stage (default: 400, filling-in 4000, UNO 1200, tiny-uno 1500)"
+    of_each = "of a training or stage (default: the experiment's)"
     parser.add_argument("--steps", type=entry.positive, help=of_each)
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="folder of the trainings")
     parser.add_argument("--out", type=Path, default=Path("lab/results"), help="folder for pages, values and sheets")
