@@ -230,7 +230,7 @@ class TrainConfig:
         "alone: references see only each other, at time 0 (default: the starting LoRA's, or joint)",
         choices=ATTENTIONS,
     )
-    steps: int | None = option(None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000))
+    steps: int | None = option(None, "optimizer steps (default: 5000; tiny 800, with uno 1500)", valid=(1, 10_000_000))
     batch: int | None = option(None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=COUNTS)
     accumulate: int = option(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
     lr: float | None = option(None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1))
@@ -329,7 +329,7 @@ TRAINING = {  # defaults of train.py
     UNO: PAPERS | UNO_PAPER | UNO_CODE | AS_PUBLISHED,
 }
 TINY_TRAINING = {
-    IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3, "decay": 0.3, "checkpointing": False, "eps": 1e-8},
+    IN_CONTEXT: {"steps": 800, "batch": 8, "lr": 1e-3, "decay": 0.3, "checkpointing": False, "eps": 1e-8},
     UNO: {"steps": 1500, "lr": 1e-3, "rank": 64, "decay": 0.5, "checkpointing": False}
     | {"lora_init": "kaiming", "target_posterior": "mean"},
 }

@@ -63,7 +63,7 @@ class Experiment:
     title: str
     arms: tuple[Arm, ...]
     judge: Judge = IN_CONTEXT
-    steps: int = 400
+    steps: int = 800
     seeds: int = 1
     columns: tuple[str, ...] = ()
     minutes: tuple[float, float] = (0, 10)
@@ -199,7 +199,7 @@ EXPERIMENTS = {
     ),
     "knowledge": Experiment("Does a LoRA preserve what the base knows? Sets from text with it", knowledge(), TEXT),
     "bundled": Experiment(
-        "The bundled LoRA of a walk, of rank 8",
+        "The bundled LoRA of a walk",
         (Arm("walk", "base"), Arm("walk", "bundled LoRA", "loras/walk.safetensors")),
         IN_CONTEXT_WITH_BARS,
     ),

@@ -799,7 +799,7 @@ def test_a_curve_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeyp
     [
         (DEV, "cuda", (5000, 4, 1e-4, 512, "bfloat16")),
         (SCHNELL, "cuda", (5000, 4, 1e-4, 512, "bfloat16")),
-        (TINY, "cpu", (400, 8, 1e-3, 64, "float32")),
+        (TINY, "cpu", (800, 8, 1e-3, 64, "float32")),
     ],
 )
 def test_the_models_row_decides_what_is_left_open(row, device, expected):
