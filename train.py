@@ -85,7 +85,7 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
             for share in micro_batches(len(examples), rank, world_size, config.accumulate):
                 own = step_noise[share]
                 batch = loader.collate(layout, examples[share], own.kept, own.dropped)
-                batch = batch.sample_references(own.posterior).to(device)
+                batch = batch.sample_posterior(own.posterior, own.target).to(device)
                 part = flow_loss(flux, batch, own.noise.to(device), own.t.to(device)).sum() / len(examples)
                 part.backward()
                 loss += part.detach()

@@ -24,7 +24,8 @@ from model.autoencoder import AutoEncoder
 from model.checkpoint import open_checkpoint, read_header, save_safetensors
 from model.text import TextEncoders
 from model.weights import ModelFiles
-from sampling.images import open_picture
+from sampling.images import open_picture, to_tensor
+from sampling.latents import pack
 
 from .data import Example, read_panels
 from .layout import Layout, compose, encode_by_panel
@@ -112,24 +113,33 @@ class Cache:
         return self.memory[entry.key]
 
 
-def latent_entry(example: Example, layout: Layout, masked: Panels, rule: str, concat: str, autoencoder: str) -> Entry:
+def latent_entry(
+    example: Example, layout: Layout, masked: Panels, rule: str, concat: str, autoencoder: str, spread: bool = False
+) -> Entry:
     """Describe the latents of an example, the mean of their posterior; what is masked is grey and never leaks in.
 
     masked: numbers of panels; () for the whole composite
     rule: how pictures come to the panel size, as for sampling.images.fit
     concat: whether the composite or each panel is encoded, as for iclora.layout.through
     autoencoder: its fingerprint
-    Returns an entry of z: (C, h, w) in float32
+    spread: whether the standard deviation of the posterior is kept too
+    Returns an entry of z: (C, h, w) in float32, and perhaps spread of the same shape
     """
 
     def make(network: AutoEncoder) -> dict[str, Tensor]:
         panels = enumerate(read_panels(example, layout, rule), start=1)
         image = compose({number: panel for number, panel in panels if number not in masked}, layout)
         image = image.to(next(network.parameters()).device)
-        return {"z": encode_by_panel(network.encode, image, layout, concat)[0].float()}
+        if not spread:
+            return {"z": encode_by_panel(network.encode, image, layout, concat)[0].float()}
+        both = encode_by_panel(lambda part: torch.cat(encode_posterior(network, part), dim=1), image, layout, concat)
+        z, std = both[0].float().chunk(2)
+        return {"z": z, "spread": std}
 
     shape = (layout.rows, layout.cols, layout.panel_width, layout.panel_height)
-    key = _key("latents", example.sha256, shape, rule, sorted(masked), autoencoder, concat)
+    key = _key(
+        "latents", example.sha256, shape, rule, sorted(masked), autoencoder, concat, *(["spread"] if spread else [])
+    )
     return Entry(key, f"entry of {example.name}", make)
 
 
@@ -144,7 +154,7 @@ def reference_entry(example: Example, number: int, long_side: int, autoencoder: 
 
     def make(network: AutoEncoder) -> dict[str, Tensor]:
         picture = fit_reference(open_picture(example.references[number]), long_side)
-        mean, spread = encode_posterior(network, picture)
+        mean, spread = map(pack, encode_posterior(network, to_tensor(picture)))
         return {"mean": mean[0].float(), "spread": spread[0].float()}
 
     key = _key("reference", example.reference_sha256[number], long_side, autoencoder)

@@ -7,6 +7,7 @@ averages, the optimizers' moments and the number of steps are all there is to ke
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +31,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
-LOCK = ".lock"  # held while a run works in its folder
 ANEW = "remove it to start anew, or give another --out"
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
@@ -53,9 +53,9 @@ class State:
     step: int = 0
 
 
-def new_state(parameters: list[nn.Parameter]) -> State:
-    """Start training from the parameters as they are."""
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+def new_state(parameters: list[nn.Parameter], eps: float = 1e-8) -> State:
+    """Start training from the parameters as they are. eps: of AdamW's denominator"""
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), eps=eps, weight_decay=0.01, fused=True)
     return State(parameters, [p.detach().clone() for p in parameters], [optimizer])
 
 
@@ -161,12 +161,25 @@ def first_change(
     Errors: as read_checkpoint
     """
     before, learnt, _ = read_checkpoint(path)
+    before = TrainConfig.BEFORE | before
     for name, value in json.loads(json.dumps(dict(config))).items():
         known = [key for key in CONTENT.get(name, ()) if key in learnt]  # old runs have fewer
         changed = any(learnt[key] != fingerprint[key] for key in known) if known else before.get(name) != value
         if changed and name not in free:
             return name, before.get(name), value
     return None
+
+
+def as_begun(config: TrainConfig, path: Path) -> TrainConfig:
+    """Give options that are younger than a run the values that they had then, where they are left open.
+
+    path: of the run's checkpoint; if there is none, it begins now
+    Errors: as read_checkpoint
+    """
+    if not path.exists():
+        return config
+    known, before = read_checkpoint(path)[0], TrainConfig.BEFORE.items()
+    return replace(config, **{k: v for k, v in before if k not in known and getattr(config, k) is None})
 
 
 def refuse_other_run(path: Path, config: TrainConfig, fingerprint: Mapping[str, str], more: str = "") -> None:
@@ -195,22 +208,30 @@ def train_command(config: TrainConfig) -> str:
 
 
 @contextlib.contextmanager
-def only_run(folder: Path, name: str = LOCK) -> Iterator[None]:
+def only_run(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder for as long as this one works; the lock dies with the process.
 
-    name: of the file that is locked; runs of other names may share the folder
+    A folder in which nothing was written is removed again.
+
     Errors: ValueError if another run works there; OSError if the folder cannot be made
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run works in {folder}; wait until it has ended, or give another --out") from None
-        except OSError:  # a file system without locks
-            pass
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"another run works in {folder}; wait until it has ended, or give another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
         yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # unless something is in it
+        if fcntl:
+            os.close(handle)
 
 
 def start_folder(folder: Path, config: TrainConfig) -> None:

@@ -122,7 +122,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str, prog
         return kind(**flags)
     path = flags["config"]
     voids = {name for given in flags for name in kind.VOIDS.get(given, ())}
-    recorded = typed(kind, read_record(path)["config"], path)
+    recorded = kind.BEFORE | typed(kind, read_record(path)["config"], path)
     return kind(**{**{k: v for k, v in recorded.items() if k not in voids}, **flags})
 
 

@@ -4,6 +4,7 @@ One frozen dataclass per script, one field per option. None means undecided: a f
 the model's defaults, these beat the plain default.
 """
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ METHODS = IN_CONTEXT, UNO = "in-context-lora", "uno"
 ATTENTIONS = JOINT, ALONE = "joint", "alone"
 OFFSETS = ("d", "h", "w", "o")
 POSTERIORS = ("sample", "mean")
+LORA_INITS = ("kaiming", "uno")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 FIT_RULES = ("crop", "pad", "stretch")
@@ -103,7 +105,7 @@ class SampleConfig:
         None, f"a published task, for its grid, size and markers: {', '.join(TASKS)}", choices=tuple(TASKS)
     )
     model: str = option("tiny", "a folder under weights/, or the path of a model folder or transformer file", **MODEL)
-    steps: int | None = option(None, "Euler steps (default: 20; schnell 4)", valid=(1, 1000))
+    steps: int | None = option(None, "Euler steps (default: 20; schnell 4; UNO's released LoRA 25)", valid=(1, 1000))
     guidance: float | None = option(
         None, "strength of the text, as distilled (default: 3.5, with --ref 4; schnell has none)", valid=(0, 100)
     )
@@ -132,8 +134,10 @@ class SampleConfig:
     reference_attention: str | None = option(
         None, "alone: they see only each other; needs such a LoRA (default: the LoRA's, or joint)", choices=ATTENTIONS
     )
-    schedule: str = option(
-        "tokens", "uno-release counts 64 times too few tokens, as that does", choices=("tokens", "uno-release")
+    schedule: str | None = option(
+        None,
+        "uno-release counts 64 times too few tokens, as that does (default: tokens; UNO's released LoRA uno-release)",
+        choices=("tokens", "uno-release"),
     )
     strength: float = option(
         1.0, "below 1, masked panels start from the given ones as drafts, for that part of the steps", valid=(0, 1)
@@ -157,8 +161,9 @@ class SampleConfig:
         "panel_prompt": ("prompt",),
         "model": ("steps", "guidance", "panel_size", "ref_size", "dtype"),
         "ref": ("guidance", "ref_size"),
-        "lora": ("ref_size", "offset", "offset_scale", "posterior", "reference_attention"),
+        "lora": ("ref_size", "offset", "offset_scale", "posterior", "reference_attention", "schedule"),
     }
+    BEFORE = {}  # options that are younger than some saved files -> their values then
 
     def __post_init__(self) -> None:
         check(self)
@@ -180,13 +185,22 @@ class TrainConfig:
     stage: int | None = option(
         None, "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)", valid=(1, 2)
     )
-    grid: str | None = option(None, "ROWSxCOLS of every set (default: what each set.json says)")
+    grid: str | None = option(None, "ROWSxCOLS of every set (default: the preset's, else what each set.json says)")
+    preset: str | None = option(
+        None, "a published task, as sample.py's: its grid and, but for tiny, its panels' area", choices=tuple(TASKS)
+    )
     model: str = option("tiny", "the base: a folder under weights/, or a path, as sample.py's", **MODEL)
     rank: int | None = option(None, "of the LoRA, and its alpha (default: 16; uno 512, on tiny 64)", valid=(1, 4096))
     targets: str | None = option(
         None, "all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: all-linear; uno uno)"
     )
     init_lora: str | None = option(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
+    lora_init: str | None = option(
+        None,
+        "how down begins: kaiming-uniform, or as UNO's, normal of deviation 1/rank; weights first move 5.3 times less "
+        "then, at rank 512 and width 3072 (default: kaiming; with uno uno, on tiny kaiming)",
+        choices=LORA_INITS,
+    )
     condition: str = option(
         "none", "clean: random panels stay clean, in training and in sampling", choices=("none", "clean")
     )
@@ -206,15 +220,23 @@ class TrainConfig:
     posterior: str | None = option(
         None, "of references: sampled anew in every step, or the mean (default: sample)", choices=POSTERIORS
     )
+    target_posterior: str | None = option(
+        None,
+        "of what is learnt: sampled anew in every step, or the mean (default: mean; with uno sample, on tiny mean)",
+        choices=POSTERIORS,
+    )
     reference_attention: str | None = option(
         None,
         "alone: references see only each other, at time 0 (default: the starting LoRA's, or joint)",
         choices=ATTENTIONS,
     )
-    steps: int | None = option(None, "optimizer steps (default: 5000; tiny 400, with uno 1500)", valid=(1, 10_000_000))
+    steps: int | None = option(None, "optimizer steps (default: 5000; tiny 800, with uno 1500)", valid=(1, 10_000_000))
     batch: int | None = option(None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=COUNTS)
     accumulate: int = option(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
     lr: float | None = option(None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1))
+    eps: float | None = option(
+        None, "of AdamW's denominator (default: 1e-6; with uno and on tiny 1e-8)", valid=(1e-16, 1)
+    )
     warmup: int = option(10, "steps until the full learning rate", valid=(0, 1_000_000))
     decay: float | None = option(
         None, "last share of steps, rate falling to 0 (default: 0; tiny 0.3, with uno 0.5)", valid=(0, 1)
@@ -225,7 +247,15 @@ class TrainConfig:
         None, "shifted: towards noise, as sampling does (default: logit-normal; uno shifted)", choices=TIMES
     )
     panel_size: int | None = option(
-        None, "side in pixels of a square panel; others get its area (default: 512; tiny 64)", valid=(16, 8192)
+        None,
+        "side in pixels of a square panel; others get its area (default: the preset's, else 512; tiny 64)",
+        valid=(16, 8192),
+    )
+    composite_size: str | None = option(
+        None,
+        "instead, sides of squares of whole composites' areas; sets are learnt at each, at most their own (official: "
+        "512,768,1024,1280,1536)",
+        metavar="N[,N...]",
     )
     fit: str = option("crop", "how pictures come to the size of their bucket", choices=FIT_RULES)
     holdout: float = option(0.1, "share of the sets kept for the validation loss, at most 32 in all", valid=(0, 0.9))
@@ -244,12 +274,17 @@ class TrainConfig:
         None, "take the settings of another run's config.json; flags given as well win", metavar="FILE.json", **PLACE
     )
 
+    BEFORE = {"lora_init": "kaiming", "target_posterior": "mean", "eps": 1e-8}
     VOIDS = {
-        "model": ("ref_size", "steps", "batch", "lr", "decay", "panel_size", "checkpointing", "dtype"),
+        "model": ("ref_size", "steps", "batch", "lr", "decay", "panel_size", "checkpointing", "dtype", *BEFORE),
         "method": (
             *("stage", "grid", "rank", "targets", "condition", "concat", "text", "ref_size", "offset", "offset_scale"),
             *("posterior", "reference_attention", "steps", "batch", "lr", "decay", "dropout", "times"),
+            *("preset", "composite_size", *BEFORE),
         ),
+        "preset": ("grid", "panel_size"),
+        "panel_size": ("composite_size",),
+        "composite_size": ("panel_size",),
         "init_lora": ("offset", "offset_scale", "posterior", "reference_attention"),
     }
 
@@ -286,16 +321,23 @@ TINY_UNGUIDED = replace(TINY, guidance=None)
 AS_PUBLISHED = {"offset": "d", "offset_scale": 1.0, "posterior": "sample", "reference_attention": JOINT}  # by UNO
 PAPERS = {"steps": 5000, "decay": 0.0, "checkpointing": True}  # arXiv:2410.23775 and arXiv:2504.02160
 IN_CONTEXT_PAPER = {"batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05, "times": TIMES[0]}
+IN_CONTEXT_CODE = {"lora_init": "kaiming", "target_posterior": "mean", "eps": 1e-6}  # of ai-toolkit's adamw8bit
 UNO_PAPER = {"batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": TIMES[1], "stage": 1}
-TRAINING = {IN_CONTEXT: PAPERS | IN_CONTEXT_PAPER, UNO: PAPERS | UNO_PAPER | AS_PUBLISHED}  # defaults of train.py
+UNO_CODE = {"lora_init": "uno", "target_posterior": "sample", "eps": 1e-8}  # bytedance/UNO@d305981
+TRAINING = {  # defaults of train.py
+    IN_CONTEXT: PAPERS | IN_CONTEXT_PAPER | IN_CONTEXT_CODE,
+    UNO: PAPERS | UNO_PAPER | UNO_CODE | AS_PUBLISHED,
+}
 TINY_TRAINING = {
-    IN_CONTEXT: {"steps": 400, "batch": 8, "lr": 1e-3, "decay": 0.3, "checkpointing": False},
-    UNO: {"steps": 1500, "lr": 1e-3, "rank": 64, "decay": 0.5, "checkpointing": False},
+    IN_CONTEXT: {"steps": 800, "batch": 8, "lr": 1e-3, "decay": 0.3, "checkpointing": False, "eps": 1e-8},
+    UNO: {"steps": 1500, "lr": 1e-3, "rank": 64, "decay": 0.5, "checkpointing": False}
+    | {"lora_init": "kaiming", "target_posterior": "mean"},
 }
 NOT_FOR_METHOD = {
     IN_CONTEXT: ("stage", "ref_size", *AS_PUBLISHED),
-    UNO: ("grid", "condition", "concat", "text"),
+    UNO: ("grid", "preset", "condition", "concat", "text", "composite_size"),
 }
+UNO_RELEASE = {"steps": 25, "schedule": "uno-release"}  # of the released sampler, for the released LoRA
 
 
 def model_defaults(config: "FluxConfig") -> ModelDefaults:
@@ -318,6 +360,7 @@ def resolve_defaults(config: SampleConfig, task: Task | None, defaults: ModelDef
         "guidance": defaults.guidance_with(bool(config.ref)),
         "ref_size": defaults.references[len(config.ref) > 1],
         "dtype": defaults.cpu_dtype if device == "cpu" else "bfloat16",
+        "schedule": "tokens",
         **AS_PUBLISHED,
     }
     return replace(config, **{k: v for k, v in chosen.items() if getattr(config, k) is None}, device=device)
@@ -327,13 +370,21 @@ def resolve_training_defaults(config: TrainConfig, defaults: ModelDefaults, devi
     """Decide what was left open for training, by the method and the model.
 
     device: cpu, cuda or mps
-    Returns a configuration in which only grid, init_lora, config, ref_size where it follows the number of references,
-        and what the method has no use for are None
-    Errors: ValueError for a setting of another method
+    Returns a configuration in which only grid, preset, init_lora, config, ref_size where it follows the number of
+        references, one of panel_size and composite_size, and what the method has no use for are None
+    Errors: ValueError for a setting of another method, or both of panel_size and composite_size
     """
     for name in NOT_FOR_METHOD[config.method]:
         if getattr(config, name) != getattr(TrainConfig, name):
             raise ValueError(f"{flag(name)} means nothing to --method {config.method}; leave it out")
     chosen = {**TRAINING[config.method], **(TINY_TRAINING[config.method] if defaults.name == "tiny" else {})}
     chosen |= {"panel_size": defaults.panel, "dtype": defaults.cpu_dtype if device == "cpu" else "bfloat16"}
+    if task := TASKS.get(config.preset):
+        chosen["grid"] = f"{task.rows}x{task.cols}"
+        if defaults.name != "tiny":
+            chosen["panel_size"] = round(math.sqrt(math.prod(task.panel_size)))
+    if config.composite_size:
+        del chosen["panel_size"]
+    if config.composite_size and config.panel_size:
+        raise ValueError("--panel-size and --composite-size are two ways to say how large sets are; use one of them")
     return replace(config, **{k: v for k, v in chosen.items() if getattr(config, k) is None}, device=device)

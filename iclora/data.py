@@ -21,6 +21,7 @@ from model.weights import ModelFiles, find_model
 from sampling.images import fit, open_picture
 from sampling.latents import TOKEN
 
+from .buckets import composite_layouts, nearest_panel
 from .cli import guard, parse, plain
 from .config import UNO, check, model_defaults, option
 from .layout import Layout, parse_grid
@@ -200,10 +201,13 @@ def _make_caption(record: Record, grid: Grid) -> str:
 # from examples to buckets
 
 
-def bucket(examples: Sequence[Example], resolution: int, long_sides: Size, broken: list[str] | None = None) -> Buckets:
+def bucket(
+    examples: Sequence[Example], sizes: int | tuple[int, ...], long_sides: Size, broken: list[str] | None = None
+) -> Buckets:
     """Sort examples by grid, panel size, and number and sizes of references; a batch is formed within one bucket.
 
-    resolution, long_sides: as for choose_layout
+    sizes: the resolution of choose_layout, or the sides of composite_layouts: an example is in several buckets then
+    long_sides: as for choose_layout
     broken: gets a line for each example that has no bucket
     Returns the buckets in a fixed order, whatever the order of the examples' shapes
     Errors: ValueError for the first example that has none, without a list for such lines
@@ -211,7 +215,12 @@ def bucket(examples: Sequence[Example], resolution: int, long_sides: Size, broke
     buckets: Buckets = {}
     for example in examples:
         try:
-            buckets.setdefault(choose_layout(example, resolution, long_sides), []).append(example)
+            if isinstance(sizes, int):
+                layouts = [choose_layout(example, sizes, long_sides)]
+            else:
+                layouts = composite_layouts(*example.grid, *_shape(example), sizes)
+            for layout in layouts:
+                buckets.setdefault(layout, []).append(example)
         except ValueError as error:
             if broken is None:
                 raise ValueError(f"{example.name}: {error}") from None
@@ -229,19 +238,18 @@ def choose_layout(example: Example, resolution: int, long_sides: Size) -> Layout
     long_sides: pixels of the longer side of a single reference, and of each of several
     Errors: ValueError if the composite would be too large, or a reference is too narrow
     """
-    sizes = example.panel_sizes()
-    aspect = math.exp(sum(math.log(width / height) for width, height in sizes) / len(sizes))
-    area = max(TOKEN, min(resolution, *(math.sqrt(width * height) for width, height in sizes))) ** 2
-    best, least = (TOKEN, TOKEN), math.inf
-    for width in range(TOKEN, TOKEN + int(math.sqrt(1.1 * area * aspect)) + 1, TOKEN):
-        below = max(1, int(width / aspect / TOKEN)) * TOKEN
-        for height in (below, below + TOKEN):
-            cost = abs(math.log(width / height / aspect)) + abs(math.log(width * height / area)) / 2
-            if width * height <= 1.1 * area and cost < least:
-                best, least = (width, height), cost
+    aspect, own = _shape(example)
+    size = nearest_panel(aspect, max(TOKEN, min(resolution, math.sqrt(own))) ** 2)
     long_side = long_sides[len(example.references) > 1]
     references = zip(example.references, example.reference_sizes, strict=True)
-    return Layout(*example.grid, *best, tuple(fitted(size, long_side, path.name) for path, size in references))
+    return Layout(*example.grid, *size, tuple(fitted(size, long_side, path.name) for path, size in references))
+
+
+def _shape(example: Example) -> tuple[float, float]:
+    """Give the middle of the panels' aspects, width through height, and the area of the smallest in pixels."""
+    sizes = example.panel_sizes()
+    aspect = math.exp(sum(math.log(width / height) for width, height in sizes) / len(sizes))
+    return aspect, min(width * height for width, height in sizes)
 
 
 def share_cropped(example: Example, layout: Layout) -> float:

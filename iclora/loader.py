@@ -23,6 +23,7 @@ from model.lora_formats import LoraFile
 from model.text import check_widths, load_text_encoders
 from model.weights import ModelFiles, load_autoencoder
 
+from .buckets import parse_sides
 from .cache import Cache, Entry, Panels, latent_entry, reference_entry, text_encoder_paths, text_entry
 from .config import ALONE, TrainConfig, model_defaults
 from .data import Buckets, Example, Note, bucket
@@ -48,6 +49,7 @@ class Batch:
     std: (B, R, 64) the standard deviation of those, whose mean references is
     ids: (1, I + R, 3) positions of their tokens and the references'; None without references
     isolate_refs: whether references see each other only
+    z_std: (B, 16, h, w) the standard deviation of the latents, whose mean z is; None where they are not sampled
     """
 
     z: Tensor
@@ -60,10 +62,16 @@ class Batch:
     std: Tensor | None = None
     ids: Tensor | None = None
     isolate_refs: bool = False
+    z_std: Tensor | None = None
 
-    def sample_references(self, noise: Tensor | None) -> "Batch":
-        """Draw the references from their posterior. noise: (B, R, 64), or None for the mean"""
-        return self if noise is None else replace(self, references=self.references + self.std * noise)
+    def sample_posterior(self, references: Tensor | None, target: Tensor | None = None) -> "Batch":
+        """Draw references and latents from their posterior.
+
+        references: (B, R, 64) noise, or None for the mean
+        target: (B, 16, h, w) noise, or None for the mean
+        """
+        batch = self if references is None else replace(self, references=self.references + self.std * references)
+        return batch if target is None else replace(batch, z=self.z + self.z_std * target)
 
     def to(self, device: str | torch.device) -> "Batch":
         """Copy all tensors to a device."""
@@ -81,7 +89,8 @@ class Loader:
 
     def __init__(self, config: TrainConfig, examples: Examples, files: ModelFiles):
         self.config, self.files, self.defaults = config, files, model_defaults(files.flux.config)
-        self.buckets = bucket(examples, config.panel_size, self.defaults.long_sides(config.ref_size))
+        sizes = parse_sides(config.composite_size) or config.panel_size
+        self.buckets = bucket(examples, sizes, self.defaults.long_sides(config.ref_size))
         trained, self.held_out = hold_out(self.buckets, config.holdout)
         self.layouts, self.trained = list(trained), list(trained.values())
         self.batches = Batches([len(members) for members in self.trained], config.batch, config.seed)
@@ -109,7 +118,8 @@ class Loader:
         pictures += [entry for _, example in pairs for entry in self._references(example)]
         load = partial(load_autoencoder, files.autoencoder, config.device)
         made = self.cache.fill(pictures, load, "encoding pictures")
-        note(f"{len(pairs)} sets in {len(buckets)} buckets; {made} pictures and {read} texts encoded, others cached")
+        count = len({example for _, example in pairs})
+        note(f"{count} sets in {len(buckets)} buckets; {made} pictures and {read} texts encoded, others cached")
         if config.holdout and not self.held_out:
             note("too few sets to hold any out, so there will be no validation loss")
         if small := sum(len(members) < config.batch for members in self.trained):
@@ -127,7 +137,9 @@ class Loader:
         kept: the panels that each example keeps clean, from 1
         dropped: which captions are left out
         """
-        z = torch.stack([self._read_latents(example, layout) for example in examples])
+        latents = [self.cache.read(self._latents(example, layout)) for example in examples]
+        z, sampled = torch.stack([tensors["z"] for tensors in latents]), self.config.target_posterior == "sample"
+        z_std = torch.stack([tensors["spread"] for tensors in latents]) if sampled else None
         captions = ["" if drop else example.caption for example, drop in zip(examples, dropped, strict=True)]
         txt, vec, attention_mask = self._read_texts(captions, layout)
         if layout.references:
@@ -138,16 +150,18 @@ class Loader:
             )
             ids = image_ids(layout, self.config.offset, self.config.offset_scale)
             isolate_refs = self.config.reference_attention == ALONE
-            return Batch(z, txt, vec, references=references, std=std, ids=ids, isolate_refs=isolate_refs)
+            return Batch(z, txt, vec, references=references, std=std, ids=ids, isolate_refs=isolate_refs, z_std=z_std)
         if self.config.condition == "none":
-            return Batch(z, txt, vec, attention_mask=attention_mask)
+            return Batch(z, txt, vec, attention_mask=attention_mask, z_std=z_std)
         masks = [tuple(panel for panel in range(1, layout.panels + 1) if panel not in panels) for panels in kept]
         known = [
-            self._read_latents(example, layout, masked) if len(masked) < layout.panels else torch.zeros_like(z[0])
+            self.cache.read(self._latents(example, layout, masked))["z"]
+            if len(masked) < layout.panels
+            else torch.zeros_like(z[0])
             for example, masked in zip(examples, masks, strict=True)
         ]
         generated = torch.cat([generate_mask(masked, layout).bool() for masked in masks])
-        return Batch(z, txt, vec, torch.stack(known), generated, attention_mask)
+        return Batch(z, txt, vec, torch.stack(known), generated, attention_mask, z_std=z_std)
 
     def prompt(self, text: str, layout: Layout) -> Batch:
         """Return what it takes to sample from a text alone, which was told to encode; the latents are empty."""
@@ -158,7 +172,8 @@ class Loader:
     # entries of the cache
 
     def _latents(self, example: Example, layout: Layout, masked: Panels = ()) -> Entry:
-        return latent_entry(example, layout, masked, self.config.fit, self.config.concat, self.autoencoder)
+        config, sampled = self.config, not masked and self.config.target_posterior == "sample"
+        return latent_entry(example, layout, masked, config.fit, config.concat, self.autoencoder, sampled)
 
     def _references(self, example: Example) -> list[Entry]:
         count = len(example.references)
@@ -168,9 +183,6 @@ class Loader:
     def _texts(self, caption: str, layout: Layout) -> list[Entry]:
         texts, dtype = texts_of(caption, layout.rows, layout.cols, self.config.text), getattr(torch, self.config.dtype)
         return [text_entry(text, self.defaults.text_length, dtype, self.encoders) for text in texts]
-
-    def _read_latents(self, example: Example, layout: Layout, masked: Panels = ()) -> Tensor:
-        return self.cache.read(self._latents(example, layout, masked))["z"]
 
     def _read_texts(self, captions: Sequence[str], layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read txt and vec of captions, and the attention mask of panels that read texts of their own."""
@@ -236,18 +248,23 @@ class Batches:
 def hold_out(buckets: Buckets, part: float) -> tuple[Buckets, list[tuple[Layout, list[Example]]]]:
     """Split every bucket: the last ones of each are kept for validation, but never all of it, nor very many in all.
 
+    An example of several sizes is counted at its first, and held out at all of them.
+
     part: of the examples, 0..1
-    Returns what is trained, and what is held out of the buckets that give any
+    Returns what is trained, and what is held out, both of the buckets that have any
     """
-    wanted = {layout: min(len(examples) - 1, round(part * len(examples))) for layout, examples in buckets.items()}
-    for layout in sorted(buckets, key=lambda layout: -len(buckets[layout])):  # the largest give what rounding left over
-        if sum(wanted.values()) < round(part * sum(map(len, buckets.values()))):
-            wanted[layout] = min(len(buckets[layout]) - 1, wanted[layout] + 1)
-    turns = sorted(((turn, layout) for layout in buckets for turn in range(wanted[layout])), key=itemgetter(0))
-    counts = Counter(layout for _, layout in turns[:MAX_HELD_OUT])
-    cut = {layout: len(examples) - counts[layout] for layout, examples in buckets.items()}
-    trained = {layout: examples[: cut[layout]] for layout, examples in buckets.items()}
-    return trained, [(layout, examples[cut[layout] :]) for layout, examples in buckets.items() if counts[layout]]
+    first = {example: layout for layout in reversed(buckets) for example in buckets[layout]}
+    counted = {k: some for k, members in buckets.items() if (some := [e for e in members if first[e] == k])}
+    wanted = {layout: min(len(examples) - 1, round(part * len(examples))) for layout, examples in counted.items()}
+    for layout in sorted(counted, key=lambda layout: -len(counted[layout])):  # the largest give what rounding left over
+        if sum(wanted.values()) < round(part * len(first)):
+            wanted[layout] = min(len(counted[layout]) - 1, wanted[layout] + 1)
+    turns = sorted(((turn, layout) for layout in counted for turn in range(wanted[layout])), key=itemgetter(0))
+    most = MAX_HELD_OUT * len(first) // sum(map(len, buckets.values()))
+    counts = Counter(layout for _, layout in turns[:most])
+    held = {e for layout, examples in counted.items() for e in examples[len(examples) - counts[layout] :]}
+    trained = {k: some for k, members in buckets.items() if (some := [e for e in members if e not in held])}
+    return trained, [(k, some) for k, members in buckets.items() if (some := [e for e in members if e in held])]
 
 
 def every_mask(layout: Layout) -> list[Panels]:

@@ -54,8 +54,9 @@ def check_training_memory(
     needed = fixed + size * flux.config.hidden_size * (kept * (text + target + count) + once) * examples
     shown = f"{count} tokens of references ({len(layout.references)} in a row of --data) beside " if count else ""
     what = f"{shown}{target} {'' if count else 'tokens '}of the picture, {examples} examples at once,"
+    size_flag = "--composite-size" if config.composite_size else "--panel-size"
     less = "raise --accumulate" if config.checkpointing else "use --checkpointing, raise --accumulate"
-    advice = f"{less}, lower --ref-size or have fewer" if count else f"{less} or lower --panel-size"
+    advice = f"{less}, lower --ref-size or have fewer" if count else f"{less} or lower {size_flag}"
     _refuse_above(needed, fixed, target + count, config.device, what, advice)
 
 

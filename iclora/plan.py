@@ -18,7 +18,7 @@ from sampling.flow import times
 from sampling.images import fit, open_picture, picture_size, to_rgb
 from sampling.inpaint import drafted_start
 
-from .config import UNO, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
+from .config import UNO, UNO_RELEASE, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .memory import check_memory
 from .prompts import Task, build, clean, has_markers, lint, markers_for, preset, texts_of
@@ -74,6 +74,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     if loras:
         note_other_modes([lora for lora, _ in loras], modes, note)
         config = follow_loras(config, [lora for lora, _ in loras])
+        config = follow_release(config, loras, note) if defaults.name == "dev" else config
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
@@ -102,7 +103,7 @@ def drop_void(config: SampleConfig, name: str, defaults: ModelDefaults, note: No
     if config.guidance is not None and defaults.guidance is None:
         note(f"{name} has no guidance; --guidance {config.guidance:g} is ignored")
         config = replace(config, guidance=None)
-    if config.schedule != "tokens" and not defaults.shift:
+    if config.schedule == "uno-release" and not defaults.shift:
         note(f"{name} has even times; --schedule {config.schedule} is ignored")
         config = replace(config, schedule="tokens")
     bare = config.prompt is not None and not has_markers(config.prompt) and not config.panel_prompt
@@ -136,6 +137,18 @@ def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> Loras:
         for lora, _ in loras:
             check_shapes(lora, linears)
     return loras
+
+
+def follow_release(config: SampleConfig, loras: Loras, note: Note) -> SampleConfig:
+    """Sample with UNO's release, which has its names, rank 512 and no word of train.py's, as its own sampler does."""
+    chosen = {name: value for name, value in UNO_RELEASE.items() if getattr(config, name) is None}
+    for lora, _ in loras:
+        ranks = {(entry.dialect, lora.tensors[entry.keys["down"]].shape[0]) for entry in lora.entries}
+        if chosen and ranks == {("xlabs", 512)} and "iclora.method" not in lora.metadata:
+            flags = " and ".join(f"{flag(name)} {value}" for name, value in chosen.items())
+            note(f"{lora.path.name} is taken for UNO's release and sampled as there, with {flags}; flags win")
+            return replace(config, **chosen)
+    return config
 
 
 def mode_of(loras: Loras, name: str, plain: str, other: str) -> str:

@@ -112,11 +112,13 @@ def encode(
     return torch.cat([torch.empty(1, 0, 64, device=device), *tokens], dim=1)  # (1, R, 64)
 
 
-def encode_posterior(autoencoder: AutoEncoder, reference: Image.Image) -> tuple[Tensor, Tensor]:
-    """Give all that training needs to draw from the posterior of a reference anew in every step.
+def encode_posterior(autoencoder: AutoEncoder, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Give all that training needs to draw from the posterior of pictures anew in every step.
 
-    Returns its mean as encode gives it, and its standard deviation; both (1, R, 64)
+    image: (B, 3, h, w) in -1..1
+    Returns its mean, scaled and shifted as the autoencoder's encode does, and its standard deviation, scaled; both
+        (B, 16, h/8, w/8)
     """
-    config, device = autoencoder.config, next(autoencoder.parameters()).device
-    mean, logvar = autoencoder.moments(to_tensor(reference).to(device, autoencoder.encoder.conv_in.weight.dtype))
-    return pack(config.scale_factor * (mean - config.shift_factor)), pack(config.scale_factor * (logvar / 2).exp())
+    config = autoencoder.config
+    mean, logvar = autoencoder.moments(image.to(autoencoder.encoder.conv_in.weight))
+    return config.scale_factor * (mean - config.shift_factor), config.scale_factor * (logvar / 2).exp()

@@ -30,7 +30,8 @@ from model.weights import ModelFiles, find_model, load_flux
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
-from .checkpoint import CHECKPOINT, RESULT, State, load_checkpoint, new_state, refuse_other_run, train_command
+from .buckets import parse_sides
+from .checkpoint import CHECKPOINT, RESULT, State, as_begun, load_checkpoint, new_state, refuse_other_run, train_command
 from .config import IN_CONTEXT, UNO, ModelDefaults, TrainConfig, model_defaults, resolve_training_defaults
 from .data import Example, bucket, load
 from .layout import Layout, parse_grid
@@ -74,6 +75,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     init_lora = read_lora(config.init_lora) if config.init_lora else None
     if config.method == UNO and init_lora:
         config = follow_loras(config, [init_lora])
+    config = as_begun(config, Path(config.out) / CHECKPOINT)
     config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
@@ -81,9 +83,10 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     with torch.device("meta"):
         flux = Flux(files.flux.config)
     add_adapters(flux, config, init_lora)  # refuses unknown targets, and a wrong --init-lora
+    sizes = parse_sides(config.composite_size) or config.panel_size
     examples = load(config.data, config.grid and parse_grid(config.grid), note, config.method)
     count = sum(p.numel() for p in trainable(flux))
-    layouts = bucket(examples, config.panel_size, defaults.long_sides(config.ref_size))
+    layouts = bucket(examples, sizes, defaults.long_sides(config.ref_size))
     check_training_memory(config, layouts, files.flux, count, world_size)
     fingerprint = fingerprints(examples, files, init_lora)
     refuse_other_run(Path(config.out) / CHECKPOINT, config, fingerprint, command)
@@ -118,7 +121,7 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     report = add_adapters(flux, config, plan.init_lora)
     if config.checkpointing:
         checkpoint_blocks(flux)
-    state = new_state(trainable(flux))
+    state = new_state(trainable(flux), config.eps)
     if path.exists():
         load_checkpoint(path, state)
         further = f"to train on from it: {plan.train_on}" if config.decay else "a larger --steps goes on from it"
@@ -146,9 +149,10 @@ def add_adapters(flux: Flux, config: TrainConfig, init_lora: LoraFile | None) ->
     """
     if init_lora:
         report = load_lora(flux, init_lora, train=True)
-        report = f"starting from {report}; --rank and --targets are those of the file"
+        report = f"starting from {report}; --rank, --targets and --lora-init are those of the file"
     else:
-        attach(flux, config.targets, config.rank, generator=torch.Generator("cpu").manual_seed(config.seed))
+        generator = torch.Generator("cpu").manual_seed(config.seed)
+        attach(flux, config.targets, config.rank, generator=generator, init=config.lora_init)
         report = f"training {sum(p.numel() for p in trainable(flux)):,} parameters of rank {config.rank}"
     try:
         refuse_unnamed(flux, DIALECTS[config.method])
@@ -174,6 +178,8 @@ def note_doubts(plan: TrainingPlan, layouts: Sequence[Layout], note: Note) -> No
         note("every row of --data has one reference; the paper's stage 2 has several")
     if config.stage == 2 and not config.init_lora:
         note("stage 2 starts cold; the paper starts it from the LoRA of stage 1, which goes to --init-lora")
+    if config.composite_size and plan.defaults.name == "tiny":
+        note(f"{plan.files.name} knows panels of {plan.defaults.panel} pixels; what it learns of other sizes is bad")
     if config.method == IN_CONTEXT and plan.init_lora:
         note_other_modes([plan.init_lora], {name: getattr(config, name) for name in MODES}, note)
 
@@ -189,6 +195,7 @@ class StepNoise:
     kept: the panels that each example keeps clean, from 1; none of them unless the run is conditional
     dropped: which captions are left out
     posterior: (B, R, 64) noise of the references; None takes the mean of their posterior
+    target: (B, 16, h, w) noise of the latents that are learnt; None takes the mean of their posterior
     """
 
     noise: Tensor
@@ -196,6 +203,7 @@ class StepNoise:
     kept: list[tuple[int, ...]]
     dropped: list[bool]
     posterior: Tensor | None
+    target: Tensor | None
 
     def __getitem__(self, share: slice) -> "StepNoise":
         return StepNoise(*(value if value is None else value[share] for value in vars(self).values()))
@@ -211,10 +219,12 @@ def sample_step(config: TrainConfig, step: int, count: int, layout: Layout) -> S
     t = sample_times(config.times, count, tokens, generator)
     dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
     kept = [sample_kept(layout.panels, generator) if config.condition == "clean" else () for _ in range(count)]
-    noise, posterior = torch.randn(count, tokens, 64, generator=generator), None
+    noise, posterior, target = torch.randn(count, tokens, 64, generator=generator), None, None
     if layout.references and config.posterior == "sample":
         posterior = torch.randn(count, layout.reference_tokens, 64, generator=generator)
-    return StepNoise(noise, t, kept, dropped, posterior)
+    if config.target_posterior == "sample":
+        target = torch.randn(count, 16, 2 * layout.tokens_high, 2 * layout.tokens_wide, generator=generator)
+    return StepNoise(noise, t, kept, dropped, posterior, target)
 
 
 def sample_times(kind: str, count: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -274,7 +284,7 @@ def flow_loss(flux: Flux, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
 def validation_loss(flux: Flux, loader: Loader, condition: str, device: torch.device) -> float:
     """The loss on held-out examples at fixed times, noise and kept panels; unlike that of training it can be compared.
 
-    References are the mean of their posterior.
+    References and latents are the mean of their posterior.
 
     condition: "clean" keeps panels as training does
     """

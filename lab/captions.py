@@ -34,6 +34,11 @@ ACCESSORY_WORDS = {
     "glasses": ("with glasses", "wearing glasses"),
 }
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+# What stands in front of the caption of one panel, and of several, if they are drawn in a domain of lab.domains.
+DOMAIN_WORDS = {
+    "pencil": (("a pencil drawing", "drawn in pencil"), ("pencil drawings", "drawn in pencil")),
+    "dusk": (("at dusk with sparkles", "full of sparkles at dusk"),) * 2,
+}
 
 SINGLE = (
     "{who} {scene}",
@@ -58,6 +63,7 @@ PRONOUN_PANELS = {
 BETWEEN = (", ", "; ", ". ")  # panels
 # The longest joint caption in words, punctuation marks and markers, for one subject and for several.
 LIMITS = (62, 63)
+ROOM = 57  # words of the longest caption that a domain is said in front of: 63 then, in 64 tokens of T5
 # How much a phrase tells beside the name.
 NOTHING, POSITION, POSITION_AND_SIZE = 0, 1, 2
 
@@ -222,6 +228,14 @@ def silent_caption(panels: tuple[Panel, ...], rows: int, cols: int, rng: np.rand
     return _marked("", phrases, between, rows, cols, "image")
 
 
+def say_domain(caption: str, domain: str, panels: int, rng: np.random.Generator) -> str:
+    """Say in front of a caption what its panels are drawn in: "pencil drawings, two pictures of a red cat: ...".
+
+    domain: a key of DOMAIN_WORDS
+    """
+    return f"{_choose(rng, DOMAIN_WORDS[domain][panels > 1])}, {caption}"
+
+
 def _check_grid(panels: tuple[Panel, ...], rows: int, cols: int) -> None:
     if len(panels) != rows * cols:
         raise ValueError(f"{len(panels)} panels given, but a {rows}x{cols} grid has {rows * cols}; pass one per cell")
@@ -237,7 +251,8 @@ def vocabulary() -> list[str]:
     """Every word and marker that a caption of up to four panels can hold; the punctuation beside them is , : ; ."""
     texts = [*SINGLE, *SUMMARIES, *PANELS, *PRONOUN_PANELS[False], *PRONOUN_PANELS[True], *SHAPES, *COLOURS, *SIZES]
     texts += [*PATTERNS[1:], *POSITION_WORDS.values(), *NUMBERS.values(), "a an and the several"]
-    texts += [phrase for phrases in (*SCENE_WORDS.values(), *ACCESSORY_WORDS.values()) for phrase in phrases]
+    domains = [phrases for both in DOMAIN_WORDS.values() for phrases in both]
+    texts += [text for group in (*SCENE_WORDS.values(), *ACCESSORY_WORDS.values(), *domains) for text in group]
     words = {word for text in texts for word in re.findall(r"\w+", re.sub(r"\{\w+\}", " ", text))}
     marks = {mark for group in POSITIONS.values() for mark in group}
     marks.update(markers_for("image", 2, 2), markers_for("scene", 2, 2))

@@ -88,7 +88,7 @@ def train_one(
     Returns its file, and the seconds that it took, None if it was not trained at one go
     Errors: ValueError if train.py fails, which has said why
     """
-    steps *= training.length
+    steps = round(steps * training.length)
     given = [fitting_rank(args.model) if flag is FITTING else flag for flag in training.flags]
     flags = ["--data", str(draw_data(training, start, args)), "--model", args.model, "--steps", str(steps)]
     flags += ["--method", "uno", "--stage", str(training.stage)] if training.stage else []
@@ -188,7 +188,8 @@ def remembered(
 ) -> Found:
     """Find something, or read what was found before with the same files; remove judged/ when judges have changed."""
     folders = sorted({find_model(model).root for model in (args.model, args.judges or args.model)})
-    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name != "loras"]
+    unused = {"loras"} if judge.eyes else {"loras", "clip", "dinov2"}
+    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name not in unused]
     mark = fingerprint([*weights, *([what] if isinstance(what, Path) else [])])[:16]
     kind = "truth" if what == "truth" else "made"
     path = args.work / "judged" / f"{judge.name}-{task}-{args.count}-{kind}-{mark}.safetensors"
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="the base, as for train.py")
     parser.add_argument("--judges", metavar="MODEL", help="whose reader, CLIP and DINOv2 judge (default: --model's)")
     parser.add_argument("--count", type=entry.positive, default=100, help="held-out sets that are judged")
-    of_each = "of a training or stage (default: 400, filling-in 4000, UNO 1200, tiny-uno 3000)"
+    of_each = "of a training or stage (default: the experiment's)"
     parser.add_argument("--steps", type=entry.positive, help=of_each)
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="folder of the trainings")
     parser.add_argument("--out", type=Path, default=Path("lab/results"), help="folder for pages, values and sheets")

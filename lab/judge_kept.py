@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .eyes import drawn_anew, with_subject
 from .generate import Networks, generate
-from .judge import AGREEMENT, FIGURES, NONE, OTHERS, OWN, Figures, Found, Judge, Ruler, details, options_of
+from .judge import FIGURES, NONE, OTHERS, OWN, TRAITS, Figures, Found, Judge, Ruler, details, options_of
 from .panels import caption
 from .report import tensors_after, without
 from .scores import read_sets, to_tensors, traits_shown
@@ -81,13 +81,7 @@ def judge(reader: Reader, image: Tensor, sets: Sets, whose: str) -> Figures:
 
 
 KEPT = Judge(
-    "kept", measure, measure_truth, tuple(f"{name}, {OWN}" for name in ("scene", *FIGURES)),
-    (
-        "Which traits of the subject the panel that was made shows, each by itself: from panels that show it, from "
-        "panels of another one which the caption fits as well, and from no panels. Above chance: (own - no panel) / "
-        "(ceiling - no panel).", "", *AGREEMENT,
-    ),
-    details,
+    "kept", measure, measure_truth, tuple(f"{name}, {OWN}" for name in ("scene", *FIGURES)), TRAITS, details,
     notes=("A caption tells all that captions can of the subject, or its shape only, or nothing; always the scene.",),
     sheet="true sets, then for every arm panel 3 (bottom left) from the three others",
 )  # fmt: skip

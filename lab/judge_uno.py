@@ -24,7 +24,7 @@ from .generate import Networks, Options, generate
 from .judge import Figures, Found, Judge, Ruler
 from .pairs import Pair, make_pairs
 from .report import tensors_after
-from .scores import above_chance, hidden_agreement, interval, line, verdict
+from .scores import above_chance, difference, hidden_agreement, interval, line, verdict
 from .sets import PANEL
 from .tasks import is_pencil
 from .truth import Reading, Seen, read
@@ -226,7 +226,7 @@ def controls(
         own, (none, wrong), fewer = figures[figure], (figures[f"{figure}, {c}"] for c in CONTROLS), figure in FEWER
         cells = [interval(values) for values in (own, none, wrong, most[figure])]
         if fewer:
-            reached = interval(np.subtract(own, none))
+            reached = difference(own, none)
         else:
             reached = interval(own) if figure in PLAIN else above_chance(own, none, most[figure])
         wanted = bars.get((kind, figure))
@@ -248,6 +248,6 @@ UNO = Judge(
         "DreamBench, times 100; CLIP-T is not measured here: it ranked true pictures below those without references.",
     ),
     sheet="references, true pictures after the autoencoder, then every arm (its first seed) from the same noise",
-    one=one_picture,
+    one=one_picture, eyes=True,
 )  # fmt: skip
 UNO_WITH_BARS = replace(UNO, details=partial(controls, bars=BARS))

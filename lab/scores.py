@@ -115,13 +115,6 @@ def above_chance(own: Values, none: Values, ceiling: Values) -> Interval | None:
     return float(shares[0]), float(low), float(high)
 
 
-def ratio(values: Values, most: Values) -> Interval:
-    """Mean of values over the mean of the most that the same sets allow, and its 95 % bootstrap interval."""
-    mine, most = _means(values, most)
-    shares = mine / np.where(most > 0, most, np.nan)
-    return float(shares[0]), *map(float, np.nanquantile(shares[1:], ENDS))
-
-
 def _interval(values: np.ndarray, steps: tuple[int, ...], closed: Callable[[np.ndarray], Sequence[float]]) -> Interval:
     """The mean, the least lower end and the greatest upper one of the intervals that suit the values (S, N).
 

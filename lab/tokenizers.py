@@ -5,11 +5,14 @@ import re
 from pathlib import Path
 
 import sentencepiece
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 T5_LENGTH = 64  # tokens a prompt is padded or cut to; the longest caption of the lab takes 63
 CLIP_LENGTH = 77
+BATCH = 4096  # captions that are tokenized at once; more take memory, and fewer the time of other cores
 SMALLER = {**{c: c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}, "\t": " ", "\n": " "}
 MARKER = re.compile(r"\[[A-Z0-9-]+\]")
 LETTERS = "9876543210zyxwvutsrqponmlkjihgfedcba"  # a stands last: at the start of a word it is the word "a"
@@ -38,6 +41,13 @@ def make_t5_tokenizer(captions: list[str], folder: Path) -> T5Tokenizer:
     tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in markers])
     tokenizer.save_pretrained(str(folder))
     return T5Tokenizer.from_pretrained(str(folder))
+
+
+def token_ids(tokenizer: T5Tokenizer | CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Tokenize captions, each padded or cut to the tokenizer's own length: (N, T)."""
+    parts = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)]
+    settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return torch.cat([tokenizer(part, **settings).input_ids for part in parts])
 
 
 def make_clip_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:

@@ -8,43 +8,46 @@ from torch import Tensor, nn
 
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
 
-from .training import Stage, Work, run
+from .training import Clock, Stage, Work, run
 
 # GroupNorm has 32 groups, so 32 channels would be normalised one by one and lose the picture's tint: measured, 16 dB.
 CONFIG = AutoEncoderConfig(ch=64, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
-SMALL = 32  # pixels of a crop in the first half of the steps
+SMALL = 32  # pixels of a crop at first, where a stage has small ones
 LARGE = 64
 KL = 2e-4  # weight of the divergence from a unit Gaussian, a mean over latent values
 NOISE = 0.5  # most noise on latents, in their own deviations; without it the posterior's is 0.01, and all must be exact
 
 
-def batch_of(pool: Tensor, stage: Stage, step: int, generator: torch.Generator) -> Tensor:
-    """Draw a batch from random 2x2 composites: small crops first, then large ones and now and then the whole.
+def batch_of(pool: Tensor, count: int, step: int, small: bool, generator: torch.Generator) -> Tensor:
+    """Draw a batch from random 2x2 composites: small crops, or large ones and now and then the whole.
 
-    Three quarters of the small crops lie where subjects stand, because scenes are learned long before them. A
-    third of the large crops are whole panels; the rest cross the borders. Some panels are filled with 0, as the
-    masked ones are when the kept panels of a set are encoded.
+    Three quarters of the small crops lie where subjects stand, because scenes are learned long before them. Half of
+    the large crops are whole panels; the rest cross the borders. Some panels are filled with 0, as the masked ones
+    are when the kept panels of a set are encoded.
 
-    pool: (N, 3, 64, 64) uint8 panels
+    pool: (N, 3, 64, 64) uint8 panels, on the generator's device
+    count: of large crops; a batch has four times as many small ones, or a quarter as many composites
     Returns (B, 3, h, w) float32 in -1..1
     """
-    small, whole = step < 0.6 * stage.steps, step % 8 == 7
-    count = 4 * stage.batch if small else max(1, stage.batch // 4) if whole else stage.batch
-    panels = pool[torch.randint(len(pool), (count, 4), generator=generator)].float() / 127.5 - 1
-    panels = panels * (torch.rand(count, 4, 1, 1, 1, generator=generator) > 0.1)
+    random = {"generator": generator, "device": pool.device}
+    whole = step % 8 == 7 and not small
+    count = 4 * count if small else max(1, count // 4) if whole else count
+    panels = pool[torch.randint(len(pool), (count, 4), **random)].float() / 127.5 - 1
+    panels = panels * (torch.rand(count, 4, 1, 1, 1, **random) > 0.1)
     top, bottom = torch.cat((panels[:, 0], panels[:, 1]), -1), torch.cat((panels[:, 2], panels[:, 3]), -1)
     composite = torch.cat((top, bottom), -2)  # (B, 3, 128, 128)
-    if whole and not small:
+    if whole:
         return composite
     side = SMALL if small else LARGE
-    corners = torch.randint(0, composite.shape[-1] - side + 1, (count, 2), generator=generator)
+    corners = torch.randint(0, composite.shape[-1] - side + 1, (count, 2), **random)
     if small:
-        low = torch.randint(12, 33, (3 * count // 4,), generator=generator)
-        corners[: len(low), 0] = low + LARGE * torch.randint(2, low.shape, generator=generator)
+        low = torch.randint(12, 33, (3 * count // 4,), **random)
+        corners[: len(low), 0] = low + LARGE * torch.randint(2, low.shape, **random)
     else:
-        corners[: count // 3] = 0
-    crops = zip(composite, corners.tolist(), strict=True)
-    return torch.stack([picture[:, y : y + side, x : x + side] for picture, (y, x) in crops])
+        corners[: count // 2] = 0
+    y, x = (corners[:, :, None] + torch.arange(side, device=pool.device)).unbind(1)  # each (B, side)
+    each = torch.arange(count, device=pool.device)[:, None, None]
+    return composite.movedim(1, -1)[each, y[:, :, None], x[:, None]].movedim(-1, 1)
 
 
 def losses(model: AutoEncoder, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -58,11 +61,12 @@ def losses(model: AutoEncoder, image: Tensor, generator: torch.Generator) -> dic
 
     The Gaussian that latents are held to is the one that scale_factor and shift_factor map to mean 0, variance 1.
     """
-    mean, logvar = model.moments(image)
-    level = NOISE * (2 * torch.rand(len(image), 1, 1, 1, generator=generator) - 1).clamp(min=0)  # 0 for half of them
-    level = level.to(mean) * mean.detach().std()
+    mean, logvar = (part.float() for part in model.moments(image))
+    random = {"generator": generator, "device": image.device}
+    level = NOISE * (2 * torch.rand(len(image), 1, 1, 1, **random) - 1).clamp(min=0)  # 0 for half of them
+    level = level * mean.detach().std()
     spread = (logvar.exp() + level**2).sqrt()
-    decoded = model.decoder(mean + spread * torch.randn(mean.shape, generator=generator).to(mean))
+    decoded = model.decoder(mean + spread * torch.randn(mean.shape, **random)).float()
     pixel = (decoded - image).abs().mean()
     edge = sum((decoded.diff(dim=d) - image.diff(dim=d)).abs().mean() for d in (-1, -2))
     scale = model.config.scale_factor
@@ -96,20 +100,15 @@ def is_hidden(name: str, p: Tensor) -> bool:
     return p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
 
 
-def train(stage: Stage, pool: Tensor, work: Work, init: AutoEncoder | None = None) -> AutoEncoder:
+def train(stage: Stage, pool: Tensor, work: Work, small: float = 0.0, init: AutoEncoder | None = None) -> AutoEncoder:
     """Train the autoencoder and set its latents to unit variance; gives the averaged weights on the CPU.
 
     pool: (N, 3, 64, 64) uint8 panels
+    small: share of the stage that has small crops
     """
     torch.manual_seed(work.seed)
-    model = (init or new_autoencoder()).to(work.device, memory_format=torch.channels_last)
-
-    def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        image = batch_of(pool, stage, step, generator)
-        return losses(model, image.to(work.device, memory_format=torch.channels_last), generator)
-
-    average = run(stage, model, loss_at, work, is_hidden, processes=work.processes)
-    return unit_variance(average.to("cpu", memory_format=torch.contiguous_format), pool[:512])
+    average = train_on(stage, init or new_autoencoder(), pool, work, small)
+    return unit_variance(average, pool[:512])
 
 
 def finish(stage: Stage, model: AutoEncoder, pool: Tensor, work: Work) -> AutoEncoder:
@@ -117,15 +116,22 @@ def finish(stage: Stage, model: AutoEncoder, pool: Tensor, work: Work) -> AutoEn
 
     pool: (N, 3, 64, 64) uint8 panels
     """
-    model = copy.deepcopy(model).to(work.device, memory_format=torch.channels_last)
+    model = copy.deepcopy(model)
     model.encoder.requires_grad_(False)
     model.decoder.requires_grad_(True)
+    return train_on(stage, model, pool, work)
+
+
+def train_on(stage: Stage, model: AutoEncoder, pool: Tensor, work: Work, small: float = 0.0) -> AutoEncoder:
+    """Train what of the model has gradients; gives the averaged weights on the CPU."""
+    model, clock = model.to(work.device, memory_format=torch.channels_last), Clock(stage)
+    pool = pool.to(work.device)
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        image = batch_of(pool, stage, stage.steps + step, generator)  # large crops alone
-        return losses(model, image.to(work.device, memory_format=torch.channels_last), generator)
+        image = batch_of(pool, stage.batch, step, clock.done < small, generator)
+        return losses(model, image.contiguous(memory_format=torch.channels_last), generator)
 
-    average = run(stage, model, loss_at, work, is_hidden, processes=work.processes)
+    average = run(stage, model, loss_at, work, is_hidden, processes=work.processes, clock=clock)
     return average.to("cpu", memory_format=torch.contiguous_format)
 
 

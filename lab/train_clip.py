@@ -5,9 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from .training import Stage, Work, run
+from .sets import load_sets
+from .tokenizers import token_ids
+from .training import Stage, Work, finished, run, step_generator
 
 WIDTH = 128
+ALONE = 0.75  # share of the batches that show single panels; the others share out the rest
 SIDE = 64  # pixels; larger composites are reduced to it
 
 
@@ -22,29 +25,30 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
-def train(
-    stage: Stage, pictures: list[Tensor], captions: list[list[list[str]]], tokenizer: CLIPTokenizer, work: Work
-) -> CLIPModel:
-    """Train with the symmetric contrastive loss; gives the averaged weights on the CPU.
+def train(stage: Stage, captions: dict, tokenizer: CLIPTokenizer, work: Work) -> CLIPModel:
+    """Train with the symmetric contrastive loss on the sets in the work's folder; gives averaged weights on the CPU.
 
-    pictures: of each grid, (N, 3, h, w) uint8
-    captions: of each grid, N lists of phrasings
+    captions: by grid, of its first N sets equally many phrasings
     Source: arXiv:2103.00020
     """
     torch.manual_seed(work.seed)
     model = new_clip(tokenizer).to(work.device)
+    grids = [] if finished(stage, work) else list(captions)
+    pictures = [load_sets(work.folder, grid, len(captions[grid])).to(work.device) for grid in grids]
+    phrasings = [[caption for group in captions[grid] for caption in group] for grid in grids]
     ids = [
-        torch.tensor([tokenizer(c, padding="max_length", truncation=True).input_ids for c in of_grid])
-        for of_grid in captions
+        token_ids(tokenizer, every).unflatten(0, (len(of_grid), -1)).to(work.device)
+        for every, of_grid in zip(phrasings, pictures, strict=True)
     ]  # each (N, phrasings, 77)
+    chances = torch.tensor([ALONE if grid == (1, 1) else (1 - ALONE) / max(1, len(grids) - 1) for grid in grids])
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        grid = int(torch.randint(len(pictures), (1,), generator=generator))
-        chosen = torch.randint(len(pictures[grid]), (stage.batch,), generator=generator)
-        phrasing = torch.randint(ids[grid].shape[1], (stage.batch,), generator=generator)
+        grid = int(torch.multinomial(chances, 1, generator=step_generator(work.seed + 1, step)))
+        random = {"generator": generator, "device": work.device}
+        chosen = torch.randint(len(pictures[grid]), (stage.batch,), **random)
+        phrasing = torch.randint(ids[grid].shape[1], (stage.batch,), **random)
         image = F.interpolate(pictures[grid][chosen].float() / 127.5 - 1, size=(SIDE, SIDE), mode="area")
-        text = ids[grid][chosen, phrasing].to(work.device)
-        logits = model(input_ids=text, pixel_values=image.to(work.device)).logits_per_text
+        logits = model(input_ids=ids[grid][chosen, phrasing], pixel_values=image).logits_per_text
         target = torch.arange(stage.batch, device=work.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return {"loss": loss, "matched": (logits.argmax(dim=1) == target).float().mean()}

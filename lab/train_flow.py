@@ -20,19 +20,21 @@ from model.text import TextEncoders
 from sampling.flow import interpolate
 from sampling.latents import pack
 
-from .captions import panel_prompt, reticent
-from .sets import plan_sets
+from .captions import panel_prompt, reticent, say_domain
+from .sets import PlannedSet
 from .train_text import CLASSES, facts, wrong_facts
 from .training import Stage, Work, run, step_generator
 from .world import Panel
 
 CONFIG = FluxConfig(
-    in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=192, mlp_hidden=768, num_heads=6,
-    depth=3, depth_single_blocks=5, axes_dim=(4, 14, 14), guidance_embed=True,
+    in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=128, hidden_size=256, mlp_hidden=1024, num_heads=8,
+    depth=3, depth_single_blocks=6, axes_dim=(4, 14, 14), guidance_embed=True,
 )  # fmt: skip
 WIDEST = 992  # of a tiny model
-SHORT = 32  # T5 tokens of a single panel's caption
-DROPPED = 0.05  # share of the captions replaced by the empty one
+PICTURES, CAPTIONS = 16, 256  # encoded at once on a CPU
+MORE = 32  # times as many on a GPU
+SHORT = 40  # T5 tokens of a single panel's caption
+DROPPED = 0.07  # share of the captions replaced by the empty one
 READING = 0.2  # weight of the facts beside the velocity
 LATE = 0.7  # mean of the times' logits: what a subject is gets settled near noise, where its shape is learned last
 GUIDANCE = (1.0, 5.0)  # drawn uniformly; says nothing until it is distilled
@@ -68,7 +70,7 @@ def is_hidden(name: str, p: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Data:
-    """Latents and encoded captions of every grid, ready for training.
+    """Latents and encoded captions of every grid, on the device that trains.
 
     latents: by grid, (N, 16, h, w) float16
     txt: by grid, and of the "empty" caption, T5 features (N, phrasings, T, C) bfloat16
@@ -82,42 +84,67 @@ class Data:
     facts: dict
 
 
-def of_sets(latents: dict, captions: dict, text: TextEncoders, seed: int) -> Data:
-    """The sets that were drawn, of every grid."""
-    encoded = {grid: encode(groups, text) for grid, groups in {**captions, "empty": [[""]]}.items()}
-    told = {
-        grid: facts_of([[(panel, i) for i, panel in enumerate(p, 1)] for p in plan_sets(grid, len(z), seed)])
-        for grid, z in latents.items()
+def of_sets(latents: dict, planned: dict, text: TextEncoders, work: Work) -> Data:
+    """The sets that were drawn, of every grid.
+
+    latents: by grid, (N, 16, h, w)
+    planned: by grid, the N sets as lab.sets.plan_sets gives them
+    """
+    captions = {grid: [one.captions for one in of_grid] for grid, of_grid in planned.items()}
+    numbered = {
+        grid: [[(panel, number) for number, panel in enumerate(one.panels, 1)] for one in of_grid]
+        for grid, of_grid in planned.items()
     }
-    return Data(latents, *({grid: parts[i] for grid, parts in encoded.items()} for i in (0, 1)), told)
+    return new_data(latents, captions, numbered, text, work)
 
 
-def singles(latents: Tensor, text: TextEncoders, seed: int) -> Data:
+def singles(latents: Tensor, planned: list[PlannedSet], text: TextEncoders, work: Work) -> Data:
     """The panels of 2x2 sets one by one, with captions of their own that are padded to SHORT tokens.
 
-    A panel alone takes 48 tokens where a set takes 128, and shows one more subject, so words get their looks sooner.
+    A panel alone takes 56 tokens where a set takes 128, and shows one more subject, so words get their looks sooner.
 
     latents: (N, 16, 16, 16) of the sets
     """
-    rng = np.random.default_rng([seed, 7])
-    panels = [panel for group in plan_sets((2, 2), len(latents), seed) for panel in group]
-    captions = [[panel_prompt(reticent((panel,), rng)[0], rng) for _ in range(2)] for panel in panels]
-    encoded = {(1, 1): encode(captions, text, SHORT), "empty": encode([[""]], text, SHORT)}
+    rng = np.random.default_rng([work.seed, 7])
+    panels = [(panel, one.domain) for one in planned for panel in one.panels]
+
+    def caption(panel: Panel, domain: str) -> str:
+        text = panel_prompt(reticent((panel,), rng)[0], rng)
+        return say_domain(text, domain, 1, rng) if domain else text
+
+    captions = [[caption(*panel) for _ in range(2)] for panel in panels]
     cut = rearrange(latents, "N C (rows h) (cols w) -> (N rows cols) C h w", rows=2, cols=2).contiguous()
-    told = facts_of([[(panel, 1)] for panel in panels])
-    return Data({(1, 1): cut}, *({grid: parts[i] for grid, parts in encoded.items()} for i in (0, 1)), {(1, 1): told})
+    numbered = [[(panel, 1)] for panel, _ in panels]
+    return new_data({(1, 1): cut}, {(1, 1): captions}, {(1, 1): numbered}, text, work, SHORT)
 
 
-def encode(groups: list[list[str]], text: TextEncoders, length: int | None = None) -> tuple[Tensor, Tensor]:
+def new_data(
+    latents: dict, captions: dict, numbered: dict, text: TextEncoders, work: Work, length: int | None = None
+) -> Data:  # fmt: skip
+    """Encode captions, and put all on the work's device.
+
+    numbered: by grid, the panels of every set, each with its number
+    length: T5 tokens T; None is the tokenizer's own limit
+    """
+    for encoder in (text.t5, text.clip):
+        encoder.to(work.device)
+    encoded = {grid: encode(groups, text, length) for grid, groups in {**captions, "empty": [[""]]}.items()}
+    on_device = {grid: z.to(work.device) for grid, z in latents.items()}
+    told = {grid: facts_of(groups).to(work.device) for grid, groups in numbered.items()}
+    return Data(on_device, *({grid: parts[i] for grid, parts in encoded.items()} for i in (0, 1)), told)
+
+
+def encode(groups: list, text: TextEncoders, length: int | None = None) -> tuple[Tensor, Tensor]:
     """Encode equally many phrasings of every caption: (N, phrasings, T, C) bfloat16 and (N, phrasings, V).
 
     length: T5 tokens T; None is the tokenizer's own limit
     """
     every = [caption for group in groups for caption in group]
-    parts = [text.encode(every[i : i + 256], length) for i in range(0, len(every), 256)]
-    txt = torch.cat([txt.bfloat16().cpu() for txt, _ in parts])
+    batch = CAPTIONS * (1 if text.t5.device.type == "cpu" else MORE)
+    parts = [text.encode(every[i : i + batch], length) for i in range(0, len(every), batch)]
+    txt = torch.cat([txt.bfloat16() for txt, _ in parts])
     shape = (len(groups), len(groups[0]))
-    return txt.unflatten(0, shape), torch.cat([vec.cpu() for _, vec in parts]).unflatten(0, shape)
+    return txt.unflatten(0, shape), torch.cat([vec for _, vec in parts]).unflatten(0, shape)
 
 
 def facts_of(groups: list[list[tuple[Panel, int]]]) -> Tensor:
@@ -126,7 +153,7 @@ def facts_of(groups: list[list[tuple[Panel, int]]]) -> Tensor:
 
 
 @torch.no_grad()
-def prepare_latents(autoencoder: AutoEncoder, pictures: dict, work: Work, batch: int = 16) -> dict:
+def prepare_latents(autoencoder: AutoEncoder, pictures: dict, work: Work) -> dict:
     """Encode the pictures of every grid, or load them if this autoencoder has encoded that many before.
 
     pictures: by grid, (N, 3, h, w) uint8
@@ -135,6 +162,7 @@ def prepare_latents(autoencoder: AutoEncoder, pictures: dict, work: Work, batch:
     weights = b"".join(p.numpy().tobytes() for p in autoencoder.parameters())
     mark = hashlib.sha256(weights + str(work.seed).encode()).hexdigest()
     latents = {}
+    autoencoder.to(work.device)
     for (rows, cols), of_grid in pictures.items():
         path = work.folder / f"latents-{rows}x{cols}.safetensors"
         if path.exists():
@@ -142,23 +170,26 @@ def prepare_latents(autoencoder: AutoEncoder, pictures: dict, work: Work, batch:
                 if file.metadata().get("autoencoder") == mark and len(file.get_slice("z")[:, 0, 0, 0]) == len(of_grid):
                     latents[rows, cols] = file.get_tensor("z")
                     continue
-        latents[rows, cols] = encode_pictures(autoencoder, of_grid, batch, work.processes)
+        latents[rows, cols] = encode_pictures(autoencoder, of_grid, work)
         save_safetensors({"z": latents[rows, cols]}, path, {"autoencoder": mark})
+    autoencoder.cpu()
     return latents
 
 
 @torch.no_grad()
-def encode_pictures(autoencoder: AutoEncoder, pictures: Tensor, batch: int, processes: int) -> Tensor:
+def encode_pictures(autoencoder: AutoEncoder, pictures: Tensor, work: Work) -> Tensor:
     """Encode pictures (N, 3, h, w) uint8, several processes with one thread each: (N, 16, h/8, w/8) float16."""
-    z = torch.empty(len(pictures), 16, *(side // 8 for side in pictures.shape[2:]), dtype=torch.half).share_memory_()
+    z = torch.empty(len(pictures), 16, *(side // 8 for side in pictures.shape[2:]), dtype=torch.half)
+    batch, processes = PICTURES * (1 if work.device == "cpu" else MORE), work.processes
 
     def share(number: int) -> None:
         for first in range(number * batch, len(z), processes * batch):
             part = slice(first, first + batch)
-            z[part] = autoencoder.encode(pictures[part].float() / 127.5 - 1)
+            z[part] = autoencoder.encode(pictures[part].to(work.device).float() / 127.5 - 1)
 
     if processes > 1:
         torch.set_num_threads(1)
+        z.share_memory_()
     context = multiprocessing.get_context("fork")
     others = [context.Process(target=share, args=(number,)) for number in range(1, processes)]
     for other in others:
@@ -185,18 +216,30 @@ def as_written(grid: tuple[int, int]) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def keep_wide(flux: Flux) -> None:
+    """Let the residual stream be float32 under autocast, whose Linears give bfloat16.
+
+    A block adds to its stream by torch.addcmul(x, gate, y), which gives the widest type of the three: a stream that
+    begins as float32 stays so, to the last layer, and its norms are float32 too. So it is widened where it begins.
+    """
+    for layer in (flux.img_in, flux.txt_in):
+        layer.register_forward_hook(lambda layer, args, out: out.float())
+
+
 def batch_of(data: Data, grid: tuple[int, int], count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Draw sets of one grid, a phrasing for each, and leave out some captions.
 
+    generator: of the device that the data are on
     Returns latents (B, 16, h, w), txt (B, T, C) and vec (B, V), float32, and the facts of tokens (B, I, facts)
     """
     z, vec = data.latents[grid], data.vec[grid]
-    chosen = torch.randint(len(z), (count,), generator=generator)
-    phrasing = torch.randint(vec.shape[1], (count,), generator=generator)
-    dropped = torch.rand(count, generator=generator) < DROPPED
+    random = {"generator": generator, "device": z.device}
+    chosen = torch.randint(len(z), (count,), **random)
+    phrasing = torch.randint(vec.shape[1], (count,), **random)
+    dropped = torch.rand(count, **random) < DROPPED
     vec = data.vec["empty"][0].where(dropped[:, None], vec[chosen, phrasing])
     txt = data.txt["empty"][0].where(dropped[:, None, None], data.txt[grid][chosen, phrasing])
-    rows, cols = torch.arange(4 * grid[0]) // 4, torch.arange(4 * grid[1]) // 4
+    rows, cols = (torch.arange(4 * side, device=z.device) // 4 for side in grid)
     panel = (rows[:, None] * grid[1] + cols).flatten()  # of each token, from 0
     return z[chosen].float(), txt.float(), vec, data.facts[grid][chosen][:, panel].long()
 
@@ -209,8 +252,8 @@ def noised(z: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tenso
     Source: arXiv:2403.03206 (logit-normal times)
     """
     data = pack(z)
-    noise = torch.randn(data.shape, generator=generator).to(z)
-    t = torch.sigmoid(LATE + torch.randn(len(z), generator=generator)).to(z)
+    noise = torch.randn(data.shape, generator=generator, device=z.device).to(z)
+    t = torch.sigmoid(LATE + torch.randn(len(z), generator=generator, device=z.device)).to(z)
     return interpolate(data, noise, t[:, None, None]), noise - data, t
 
 
@@ -236,22 +279,24 @@ def train(
     fast: compile the blocks for the grid that is drawn most often; needs a C++ compiler on the CPU
     Source: arXiv:2210.03142 (distillation of guided diffusion, its first stage)
     """
-    flux = flux.to(work.device)
+    for one in (flux, teacher):
+        if one is not None:
+            keep_wide(one.to(work.device))
     grids = list(data.latents)
     chances = torch.tensor([often[grid] for grid in grids])
     stance = compile_blocks(flux, max(often, key=often.get)) if fast else as_written
     module = nn.ModuleDict({"flux": flux, "head": nn.Linear(flux.config.hidden_size, sum(CLASSES))}).to(work.device)
     reading = READING if teacher is None else 0.0  # what has been learned need not be read again by a new layer
     tap = {}
-    tapped = flux.double_blocks[-1].register_forward_hook(lambda block, args, out: tap.update(img=out[0]))
+    flux.double_blocks[-1].register_forward_hook(lambda block, args, out: tap.update(img=out[0]))
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         # Drawn apart, so that every process works on the same grid.
         grid = grids[int(torch.multinomial(chances, 1, generator=step_generator(work.seed + 1, step)))]
         count = batch_size(stage.batch, data.latents[grid], data.txt[grid].shape[-2])
-        z, txt, vec, told = (part.to(work.device) for part in batch_of(data, grid, count, generator))
+        z, txt, vec, told = batch_of(data, grid, count, generator)
         x, target, t = noised(z, generator)
-        guidance = torch.empty(count).uniform_(*GUIDANCE, generator=generator).to(x)
+        guidance = torch.empty_like(t).uniform_(*GUIDANCE, generator=generator)
         if teacher is not None:
             target = guided(teacher, x, t, txt, vec, guidance, data, grid)
         with stance(grid):
@@ -263,8 +308,8 @@ def train(
         return losses
 
     average = run(stage, module, loss_at, work, is_hidden, processes=work.processes)["flux"]
-    tapped.remove()
-    average.double_blocks[-1]._forward_hooks.clear()  # the copy has the hook too
+    for part in average.modules():
+        part._forward_hooks.clear()  # the copy has the hooks too
     for block in (*average.double_blocks, *average.single_blocks):
         block._compiled_call_impl = None  # the compiler must not run in processes forked after it did: they hang
     return average

@@ -5,6 +5,8 @@ features. A linear layer on every token reads the number of its panel, the panel
 and place, and the token itself; tokens before the first marker and behind the end read the cast alone.
 """
 
+import multiprocessing
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,13 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from .captions import joint_caption, reticent
-from .sets import GRIDS, MARKERS
-from .tokenizers import T5_LENGTH
-from .training import Stage, Work, run
+from .sets import GRIDS, MARKERS, choose_domain
+from .tokenizers import token_ids
+from .training import Stage, Work, finished, run
 from .world import ACCESSORIES, COLOURS, PATTERNS, POSITIONS, SCENES, SHAPES, SIZES, Panel, random_set
 
 WIDTH = 128
+CAPTIONS = 200_000  # at the most
 SLOTS = 4  # subjects of a panel
 TRAITS = {
     "shape": tuple(SHAPES), "colour": tuple(COLOURS), "pattern": PATTERNS, "accessory": ACCESSORIES,
@@ -65,25 +68,39 @@ def facts(panel: Panel, number: int) -> list[int]:
     return told + [0] * (len(CLASSES) - len(told))
 
 
-def draw_captions(count: int, seed: int, held_out: bool | None = False) -> tuple[list[str], Tensor]:
-    """Write captions of random sets of every grid, with the facts of their tokens.
+def draw_captions(job: tuple[int, int, int]) -> tuple[list[str], Tensor]:
+    """Write captions of random sets of every grid, with the facts of their tokens; the job is (count, seed, number).
 
     Returns the captions, and (count, 5, facts): of the tokens before the first marker, after it, after the second...
     """
-    rng = np.random.default_rng([seed, 5])
+    count, *seeds = job
+    rng = np.random.default_rng([*seeds, 5])
     grids, kinds = list(GRIDS), [kind for kind, _ in MARKERS]
     often, chosen = np.array([0.15, 0.12, 0.12, 0.46, 0.15]), np.array([weight for _, weight in MARKERS])
     captions, told = [], []
     for _ in range(count):
         rows, cols = grids[int(rng.choice(len(grids), p=often))]
         chances = GRIDS[rows, cols][1]
-        panels = random_set(rng, rows, cols, 1 + int(rng.choice(len(chances), p=chances)), held_out)
+        panels = random_set(rng, rows, cols, 1 + int(rng.choice(len(chances), p=chances)))
         panels = reticent(panels, rng)
-        captions.append(joint_caption(panels, rows, cols, rng, str(rng.choice(kinds, p=chosen))))
+        caption = joint_caption(panels, rows, cols, rng, str(rng.choice(kinds, p=chosen)))
+        captions += choose_domain([caption], len(panels), rng)[1]
         one = len(panels) == 1  # a single panel has no marker
         rows_of_facts = [facts(panels[0], int(one))] + [facts(panel, i) for i, panel in enumerate(panels, 1)]
         told.append(rows_of_facts + [rows_of_facts[0]] * (5 - len(rows_of_facts)))
     return captions, torch.tensor(told)
+
+
+def draw_many(count: int, seed: int, processes: int) -> tuple[list[str], Tensor]:
+    """Write about `count` captions with their facts, in several processes; as draw_captions."""
+    part = min(count, 1000)
+    jobs = [(part, seed, number) for number in range(count // part)]
+    if processes == 1 or len(jobs) == 1:
+        parts = [draw_captions(job) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            parts = list(pool.imap(draw_captions, jobs))
+    return [caption for captions, _ in parts for caption in captions], torch.cat([told for _, told in parts])
 
 
 def panel_of(ids: Tensor, tokenizer: T5Tokenizer) -> Tensor:
@@ -123,22 +140,23 @@ def is_hidden(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and ".block." in name and "relative_attention_bias" not in name
 
 
-def train(stage: Stage, tokenizer: T5Tokenizer, work: Work, count: int = 30_000) -> T5EncoderModel:
+def train(stage: Stage, tokenizer: T5Tokenizer, work: Work, processes: int = 1) -> T5EncoderModel:
     """Train T5 with its reading layer; gives the averaged T5 on the CPU.
 
-    count: captions written for it
+    processes: that write captions
     """
     torch.manual_seed(work.seed)
-    t5 = new_t5(tokenizer)
-    captions, told = draw_captions(count, work.seed)
-    ids = torch.tensor(tokenizer(captions, padding="max_length", truncation=True, max_length=T5_LENGTH).input_ids)
-    panel = panel_of(ids, tokenizer)
-    module = nn.ModuleDict({"t5": t5, "head": nn.Linear(WIDTH, sum(CLASSES) + len(tokenizer))}).to(work.device)
+    module = nn.ModuleDict({"t5": new_t5(tokenizer), "head": nn.Linear(WIDTH, sum(CLASSES) + len(tokenizer))})
+    count = 1 if finished(stage, work) else min(CAPTIONS, stage.steps * stage.batch)
+    captions, told = draw_many(count, work.seed, processes)
+    ids = token_ids(tokenizer, captions)
+    panel = panel_of(ids, tokenizer).to(work.device)
+    ids, told, module = ids.to(work.device), told.to(work.device), module.to(work.device)
+    rows = torch.arange(stage.batch, device=work.device)[:, None]
 
     def loss_at(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(len(ids), (stage.batch,), generator=generator)
-        rows = torch.arange(stage.batch)[:, None]
+        chosen = torch.randint(len(ids), (stage.batch,), generator=generator, device=work.device)
         of_token = told[chosen][rows, panel[chosen]]  # (B, T, facts)
-        return losses(module["t5"], module["head"], ids[chosen].to(work.device), of_token.to(work.device))
+        return losses(module["t5"], module["head"], ids[chosen], of_token)
 
     return run(stage, module, loss_at, work, is_hidden)["t5"].cpu()

@@ -2,7 +2,8 @@
 
 Checkpoints are those of train.py, see iclora.checkpoint.
 Every random number of step n comes from a generator seeded by (seed, n): a resumed run needs no RNG state and
-repeats an uninterrupted one.
+repeats an uninterrupted one. A stage by the clock counts the seconds it has taken instead of steps, which a checkpoint
+keeps too; how many steps fit in them is another number each time, so only its length is repeated.
 """
 
 import copy
@@ -30,7 +31,11 @@ from iclora.checkpoint import (
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of pretraining: how long, how fast, and what is averaged."""
+    """One stage of pretraining: how long, how fast, and what is averaged.
+
+    seconds: how long, by the clock; 0 goes by the steps
+    bfloat16: under autocast, which computes products in bfloat16; weights, optimizers and averages stay float32
+    """
 
     name: str
     steps: int
@@ -38,9 +43,11 @@ class Stage:
     lr: float  # of AdamW
     muon_lr: float = 0.0  # of Muon, for hidden matrices; 0 leaves everything to AdamW
     warmup: int = 100
-    decay_from: float = 0.0  # share of the steps after which the rate falls to 0 along a cosine; 1 never
+    decay_from: float = 0.0  # share of the stage after which the rate falls to 0 along a cosine; 1 never
     ema: float = 0.999
     clip: float = 1.0
+    seconds: float = 0.0
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,19 +61,50 @@ class Work:
     processes: int = 1  # that train and encode together, a core each
 
 
-def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
-    """Give the generator that makes every random choice of one step in one process."""
-    return torch.Generator("cpu").manual_seed((seed + 1009 * process) * 1_000_003 + step)
+class Clock:
+    """How much of a stage is done, by its steps or by the time it has taken.
+
+    The first step of every process is not timed, as it may compile; so a stage that goes on does one step at least.
+
+    seconds: that the stage has taken in all processes that trained it
+    done: share of the stage, from 0; it is over at 1
+    """
+
+    def __init__(self, stage: Stage, now: Callable[[], float] = time.monotonic):
+        self.stage, self.now = stage, now
+        self.seconds = self.done = 0.0
+        self.last: float | None = None
+
+    def resume(self, step: int, seconds: float) -> None:
+        """Go on from a checkpoint."""
+        self.seconds = seconds
+        self.done = seconds / self.stage.seconds if self.stage.seconds else step / self.stage.steps
+
+    def tick(self, step: int) -> None:
+        """Count another step: `step` are done."""
+        now = self.now()
+        passed, self.last = now - (now if self.last is None else self.last), now
+        self.resume(step, self.seconds + passed)
+
+    def left(self, step: int, speed: float) -> float:
+        """Seconds to the end of the stage. speed: steps a second"""
+        return max(0, self.stage.seconds - self.seconds) if self.stage.seconds else (self.stage.steps - step) / speed
 
 
-def rate(stage: Stage, step: int) -> float:
-    """The factor on the learning rate: linear warm-up, flat, then a cosine to zero."""
+def step_generator(seed: int, step: int, process: int = 0, device: str = "cpu") -> torch.Generator:
+    """Give the generator that makes every random choice of one step in one process, on the device that uses them."""
+    return torch.Generator(device).manual_seed((seed + 1009 * process) * 1_000_003 + step)
+
+
+def rate(stage: Stage, step: int, done: float) -> float:
+    """The factor on the learning rate: linear warm-up, flat, then a cosine to zero.
+
+    done: share of the stage
+    """
     warm = min(1.0, (step + 1) / max(1, stage.warmup))
-    start = stage.decay_from * stage.steps
-    if step < start:
+    if done < stage.decay_from:
         return warm
-    done = (step - start) / max(1, stage.steps - start)
-    return warm * 0.5 * (1 + math.cos(math.pi * done))
+    return warm * 0.5 * (1 + math.cos(math.pi * (done - stage.decay_from) / (1 - stage.decay_from)))
 
 
 class Muon(torch.optim.Optimizer):
@@ -141,15 +179,16 @@ class Helper:
     gradients: list[Tensor]  # in shared memory, as the module's parameters are
 
     @classmethod
-    def start(cls, module: nn.Module, loss_at: Callable, seed: int, number: int) -> "Helper":
+    def start(cls, module: nn.Module, loss_of: Callable, clock: Clock, number: int) -> "Helper":
         trained = [p for p in module.parameters() if p.requires_grad]
         gradients = [torch.zeros_like(p).share_memory_() for p in trained]
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe()
 
         def work() -> None:
-            while (step := theirs.recv()) is not None:
-                losses = loss_at(step, step_generator(seed, step, number))
+            while (message := theirs.recv()) is not None:
+                step, clock.done = message
+                losses = loss_of(step, number)
                 losses["loss"].backward()
                 torch._foreach_copy_(gradients, [p.grad for p in trained])
                 module.zero_grad(set_to_none=True)
@@ -159,13 +198,18 @@ class Helper:
         return cls(ours, gradients)
 
 
-def gradients_of(step: int, module: nn.Module, loss_at: Callable, seed: int, helpers: list[Helper]) -> dict[str, float]:
-    """Leave the mean gradients of all processes' batches in the module; gives the mean losses by name."""
+def gradients_of(
+    step: int, module: nn.Module, loss_of: Callable, clock: Clock, helpers: list[Helper]
+) -> dict[str, Tensor]:  # fmt: skip
+    """Leave the mean gradients of all processes' batches in the module; gives the mean losses by name.
+
+    loss_of: (step, process) -> losses by name
+    """
     for helper in helpers:
-        helper.pipe.send(step)
-    losses = loss_at(step, step_generator(seed, step))
+        helper.pipe.send((step, clock.done))
+    losses = loss_of(step, 0)
     losses["loss"].backward()
-    found = [{name: float(value.detach()) for name, value in losses.items()}]
+    found = [{name: value.detach() for name, value in losses.items()}]  # still on its device, which need not be awaited
     own = [p.grad for p in module.parameters() if p.requires_grad]
     for helper in helpers:
         found.append(helper.pipe.recv())
@@ -184,6 +228,7 @@ def run(
     every: float = 60,
     processes: int = 1,
     report: Callable[[str], None] = print,
+    clock: Clock | None = None,
 ) -> nn.Module:
     """Train a module to the end of its stage, from its last checkpoint if there is one.
 
@@ -191,16 +236,17 @@ def run(
     work: `<stage>.safetensors` is kept in its folder; a stage that is finished there is loaded, not run
     every: seconds between checkpoints
     processes: each works on a batch of its own in every step; more than one needs a CPU and fork
+    clock: of the stage, where its losses ask how much is done
     Errors: ValueError if the folder holds a checkpoint of a run with another seed or origin, or a run that works
     Returns the averaged (EMA) copy of the module
     """
-    with only_run(work.folder, f".{stage.name}.lock"):
-        return train_stage(stage, module, loss_at, work, is_hidden, every, processes, report)
+    with only_run(work.folder / f"{stage.name}.running"):
+        return train_stage(stage, module, loss_at, work, is_hidden, every, processes, report, clock or Clock(stage))
 
 
 def train_stage(
     stage: Stage, module: nn.Module, loss_at: Callable, work: Work, is_hidden: Callable, every: float, processes: int,
-    report: Callable,
+    report: Callable, clock: Clock,
 ) -> nn.Module:  # fmt: skip
     """Do what run says, in a folder that is its own."""
     path = work.folder / f"{stage.name}.safetensors"
@@ -209,20 +255,27 @@ def train_stage(
     if path.exists():
         refuse_other_run(path, work)
         load_checkpoint(path, state)
+        clock.resume(state.step, read_checkpoint(path)[0].get("seconds", 0.0))
+
+    def loss_of(step: int, process: int) -> dict[str, Tensor]:
+        with torch.autocast(torch.device(work.device).type, torch.bfloat16, enabled=stage.bfloat16):
+            return loss_at(step, step_generator(work.seed, step, process, work.device))
+
     start = state.step
     helpers = []
-    if processes > 1 and start < stage.steps:
+    if processes > 1 and clock.done < 1:
         torch.set_num_threads(1)
         module.share_memory()
-        helpers = [Helper.start(module, loss_at, work.seed, number) for number in range(1, processes)]
-    shown: dict[str, float] = {}
+        helpers = [Helper.start(module, loss_of, clock, number) for number in range(1, processes)]
+    shown: dict[str, Tensor] = {}
     began = saved = time.monotonic()
-    for step in range(start, stage.steps):
-        factor = rate(stage, step)
+    while clock.done < 1:
+        step = state.step
+        factor = rate(stage, step, clock.done)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-        losses = gradients_of(step, module, loss_at, work.seed, helpers)
+        losses = gradients_of(step, module, loss_of, clock, helpers)
         nn.utils.clip_grad_norm_(module.parameters(), stage.clip)
         for optimizer in state.optimizers:
             optimizer.step()
@@ -231,17 +284,17 @@ def train_stage(
         for kept, now in zip(average.buffers(), module.buffers(), strict=True):
             kept.copy_(now)
         state.step = step + 1
+        clock.tick(state.step)
         for name, value in losses.items():
             shown[name] = 0.98 * shown.get(name, value) + 0.02 * value
-        done = step + 1 - start
-        if done % 50 == 0 or step + 1 == stage.steps:
-            speed = done / (time.monotonic() - began)
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-            left = (stage.steps - step - 1) / speed / 60
-            report(f"{stage.name} {step + 1}/{stage.steps}  {figures}  {speed:.2f} steps/s  {left:.1f} min left")
-        if time.monotonic() - saved > every or step + 1 == stage.steps:
+        if (state.step - start) % 50 == 0 or clock.done >= 1:
+            speed = (state.step - start) / (time.monotonic() - began)
+            figures = "  ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
+            left = f"{speed:.2f} steps/s  {clock.left(state.step, speed) / 60:.1f} min left"
+            report(f"{stage.name} {state.step}{'' if stage.seconds else f'/{stage.steps}'}  {figures}  {left}")
+        if time.monotonic() - saved > every or clock.done >= 1:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(path, state, settings(work), {})
+            save_checkpoint(path, state, {**settings(work), "seconds": clock.seconds}, {})
             saved = time.monotonic()
     for helper in helpers:
         helper.pipe.send(None)
@@ -261,7 +314,12 @@ def settings(work: Work) -> dict[str, int | str]:
 def finished(stage: Stage, work: Work) -> bool:
     """Whether run would load the stage and not train it."""
     path = work.folder / f"{stage.name}.safetensors"
-    return path.exists() and read_checkpoint(path)[2] >= stage.steps
+    if not path.exists():
+        return False
+    kept, _, step = read_checkpoint(path)
+    clock = Clock(stage)
+    clock.resume(step, kept.get("seconds", 0.0))
+    return clock.done >= 1
 
 
 def refuse_other_run(path: Path, work: Work) -> None:

@@ -102,6 +102,9 @@ TARGETS = {
 TARGETS["all-linear"] = TARGETS["attn"] + TARGETS["mlp"] + TARGETS["mod"]  # as the published IC-LoRAs
 
 
+INITS = ("kaiming", "uno")
+
+
 def shapes(flux: nn.Module) -> Shapes:
     """Give outputs and inputs of every Linear, wrapped or not, by released name, in the order of the model."""
     linears = ((name, module) for name, module in flux.named_modules() if isinstance(module, nn.Linear))
@@ -119,6 +122,7 @@ def attach(
     rank: int = 16,
     alpha: float | None = None,
     generator: torch.Generator | None = None,
+    init: str = "kaiming",
 ) -> list[nn.Parameter]:
     """Add fresh adapters in float32, which change nothing until they are trained: their ups are zero.
 
@@ -126,20 +130,29 @@ def attach(
         double_blocks.*.img_attn.qkv
     alpha: the changes are scaled by alpha / rank; None is the rank, so by 1
     generator: on the CPU; None is torch's own
+    init: of the downs, whose size is that of the first changes: "kaiming" is uniform with a standard deviation of
+        1 / sqrt(3 inputs), "uno" normal with 1 / rank
     Returns their parameters, in a fixed order
-    Errors: ValueError for a target that means no Linear, a rank below 1, an alpha that is not a positive number
+    Errors: ValueError for a target that means no Linear, a rank below 1, an alpha that is not a positive number, or
+        another init
+    Source: of kaiming arXiv:2106.09685; of uno bytedance/UNO@d305981 uno/flux/modules/layers.py LoRALinearLayer
     """
     if rank < 1:
         raise ValueError(f"LoRA rank {rank} is out of range; use 1 or more, the papers 16 (IC-LoRA) and 512 (UNO)")
     alpha = rank if alpha is None else alpha
     if not 0 < alpha < math.inf:
         raise ValueError(f"LoRA alpha {alpha} is out of range; use a positive number, most often the rank")
+    if init not in INITS:
+        raise ValueError(f"LoRA init {init!r} is unknown; choose one of {', '.join(INITS)}")
     fresh, known = [], shapes(flux)
     for name, parts in _choose(known, targets).items():
         for part in parts:
             rows = formats.slice_of(part, known[name])
             down = torch.empty(rank, known[name][1])
-            nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
+            if init == "uno":
+                nn.init.normal_(down, std=1 / rank, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
             delta = Delta(name, rows, down, torch.zeros(rows.stop - rows.start, rank), alpha / rank)
             fresh += _add(flux, delta, 1.0, train=True).parameters()
     return fresh

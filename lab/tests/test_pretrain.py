@@ -1,5 +1,7 @@
 import dataclasses
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5Tokenizer
 
-from lab import pretrain, sets, train_autoencoder, train_flow, train_text
-from lab.captions import joint_caption, length, panel_prompt, reticent, vocabulary
+from lab import pretrain, sets, train_autoencoder, train_flow, train_text, train_truth
+from lab.captions import DOMAIN_WORDS, ROOM, joint_caption, length, panel_prompt, reticent, say_domain, vocabulary
+from lab.domains import with_pencil, with_sparkles
 from lab.export import EXAMPLES, REFERENCES
 from lab.generate import Options, generate, load_networks
-from lab.sets import GRIDS, draw_chunk
+from lab.sets import GRIDS, draw_chunk, plan_chunk, plan_sets
 from lab.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
-from lab.training import Stage, Work, orthogonal, rate, run, step_generator
-from lab.world import SHAPES, is_held_out, random_set
+from lab.training import Clock, Stage, Work, finished, orthogonal, rate, run, step_generator
+from lab.truth import labels
+from lab.world import SHAPES, draw, is_held_out, random_set
+from model.position import grid_ids
 from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 from sampling.flow import interpolate
@@ -71,11 +76,14 @@ def test_too_few_or_other_drawn_sets_are_drawn_again(tmp_path, monkeypatch):
 
     def drawn(total, seed):
         sets.draw_sets(tmp_path, total, seed, processes=1)
-        return sets.load_sets(tmp_path, (1, 1), sets.sets_of((1, 1), total))[0]
+        return sets.load_sets(tmp_path, (1, 1), sets.sets_of((1, 1), total))
 
     few, more = drawn(8, 0), drawn(24, 0)
     assert len(few) == 2 and len(more) == 4 and torch.equal(more[:2], few)
     assert not torch.equal(drawn(24, 1), more)
+    again = drawn(24, 0)
+    monkeypatch.setattr(sets, "IN_DOMAIN", {False: 1.0, True: 1.0})  # the same seed decides otherwise
+    assert torch.equal(again, more) and not torch.equal(drawn(24, 0), more)
 
 
 def test_training_reduces_the_loss_and_averages_the_weights(tmp_path):
@@ -94,7 +102,74 @@ def test_training_reduces_the_loss_and_averages_the_weights(tmp_path):
 
 def test_the_rate_warms_up_stays_and_falls_to_zero():
     stage = Stage("s", steps=100, batch=1, lr=1, warmup=10, decay_from=0.5)
-    assert rate(stage, 0) == 0.1 and rate(stage, 40) == 1 and 0.4 < rate(stage, 75) < 0.6 and rate(stage, 99) < 0.01
+    assert rate(stage, 0, 0.0) == 0.1 and rate(stage, 40, 0.4) == 1
+    assert 0.4 < rate(stage, 75, 0.75) < 0.6 and rate(stage, 99, 0.99) < 0.01
+    assert rate(dataclasses.replace(stage, decay_from=1.0), 99, 0.99) == 1
+
+
+class Watch:
+    """A clock whose seconds are those of a list, one more a step."""
+
+    def __init__(self, *seconds):
+        self.times = iter(np.cumsum(seconds).tolist())
+
+    def __call__(self):
+        return next(self.times)
+
+
+def test_a_stage_by_the_clock_ends_when_its_seconds_are_over_and_its_rate_follows_them(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr("lab.training.rate", lambda *state: rates.append(rate(*state)) or rates[-1])
+    stage = Stage("toy", steps=2, batch=16, lr=0.01, warmup=1, decay_from=0.5, seconds=10.0)
+    model, loss_at = quadratic()
+    clock = Clock(stage, Watch(100, 1, 4, 1, 3, 1, 1, 1))  # the first step took 100 seconds, which do not count
+    run(stage, model, loss_at, Work(tmp_path), report=lambda line: None, clock=clock)
+    shares = [0, 0, 0.1, 0.5, 0.6, 0.9]  # before each step; the next one would begin after 10 seconds
+    assert rates == [rate(stage, step, share) for step, share in enumerate(shares)]
+    assert clock.seconds == 10 and clock.done == 1 and finished(stage, Work(tmp_path))
+    assert not finished(dataclasses.replace(stage, seconds=20.0), Work(tmp_path))
+
+
+def test_a_killed_stage_by_the_clock_goes_on_with_the_seconds_that_are_left(tmp_path):
+    stage = Stage("toy", steps=2, batch=16, lr=0.01, seconds=10.0)
+    model, loss_at = quadratic(stop_at=5)
+    with pytest.raises(Stop):
+        settings = dict(every=0, report=lambda line: None)
+        run(stage, model, loss_at, Work(tmp_path), clock=Clock(stage, Watch(0, 1, 2, 1, 2)), **settings)
+    lines, steps, (model, loss_at) = [], [], quadratic()
+    clock = Clock(stage, Watch(50, 3, 1))
+    seen = lambda step, generator: steps.append(step) or loss_at(step, generator)  # noqa: E731
+    run(stage, model, seen, Work(tmp_path), report=lines.append, clock=clock)
+    assert steps == [5, 6, 7] and clock.seconds == 10, "6 seconds of the killed run, an untimed step, 3 and 1"
+    assert lines[-1].startswith("toy 8  loss ") and lines[-1].endswith("0.0 min left")
+    run(stage, quadratic()[0], None, Work(tmp_path))  # it is finished, so only loaded
+
+
+def test_a_bfloat16_stage_keeps_its_weights_and_averages_in_float32(tmp_path):
+    stage = Stage("toy", steps=2, batch=16, lr=0.01, muon_lr=0.01, bfloat16=True)
+    model, loss_at = quadratic()
+    seen = []
+    model[0].register_forward_hook(lambda layer, args, out: seen.append(out.dtype))
+    average = run(stage, model, loss_at, Work(tmp_path), lambda name, p: p.ndim == 2, report=lambda line: None)
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in (*model.parameters(), *average.parameters())} == {torch.float32}
+    kept = load_file(tmp_path / "toy.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+
+
+def test_processes_beside_know_how_much_of_a_stage_is_done(tmp_path):
+    stage = Stage("toy", steps=4, batch=16, lr=0.01)
+    clock, (model, loss_at) = Clock(stage), quadratic()
+    seen = []
+
+    def with_share(step, generator):
+        return {**loss_at(step, generator), "share": torch.tensor(clock.done)}
+
+    run(stage, model, with_share, Work(tmp_path), report=seen.append, clock=clock, processes=2)
+    mean = 0.0
+    for share in (0.25, 0.5, 0.75):
+        mean = 0.98 * mean + 0.02 * share
+    assert f"share {mean:.4f}" in seen[0]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (1, 8, 8)])
@@ -106,28 +181,80 @@ def test_muon_moves_singular_values_towards_one(shape):
 
 @pytest.fixture(scope="module")
 def captions():
-    return [text for grid in GRIDS for group in draw_few(grid)[1] for text in group]
+    return [text for grid in GRIDS for one in few_of(plan_chunk, grid) for text in one.captions]
 
 
-def draw_few(grid, count=4):
+def few_of(make, grid, count=4):
+    """The sets of a short chunk, planned or drawn."""
     kept, sets.CHUNK = sets.CHUNK, count
     try:
-        return draw_chunk((*grid, 0, 1))
+        return make((*grid, 0, 1))
     finally:
         sets.CHUNK = kept
 
 
 def test_drawn_sets_are_fixed_by_their_seed_and_have_their_grids_size():
     for rows, cols in GRIDS:
-        pictures, texts = draw_few((rows, cols))
-        assert pictures.shape == (4, 3, 64 * rows, 64 * cols) and len(texts) == 4
-        again, same = draw_few((rows, cols))
-        assert (pictures == again).all() and texts == same
+        pictures = few_of(draw_chunk, (rows, cols))
+        assert pictures.shape == (4, 3, 64 * rows, 64 * cols)
+        assert (pictures == few_of(draw_chunk, (rows, cols))).all()
+
+
+@pytest.mark.parametrize(("grid", "share"), [((1, 1), 0.22), ((2, 2), 0.13), ((3, 1), 0.13)])
+def test_some_sets_are_wholly_in_a_domain_which_all_their_captions_say(grid, share):
+    planned = few_of(plan_chunk, grid, 1500)
+    room, fronts = [], {domain: words[grid != (1, 1)] for domain, words in DOMAIN_WORDS.items()}
+    for one in planned:
+        bare = [c.split(", ", 1)[1] for c in one.captions] if one.domain else one.captions
+        said = {c.split(", ", 1)[0] for c in one.captions}
+        if one.domain:
+            assert said <= set(fronts[one.domain])
+        else:
+            assert not said & {*fronts["pencil"], *fronts["dusk"]}
+        room.append(max(map(length, bare)) <= ROOM)
+        assert room[-1] or not one.domain
+        assert all(length(caption) < T5_LENGTH for caption in one.captions), "with the end of the text it fits"
+    domains = [one.domain for one in planned]
+    assert abs(np.mean([bool(domain) for domain, fits in zip(domains, room, strict=True) if fits]) - share) < 0.035
+    assert 0.35 < domains.count("pencil") / (len(domains) - domains.count("")) < 0.65
+
+
+def test_every_panel_of_a_set_is_drawn_in_its_domain(monkeypatch):
+    monkeypatch.setattr(sets, "IN_DOMAIN", {False: 0.6, True: 0.6})
+    planned, pictures = (few_of(make, (1, 2), 12) for make in (plan_chunk, draw_chunk))
+    assert {one.domain for one in planned} == {"pencil", "dusk", ""}
+    for one, picture in zip(planned, pictures, strict=True):
+        for i, panel in enumerate(one.panels):
+            plain = draw(panel)
+            shown = {"pencil": with_pencil(plain), "dusk": with_sparkles(plain, panel.seed), "": plain}[one.domain]
+            assert (picture[:, :, 64 * i : 64 * i + 64] == np.asarray(shown).transpose(2, 0, 1)).all()
+
+
+def test_sets_are_planned_alike_by_several_processes(monkeypatch):
+    monkeypatch.setattr(sets, "CHUNK", 3)
+    assert plan_sets((1, 2), 7, 5, processes=2) == plan_sets((1, 2), 9, 5)[:7]
+
+
+def test_the_reader_learns_from_plain_panels_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "CHUNK", 12)
+    monkeypatch.setattr(sets, "IN_DOMAIN", {False: 0.5, True: 0.5})
+    sets.draw_sets(tmp_path, 24, 3, processes=1)
+    pictures, told = train_truth.of_sets(tmp_path)
+    plain = [
+        panel for grid in GRIDS for one in plan_sets(grid, sets.sets_of(grid, 24), 3) if not one.domain
+        for panel in one.panels
+    ]  # fmt: skip
+    total = sum(rows * cols * sets.sets_of((rows, cols), 24) for rows, cols in GRIDS)
+    assert 0.3 * total < len(plain) < 0.8 * total
+    assert told.tolist() == [list(labels(panel)) for panel in plain]
+    assert (pictures.numpy() == np.stack([np.asarray(draw(panel)).transpose(2, 0, 1) for panel in plain])).all()
 
 
 def test_t5_reads_words_and_markers_as_single_pieces(captions, tmp_path):
     words = [word for word in vocabulary() if not word.startswith("[")]
     tokenizer = make_t5_tokenizer([*captions, " ".join(words)], tmp_path)
+    assert {"pencil", "drawing", "drawings", "drawn", "dusk", "full", "sparkles"} <= set(words)
+    assert {f"\u2581{word}" for word in words} <= set(tokenizer.get_vocab())
     text = "[IMAGE1] A Red cat, [IMAGE2] on the beach."
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
     assert pieces == ["[IMAGE1]", *(f"\u2581{w}" for w in ("a", "red", "cat")), ",", "[IMAGE2]",
@@ -157,9 +284,10 @@ def test_clip_pads_with_the_end_of_text_which_is_its_last_id(captions, tmp_path)
 
 def test_the_base_never_sees_a_held_out_subject_and_examples_are_held_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(sets, "composite", lambda panels, *size: seen.extend(panels) or np.zeros((64, 64, 3), np.uint8))
+    blank = np.zeros((64, 64, 3), np.uint8)
+    monkeypatch.setattr(sets, "composite", lambda panels, *size, **domain: seen.extend(panels) or blank)
     for grid in GRIDS:
-        draw_few(grid, 20)
+        few_of(draw_chunk, grid, 20)
     assert len(seen) > 200 and not any(is_held_out(one.subject) for panel in seen for one in panel.placed)
     for grid, seed in EXAMPLES.items():
         panels = random_set(np.random.default_rng(seed), *grid, subjects=1, held_out=True)
@@ -237,6 +365,14 @@ def test_every_token_is_told_its_own_panel(captions, tmp_path):
     assert panel[pieces.index("[IMAGE1]")] == 1 and panel[pieces.index("</s>")] == panel[-1] == 0
 
 
+def test_t5_learns_from_captions_of_every_domain():
+    captions, told = train_text.draw_many(1500, 0, processes=1)
+    assert len(captions) == len(told) == 1000 and told.shape[1:] == (5, len(train_text.CLASSES))
+    words = {domain: tuple(f for both in fronts for f in both) for domain, fronts in DOMAIN_WORDS.items()}
+    shares = {domain: np.mean([c.startswith(fronts) for c in captions]) for domain, fronts in words.items()}
+    assert all(0.03 < share < 0.12 for share in shares.values()), shares
+
+
 def test_facts_are_those_that_the_caption_tells():
     rng = np.random.default_rng(0)
     panels = random_set(rng, 1, 2, 1)
@@ -290,14 +426,23 @@ def test_rescaling_latents_to_unit_variance_changes_no_picture_inside():
     assert float((after - before).abs()[..., 24:40, 24:40].mean()) < 0.02
 
 
+BATCHES = dict(autoencoder=2, clip=4, text=4, singles=2, flow=2, guidance=2, decoder=1)
+
+
+def shortened(recipe, steps=2):
+    """A recipe on a few sets, in small batches, and in float32."""
+    stages = {
+        name: dataclasses.replace(stage, steps=steps, batch=BATCHES[name], bfloat16=False)
+        for name, stage in recipe.stages.items()
+    }
+    return dataclasses.replace(recipe, stages=stages, sets=20)
+
+
 @pytest.fixture
 def short(monkeypatch):
     """Every stage takes two steps on few sets."""
     monkeypatch.setattr(sets, "CHUNK", 4)
-    batches = dict(autoencoder=1, clip=4, text=2, singles=2, flow=2, guidance=2, decoder=1)
-    stages = {name: Stage(name, 2, batch, 1e-3, 1e-3) for name, batch in batches.items()}
-    monkeypatch.setattr(pretrain, "STAGES", stages)
-    monkeypatch.setattr(pretrain, "SETS", 20)
+    monkeypatch.setattr(pretrain, "CPU", shortened(pretrain.CPU))
 
 
 def test_another_base_takes_all_but_its_transformer_from_a_model(short, tmp_path, capsys, monkeypatch):
@@ -316,7 +461,7 @@ def test_another_base_takes_all_but_its_transformer_from_a_model(short, tmp_path
     ours += tuple(networks.autoencoder.parameters())
     theirs += tuple(load_autoencoder(given.autoencoder).parameters())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert {path.stem for path in work.glob("*.safetensors") if "x" not in path.stem} == {"singles", "flow"}
+    assert {path.stem for path in work.glob("*.safetensors") if "-" not in path.stem} == {"singles", "flow"}
 
     monkeypatch.setattr(pretrain, "draw_sets", None)  # so it is refused before
     assert pretrain.main(argv) == 2  # with guidance
@@ -337,6 +482,8 @@ def test_another_base_takes_all_but_its_transformer_from_a_model(short, tmp_path
         (["--init", "tiny", "--init-autoencoder", "tiny"], "leave out --init-autoencoder"),
         (["--text", "tiny"], "--out weights/tiny is the model that --text takes from"),
         (["--text", "nothing"], "there is no model 'nothing'"),
+        (["--minutes", "0"], "--minutes 0 sets how long all stages take; give more than 0"),
+        (["--minutes", "8", "--scale", "0.1"], "give more than 0, and no --scale"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_before_anything_is_drawn(argv, message, tmp_path, capsys, monkeypatch):
@@ -354,10 +501,8 @@ def test_a_file_that_the_system_refuses_is_one_line_with_its_name(tmp_path, caps
 
 def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_path):
     def of(**given):
-        flags = {"init": None, "text": None, "init_autoencoder": None}
-        flags |= {"width": pretrain.WIDTH, "no_guidance": False, **given}
-        files = find_model(flags["text"]) if flags["text"] else None
-        return pretrain.origin(SimpleNamespace(**flags), files)
+        files = find_model(given["text"]) if "text" in given else None
+        return pretrain.origin(flags(**given), files)
 
     assert of() == "" and of(init="tiny") == "tiny", "as they always were, so that runs go on"
     assert of(width=64, no_guidance=True) == "width 64, no guidance"
@@ -371,21 +516,101 @@ def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_p
     assert before != of(init_autoencoder=str(tmp_path / "tiny")) and before.startswith("autoencoder begun as that of ")
 
 
-def test_captions_of_single_panels_are_not_cut():
-    tokenizer, rng = T5Tokenizer.from_pretrained(str(find_model("tiny").t5_tokenizer)), np.random.default_rng(0)
+def test_captions_of_single_panels_are_not_cut(tmp_path):
+    tokenizer, rng = make_t5_tokenizer([" ".join(vocabulary())], tmp_path), np.random.default_rng(0)
     every = [panel_prompt(random_set(rng, 1, 1, number)[0], rng) for number in (1, 2) for _ in range(500)]
-    longest = max(map(len, tokenizer(every).input_ids))
-    assert 28 <= longest <= train_flow.SHORT
+    longest = max(map(len, tokenizer([say_domain(caption, "dusk", 1, rng) for caption in every]).input_ids))
+    assert 33 <= longest <= train_flow.SHORT
+
+
+def flags(**given):
+    plain = dict(init=None, text=None, init_autoencoder=None, width=pretrain.WIDTH, no_guidance=False)
+    return SimpleNamespace(**plain | dict(scale=1.0, minutes=None, processes=2) | given)
+
+
+@pytest.mark.parametrize("recipe", [pretrain.CPU, pretrain.GPU], ids=["CPU", "GPU"])
+def test_minutes_are_shared_out_among_the_stages_that_run_as_the_recipe_says(recipe):
+    def seconds(**given):
+        return {name: stage.seconds for name, stage in pretrain.stages_of(flags(**given), recipe).items()}
+
+    every = seconds(minutes=8)
+    assert every.keys() == recipe.stages.keys()
+    beside = every["clip"] + every["text"]
+    rest = recipe.seconds * every["flow"] / recipe.stages["flow"].seconds
+    assert beside <= every["autoencoder"] and sum(every.values()) - beside + rest == pytest.approx(480)
+    assert sum(seconds(minutes=8, processes=1).values()) == pytest.approx(480 - rest, rel=0.05)
+    on = seconds(minutes=8, init="tiny")
+    assert set(on) == {"flow", "guidance", "decoder"} and all(on[name] > every[name] for name in on)
+    assert set(seconds(text="tiny", no_guidance=True)) <= {"singles", "flow"}
+    assert not any(seconds().values()), "without --minutes it goes by the steps"
+    steps = {name: stage.steps for name, stage in pretrain.stages_of(flags(scale=0.1), recipe).items()}
+    assert steps == {name: round(stage.steps / 10) for name, stage in recipe.stages.items()}
+
+
+def test_eight_minutes_are_those_of_the_table_in_the_readme():
+    stages = pretrain.stages_of(flags(minutes=8), pretrain.GPU)
+    assert {name: stage.seconds for name, stage in stages.items()} == pytest.approx(
+        dict(autoencoder=85, clip=42, text=38, flow=255, guidance=22, decoder=26)
+    )
+    text = (Path(pretrain.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d,]+) \| ([\d,]+) ", text, re.MULTILINE)
+    told = {name: tuple(int(number.replace(",", "")) for number in numbers) for name, *numbers in rows}
+    assert told == {name: (stage.seconds, stage.steps, stage.batch) for name, stage in pretrain.GPU.stages.items()}
+
+
+@torch.no_grad()
+def test_under_autocast_the_residual_stream_is_float32_and_products_are_bfloat16(small_flux):
+    for p in small_flux.parameters():
+        p.add_(0.05 * torch.randn_like(p))  # gates and last layer start at 0
+    ids, seen = grid_ids(4, 4)[None], {}
+    for name, module in small_flux.named_modules():
+        module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args, out)}))
+    inputs = torch.randn(1, 16, 64), ids, torch.randn(1, 5, 128), torch.zeros(1, 5, 3), torch.rand(1)
+    inputs += torch.randn(1, 128), torch.ones(1)
+    exact = small_flux(*inputs)
+
+    def under_autocast():
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = small_flux(*inputs)
+        stream = [*seen["double_blocks.0"][1], seen["single_blocks.0"][1], seen["final_layer"][0][0]]
+        products = [seen[name][1] for name in ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear2")]
+        assert all(part.dtype == torch.bfloat16 for part in products)
+        return {part.dtype for part in stream}, float((velocity - exact).norm() / exact.norm())
+
+    assert under_autocast()[0] == {torch.bfloat16}, "so without what keeps it wide"
+    train_flow.keep_wide(small_flux)
+    wide, error = under_autocast()
+    assert wide == {torch.float32} and 0 < error < 0.02
 
 
 @pytest.mark.slow
-def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(short, tmp_path):
-    out = str(tmp_path / "tiny")
-    for work, more in (("one", []), ("two", ["--init", out])):  # the second one replaces what it started from
-        assert pretrain.main(["--work", str(tmp_path / work), "--out", out, "--processes", "2", *more]) == 0
-        files = find_model(out)
-        assert load_flux(files.flux).config == train_flow.CONFIG
-        assert load_autoencoder(files.autoencoder).config == train_autoencoder.CONFIG
+@pytest.mark.parametrize("recipe, more", [("CPU", []), ("GPU", ["--minutes", "0.1"])])
+def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(recipe, more, tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "CHUNK", 4)
+    monkeypatch.setattr(pretrain, "CPU", shortened(getattr(pretrain, recipe)))
+    stages, out = set(pretrain.CPU.stages), tmp_path / "tiny"
+
+    def train(work, *flags):
+        argv = ["--work", str(tmp_path / work), "--out", str(out), "--processes", "2", *flags, *more]
+        assert pretrain.main([*argv, "--device", "cpu"]) == 0
+        assert {path.stem for path in (tmp_path / work).glob("*.safetensors") if "-" not in path.stem} == stages
+        files = find_model(str(out))
+        return load_flux(files.flux, dtype=torch.float32), load_autoencoder(files.autoencoder)
+
+    flux, autoencoder = train("one")
+    assert flux.config == train_flow.CONFIG and autoencoder.config == train_autoencoder.CONFIG
+    assert sum(p.numel() for p in flux.parameters()) == 13_576_512
+    tokenizer = T5Tokenizer.from_pretrained(str(out / "tokenizer_2"))
+    assert len(tokenizer("pencil drawings at dusk").input_ids) == 5
+    text = {path.name: path.read_bytes() for path in out.glob("text_encoder*/*")}
+    stages = {"flow", "guidance", "decoder"}
+    flux_on, on = train("two", "--init", str(out))  # which replaces what it started from
+    same = [torch.equal(a, b) for a, b in zip(flux.parameters(), flux_on.parameters(), strict=True)]
+    assert not all(same), "the transformer trains on"
+    encoders = autoencoder.encoder.parameters(), on.encoder.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(*encoders, strict=True)), "latents mean what they meant"
+    assert not torch.equal(autoencoder.decoder.conv_out.weight, on.decoder.conv_out.weight)
+    assert text == {path.name: path.read_bytes() for path in out.glob("text_encoder*/*")}
 
 
 def test_captions_fit_the_tokenizer_for_every_marker_kind():

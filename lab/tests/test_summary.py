@@ -50,7 +50,7 @@ def test_an_answer_has_eight_words_at_most():
 
 TRAITS = {f"{trait}, {given}" for trait in judge.FIGURES for given in judge.GIVEN}
 FIGURES = {  # that judges tell, as far as there are headlines of them
-    "in-context": {*judge.SUCCESS, *TRAITS}, "kept": TRAITS, "text": {*judge_text.NAMES},
+    "in-context": {*judge.SUCCESS}, "silent": TRAITS, "kept": TRAITS, "text": {*judge_text.NAMES},
     "uno": {"right", *judge_uno.CONTROLLED, *(f"{f}, no references" for f in ("right", *judge_uno.CONTROLLED))},
 }  # fmt: skip
 

@@ -15,12 +15,14 @@ from iclora.config import (
     TINY,
     TINY_UNGUIDED,
     SampleConfig,
+    TrainConfig,
     flag,
     model_defaults,
     resolve_defaults,
     saved,
 )
 from iclora.prompts import TASKS, preset
+from model.lora import INITS
 from model.position import MODES
 from sampling.flow import SCHEDULES
 from sampling.images import FIT_RULES
@@ -66,9 +68,11 @@ def test_several_texts_may_follow_one_flag_or_repeat_it():
     assert read("--panel-prompt", "a", "--panel-prompt", "b").panel_prompt == ("a", "b")
 
 
-@pytest.mark.parametrize(("name", "known"), [("fit", FIT_RULES), ("offset", MODES), ("schedule", SCHEDULES)])
+@pytest.mark.parametrize(
+    ("name", "known"), [("fit", FIT_RULES), ("offset", MODES), ("schedule", SCHEDULES), ("lora_init", INITS)]
+)
 def test_the_choices_are_the_ones_there_are(name, known):
-    field = next(field for field in fields(SampleConfig) if field.name == name)
+    field = next(field for field in (*fields(SampleConfig), *fields(TrainConfig)) if field.name == name)
     assert field.metadata["choices"] == known
 
 
@@ -114,7 +118,10 @@ def test_help_shows_every_flag_and_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
     assert all(name in text for name in FLAGS.split())
-    assert all(default in text for default in ("(default: tiny)", "(default: 20; schnell 4)", "up (default: 0)"))
+    assert all(
+        default in text
+        for default in ("(default: tiny)", "(default: 20; schnell 4; UNO's released LoRA 25)", "up (default: 0)")
+    )
 
 
 def test_a_typo_is_answered_without_waiting_for_torch():
@@ -139,6 +146,16 @@ def test_what_is_saved_replays_to_the_same_configuration(tmp_path):
     assert saved(read("--config", path)) == saved(config)
 
 
+def test_settings_from_before_an_option_existed_repeat_what_was_done_then(tmp_path):
+    path = recorded(tmp_path, method="in-context-lora", rank=8, lr=1e-4)
+    config = parse(TrainConfig, ["--config", path], "about")
+    assert (config.lora_init, config.target_posterior, config.eps) == ("kaiming", "mean", 1e-8)
+    assert parse(TrainConfig, ["--config", path, "--eps", "1e-6"], "about").eps == 1e-6
+    for flags in (["--method", "uno"], ["--model", "flux-dev"]):
+        config = parse(TrainConfig, ["--config", path, *flags], "about")
+        assert (config.lora_init, config.target_posterior, config.eps) == (None, None, None), "decided anew"
+
+
 def test_what_is_put_into_pictures_says_nothing_about_places():
     text = json.dumps(saved(SampleConfig(panels=("/a/b.png",), set="/a", out="/a", model="/a/tiny"), paths=False))
     assert "/a" not in text and "steps" in text
@@ -153,9 +170,12 @@ def test_what_is_put_into_pictures_says_nothing_about_places():
         ({"set": "x"}, ["--panels", "a.png"], "set"),
         ({"ref_size": 64, "guidance": 3.5}, ["--ref", "a.png"], "ref_size guidance"),
         (
-            {"ref_size": 64, "offset": "d", "offset_scale": 1, "posterior": "mean", "reference_attention": "alone"},
+            {
+                **{"ref_size": 64, "offset": "d", "offset_scale": 1, "posterior": "mean"},
+                **{"reference_attention": "alone", "schedule": "uno-release"},
+            },
             ["--lora", "a.safetensors"],
-            "ref_size offset offset_scale posterior reference_attention",
+            "ref_size offset offset_scale posterior reference_attention schedule",
         ),
     ],
 )
@@ -251,7 +271,9 @@ def test_references_bring_unos_defaults(row, references, guidance, size):
         reference_attention="alone",
     )  # fmt: skip
     assert resolve_defaults(given, None, row, "cpu") == replace(
-        given, steps=row.steps, panel_size=str(row.panel), offset_scale=1.0, device="cpu", dtype=row.cpu_dtype
+        given,
+        **{"steps": row.steps, "panel_size": str(row.panel), "offset_scale": 1.0, "schedule": "tokens"},
+        **{"device": "cpu", "dtype": row.cpu_dtype},
     )
 
 

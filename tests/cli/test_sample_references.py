@@ -18,12 +18,13 @@ import sample
 from iclora.config import DEV, SCHNELL, TINY, SampleConfig
 from iclora.layout import Layout
 from iclora.pipeline import Pipeline, encode_references
-from iclora.plan import choose_loras, make_plan, pick_device
+from iclora.plan import choose_loras, follow_release, make_plan, pick_device
 from iclora.record import compare, describe, replay
 from iclora.references import encode, fit_reference, image_ids
 from lab.export import REFERENCES, write_references
-from model.checkpoint import save_safetensors
+from model.checkpoint import Stored, save_safetensors
 from model.lora import attach, save_lora
+from model.lora_formats import Entry, LoraFile
 from model.position import grid_ids
 from model.weights import examples_folder, find_model, load_autoencoder, load_flux
 from sampling.images import open_picture, to_tensor
@@ -321,6 +322,45 @@ def test_how_a_lora_was_trained_is_followed_and_flags_win(tmp_path):
     plan, notes = plan_for(CAT, lora=(file,), **flags)
     assert {name: getattr(plan.config, name) for name in told} == flags
     assert not notes, "flags win without a word"
+
+
+def of_rank(rank, path="dit_lora.safetensors", dialect="xlabs", **metadata):
+    """What read_lora says of a file of one adapter."""
+    shapes = {"down": (rank, 3072), "up": (9216, rank)}
+    tensors = {half: Stored(Path(path), "BF16", shape) for half, shape in shapes.items()}
+    entry = Entry("double_blocks.0.img_attn.qkv", "all", "x", dialect, {half: half for half in shapes})
+    return LoraFile(Path(path), tensors, [entry], {}, {f"iclora.{k}": v for k, v in metadata.items()}, ())
+
+
+def test_unos_release_is_sampled_as_its_own_sampler_does_and_flags_win():
+    notes, loras = [], ((of_rank(16), 1.0), (of_rank(512), 1.0))
+    config = follow_release(SampleConfig(), loras, notes.append)
+    assert (config.steps, config.schedule) == (25, "uno-release")
+    assert notes.pop() == (
+        "dit_lora.safetensors is taken for UNO's release and sampled as there, with --steps 25 and --schedule "
+        "uno-release; flags win"
+    )
+    config = follow_release(SampleConfig(steps=20), loras, notes.append)
+    assert (config.steps, config.schedule) == (20, "uno-release") and "with --schedule uno-release;" in notes.pop()
+    given = SampleConfig(steps=20, schedule="tokens")
+    assert follow_release(given, loras, notes.append) == given and not notes
+
+
+@pytest.mark.parametrize(
+    "other", [of_rank(128), of_rank(512, dialect="diffusers"), of_rank(512, method="uno")], ids=["uso", "names", "ours"]
+)
+def test_other_loras_keep_twenty_steps_and_true_times(other):
+    assert follow_release(SampleConfig(), ((other, 1.0),), [].append) == SampleConfig()
+
+
+def test_the_release_is_told_on_the_model_that_it_was_made_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("iclora.plan.follow_release", lambda config, loras, note: asked.append(loras) or config)
+    config = plan_for(CAT, lora=(lora(tmp_path),), steps=None)[0].config
+    assert (config.steps, config.schedule) == (20, "tokens") and not asked
+    monkeypatch.setattr("iclora.plan.model_defaults", lambda shape: DEV)
+    plan_for(CAT, lora=(lora(tmp_path),))
+    assert [file.path.name for file, _ in asked[0]] == ["uno.safetensors"]
 
 
 def test_a_uno_lora_without_references_gives_one_warning_and_runs(tmp_path):

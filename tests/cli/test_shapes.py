@@ -12,7 +12,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from PIL import Image
 
 import iclora.layout
 import iclora.pipeline
@@ -144,7 +143,7 @@ def test_every_documented_shape_holds_in_a_sampling_run(seen, tmp_path):
     assert sample.main(command) == 0
     sampling.inpaint.keep_clean(torch.zeros(1, 4, 64), torch.ones(1, 4, 1))
     iclora.layout.panel_attention_mask(iclora.layout.Layout(1, 2, 32, 16), 3)
-    iclora.references.encode_posterior(load_autoencoder(AE), Image.new("RGB", (32, 16)))
+    iclora.references.encode_posterior(load_autoencoder(AE), torch.zeros(1, 3, 16, 32))
     case_of = case("dev")
     names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
     given = {name: case_of[name] for name in names}

@@ -55,10 +55,10 @@ from sampling.latents import pack
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
-    "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text --ref-size "
-    "--offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup --decay "
-    "--ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --sample-prompt --checkpointing "
-    "--seed --device --dtype --tensorboard --out --config"
+    "--data --method --stage --grid --preset --model --rank --targets --init-lora --lora-init --condition --concat "
+    "--text --ref-size --offset --offset-scale --posterior --target-posterior --reference-attention --steps --batch "
+    "--accumulate --lr --eps --warmup --decay --ema --dropout --times --panel-size --composite-size --fit --holdout "
+    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --tensorboard --out --config"
 )
 KEPT = ("checkpoint.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "config.json")
 PROMPT = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
@@ -243,6 +243,9 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--method", "uno", "--targets", "mod"], "no place for rows 0 to 192 of double_blocks.0.img_mod.lin, so the"),
     (["--method", "uno", "--data", "{unreferred}"], "unreferred.json row 1: it has no references"),
     (["--method", "uno", "--data", "{pairs}", "--ref-size", "20"], "row 2: 1-2.png of 60x40 pixels becomes 20x13"),
+    (["--lora-init", "unos"], "--lora-init 'unos' is unknown; did you mean uno?"),
+    (["--composite-size", "64", "--panel-size", "32"], "two ways to say how large sets are; use one of them"),
+    (["--method", "uno", "--data", "{pairs}", "--preset", "couple-profile"], "--preset means nothing to --method uno"),
     (["--tensorboard"], "--tensorboard needs a package that is not installed; pip install tensorboard, or leave it"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(world, out, tmp_path, capsys, monkeypatch, flags, message):
@@ -498,6 +501,32 @@ def test_a_finished_run_whose_rate_has_fallen_says_how_to_train_on_from_it(world
 
 def no_memory(*_):
     raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+
+def test_one_run_learns_sets_at_several_sizes_and_says_what_the_tiny_model_knows(world, out, capsys):
+    argv = command(world, out, "--composite-size", "32,46", "--holdout", "0.2", "--sample-every", "6")
+    at = argv.index("--panel-size")
+    assert train.main(argv[:at] + argv[at + 2 :]) == 0
+    said = capsys.readouterr().err
+    assert "6 sets in 2 buckets; " in said and "model knows panels of 64 pixels; what it learns of other sizes" in said
+    config = json.loads((out / "config.json").read_text())["config"]
+    assert (config["panel_size"], config["composite_size"]) == (None, "32,46")
+    assert steps_of(out) == [1, 2, 3, 4, 5, 6] and (out / "sheet-000006.png").exists()
+    assert go(world, out) == 2
+    assert "holds a run with --panel-size None, not 32; give the same settings" in refused(capsys)
+
+
+def test_the_largest_of_several_sizes_has_to_fit_into_memory(world, out, capsys, monkeypatch):
+    monkeypatch.setattr(iclora.memory, "MAX_TOKENS", 7)
+    argv = command(world, out, "--composite-size", "32,46")
+    at = argv.index("--panel-size")
+    assert train.main(argv[:at] + argv[at + 2 :]) == 2
+    told = (
+        r"^error: 8 tokens of the picture, 2 examples .*; at most 7 tokens are possible, .* or lower --composite-size$"
+    )
+    assert re.search(told, refused(capsys)) and not out.exists()
+    assert train.main([*argv[:at], *argv[at + 2 :], "--composite-size", "512,1k"]) == 2
+    assert "composite size '512,1k' is not a list of 16 to 8192 pixels; write 512,768" in refused(capsys)
 
 
 def test_a_sheet_that_a_kill_prevented_is_drawn_on_resume(world, out, monkeypatch):
@@ -1072,6 +1101,18 @@ def test_a_killed_uno_run_ends_in_the_same_bytes(world, referred, out, monkeypat
         uno(world, out, *flags)
     assert uno(world, out, *flags) == 0
     assert files(out) == files(referred)
+
+
+def test_a_killed_run_with_the_official_codes_choices_ends_in_the_same_bytes(world, referred, out, monkeypatch):
+    flags = ["--lora-init", "uno", "--target-posterior", "sample", "--eps", "1e-6"]
+    assert uno(world, beside(out, "choices"), *flags) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(iclora.training, "flow_loss", killing(iclora.training.flow_loss, 4))
+        uno(world, out, *flags)
+    assert uno(world, out, *flags) == 0
+    assert files(out) == files(beside(out, "choices")) != files(referred)
+    told = {key for key in read_header(out / "lora.safetensors")[1] if key.startswith("iclora.")}
+    assert told == {key for key in read_header(referred / "lora.safetensors")[1] if key.startswith("iclora.")}
 
 
 def shown(world, *loras, **more):

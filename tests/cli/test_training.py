@@ -17,6 +17,7 @@ from PIL import Image
 import iclora.training as training
 import model.checkpoint
 from iclora.checkpoint import (
+    as_begun,
     averaged,
     load_checkpoint,
     new_state,
@@ -207,6 +208,22 @@ def test_references_are_drawn_anew_in_every_step_and_change_nothing_else_of_what
     assert torch.equal(torch.cat(pieces), first.posterior)
 
 
+def test_targets_are_drawn_anew_in_every_step_and_change_nothing_else_of_what_is_drawn():
+    sampled = replace(PAIRS, target_posterior="sample")
+    first, second, mean = (sample_step(*which, 8, WITH) for which in ((sampled, 3), (sampled, 4), (PAIRS, 3)))
+    assert first.target.shape == (8, 16, 4, 8) and not torch.equal(first.target, second.target)
+    assert torch.equal(first.noise, mean.noise) and torch.equal(first.posterior, mean.posterior)
+    assert mean.target is None
+    pieces = [first[share].target for rank in range(2) for share in micro_batches(8, rank, 2, 2)]
+    assert torch.equal(torch.cat(pieces), first.target)
+
+
+def test_what_is_learnt_is_the_drawn_target():
+    sets, noise, t = ingredients()
+    drawn = replace(sets, z_std=torch.full_like(sets.z, 0.5)).sample_posterior(None, torch.ones_like(sets.z))
+    assert float(flow_loss(Spy(noise - pack(sets.z + 0.5)), drawn, noise, t).max()) == 0
+
+
 # the loss
 
 
@@ -284,7 +301,7 @@ def referred(posterior=None):
     sets, noise, t = ingredients()
     shown = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(6))
     batch = replace(sets, references=shown[0], std=shown[1], ids=image_ids(WITH, "d", 1))
-    return batch.sample_references(posterior), noise, t
+    return batch.sample_posterior(posterior), noise, t
 
 
 def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_alone():
@@ -520,7 +537,8 @@ CHANGES = {
     "method": "uno", "stage": 2, "ref_size": 32, "offset": "h", "offset_scale": 2.0, "posterior": "mean",
     "reference_attention": "alone", "rank": 4, "targets": "attn", "condition": "clean", "concat": "tokens",
     "text": "panel", "batch": 2, "lr": 0.5, "warmup": 3, "decay": 0.5, "ema": 0.5, "dropout": 0.25, "times": "uniform",
-    "panel_size": 48, "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
+    "panel_size": 48, "composite_size": "64,96", "preset": "couple-profile", "lora_init": "uno", "eps": 1e-6,
+    "target_posterior": "sample", "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
 }  # fmt: skip
 FREE = {
     "steps": 9, "save_every": 9, "sample_every": 9, "sample_prompt": ("a fox",),
@@ -534,6 +552,27 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "checkpoint.safetensors"
     save_checkpoint(path, run(steps=1)[0], saved(CONFIG), ORIGIN)
     return path
+
+
+def test_a_run_from_before_an_option_existed_goes_on_with_the_value_of_then(tmp_path):
+    path, old = tmp_path / "checkpoint.safetensors", {**saved(CONFIG), "eps": None}
+    for name in ("eps", "lora_init", "target_posterior", "composite_size", "preset"):
+        del old[name]
+    save_checkpoint(path, run(steps=1)[0], old, ORIGIN)
+    refuse_other_run(path, CONFIG, ORIGIN)
+    for name, before in (("eps", "1e-08"), ("lora_init", "kaiming"), ("target_posterior", "mean")):
+        now = CHANGES[name]
+        with pytest.raises(ValueError, match=f"with --{name.replace('_', '-')} {before}, not {now}; give the same"):
+            refuse_other_run(path, replace(CONFIG, **{name: now}), ORIGIN)
+    then = {"lora_init": "kaiming", "target_posterior": "mean", "eps": 1e-8}
+    for method in ("uno", "in-context-lora"):  # on a model whose defaults are others now
+        config = resolve_training_defaults(as_begun(TrainConfig(method=method), path), DEV, "cpu")
+        assert {name: getattr(config, name) for name in then} == then
+    assert as_begun(TrainConfig(eps=1e-6), path).eps == 1e-6, "which is then refused"
+
+
+def test_a_run_that_begins_now_or_knew_the_option_keeps_its_own(tmp_path, checkpoint):
+    assert as_begun(TrainConfig(), tmp_path / "none") == TrainConfig() == as_begun(TrainConfig(), checkpoint)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -624,14 +663,16 @@ def test_a_flipped_bit_is_told(checkpoint, tmp_path, where):
 
 
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+    tmp_path = tmp_path / "run"
     with only_run(tmp_path):
         with pytest.raises(ValueError, match="another run works in .*; wait until it has ended, or give another --out"):
             with only_run(tmp_path):
                 pass
-        with only_run(tmp_path, "another stage"):
-            pass
-    with only_run(tmp_path):  # which has ended
-        pass
+        assert not list(tmp_path.iterdir())
+    assert not tmp_path.exists(), "nothing was written in it"
+    with only_run(tmp_path):  # the other one has ended
+        (tmp_path / "file").touch()
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
@@ -758,7 +799,7 @@ def test_a_curve_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeyp
     [
         (DEV, "cuda", (5000, 4, 1e-4, 512, "bfloat16")),
         (SCHNELL, "cuda", (5000, 4, 1e-4, 512, "bfloat16")),
-        (TINY, "cpu", (400, 8, 1e-3, 64, "float32")),
+        (TINY, "cpu", (800, 8, 1e-3, 64, "float32")),
     ],
 )
 def test_the_models_row_decides_what_is_left_open(row, device, expected):
@@ -801,6 +842,46 @@ def test_uno_has_settings_of_its_own(row, expected):
 def test_settings_of_the_other_method_are_refused(given, flag):
     with pytest.raises(ValueError, match=f"^{flag} means nothing to --method [a-z-]+; leave it out$"):
         resolve_training_defaults(TrainConfig(**given), TINY, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "expected"),
+    [
+        ("in-context-lora", DEV, ("kaiming", "mean", 1e-6)),
+        ("in-context-lora", TINY, ("kaiming", "mean", 1e-8)),
+        ("uno", DEV, ("uno", "sample", 1e-8)),
+        ("uno", TINY, ("kaiming", "mean", 1e-8)),
+    ],
+)
+def test_what_the_official_codes_do_is_the_default_of_their_models(method, row, expected):
+    config = resolve_training_defaults(TrainConfig(method=method), row, "cpu")
+    assert (config.lora_init, config.target_posterior, config.eps) == expected
+    given = TrainConfig(method=method, lora_init="uno", target_posterior="sample", eps=0.5)
+    config = resolve_training_defaults(given, row, "cpu")
+    assert (config.lora_init, config.target_posterior, config.eps) == ("uno", "sample", 0.5)
+
+
+def test_how_adapters_begin_and_the_optimizers_eps_are_those_asked_for():
+    downs = {}
+    for init in ("kaiming", "uno"):
+        flux = network()
+        training.add_adapters(flux, replace(CONFIG, rank=64, lora_init=init), None)
+        downs[init] = torch.cat([p.detach().flatten() for p in trainable(flux)[::2]])
+    assert downs["uno"].std() == pytest.approx(1 / 64, rel=0.02) and downs["kaiming"].abs().max() <= 1 / 32**0.5
+    assert new_state(trainable(flux), 0.25).optimizers[0].param_groups[0]["eps"] == 0.25
+
+
+def test_a_preset_brings_its_grid_and_area_and_several_sizes_leave_none_of_a_panel():
+    config = resolve_training_defaults(TrainConfig(preset="film-storyboard"), DEV, "cpu")
+    assert (config.grid, config.panel_size) == ("3x1", 724)
+    config = resolve_training_defaults(TrainConfig(preset="film-storyboard"), TINY, "cpu")
+    assert (config.grid, config.panel_size) == ("3x1", 64), "it can draw no others"
+    config = resolve_training_defaults(TrainConfig(preset="film-storyboard", grid="1x2", panel_size=512), DEV, "cpu")
+    assert (config.grid, config.panel_size) == ("1x2", 512)
+    config = resolve_training_defaults(TrainConfig(composite_size="512,768"), DEV, "cpu")
+    assert config.panel_size is None and resolve_training_defaults(config, DEV, "cpu") == config
+    with pytest.raises(ValueError, match="are two ways to say how large sets are"):
+        resolve_training_defaults(TrainConfig(composite_size="512", panel_size=512), DEV, "cpu")
 
 
 def test_sums_over_one_process_are_left_alone():

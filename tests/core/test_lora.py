@@ -82,6 +82,22 @@ def test_a_seed_fixes_a_fresh_adapter():
     assert down.abs().max() <= 64**-0.5 and down.std() > 0.04, "uniform between the roots of 1 / inputs"
 
 
+def test_unos_start_moves_the_weights_less_by_the_ratio_of_the_downs_5_3_at_full_size():
+    downs, moved = {}, {}
+    for init in lora.INITS:
+        linear = torch.nn.Sequential(torch.nn.Linear(3072, 8))
+        down, up = attach(linear, "0", 512, generator=torch.Generator().manual_seed(0), init=init)
+        optimizer = torch.optim.AdamW([down, up], lr=1e-3)
+        linear(torch.randn(4, 3072, generator=torch.Generator().manual_seed(1))).sin().sum().backward()
+        optimizer.step()
+        downs[init], moved[init] = float(down.detach().std()), float((up @ down).detach().square().mean().sqrt())
+    assert downs["kaiming"] == pytest.approx(0.0104, rel=0.01) and downs["uno"] == pytest.approx(0.00195, rel=0.01)
+    assert downs["kaiming"] / downs["uno"] == pytest.approx(5.33, rel=0.01)
+    assert moved["kaiming"] / moved["uno"] == pytest.approx(5.33, rel=0.05)
+    with pytest.raises(ValueError, match="LoRA init 'orthogonal' is unknown; choose one of kaiming, uno"):
+        attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), "0", 2, init="orthogonal")
+
+
 def test_parameters_come_in_the_order_of_the_model_and_of_attaching_as_checkpoints_number_them(flux):
     first = attach(flux, "single_blocks.*.linear2," + QKV, 2)
     second = attach(flux, "attn", 3)

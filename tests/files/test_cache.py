@@ -17,7 +17,7 @@ from iclora.cache import (
     text_entry,
 )
 from iclora.data import bucket, load, read_panels
-from iclora.layout import Layout, compose
+from iclora.layout import Layout, compose, encode_by_panel
 from iclora.loader import every_mask
 from iclora.references import encode, fit_reference
 from model import checkpoint
@@ -28,6 +28,7 @@ from sampling.images import open_picture
 from sampling.latents import pack
 
 TWO = "two foxes: [IMAGE1] a fox, [IMAGE2] the fox"
+OF_LATENTS = "bdb8b4603354039e246723145e0729064c36dd3b6620635643354beef5d6b12d"
 OF_WEIGHTS = "5177acb3626323e8c29e1ba9c0e215159c1561b21b16be1ba10d41871ccea617"
 
 
@@ -54,8 +55,8 @@ def data_set(folder, seeds=((1, 2), (3, 4))):
     return layout, examples
 
 
-def latents(example, layout, masked=(), rule="crop", concat="pixels", autoencoder="ae"):
-    return latent_entry(example, layout, masked, rule, concat, autoencoder)
+def latents(example, layout, masked=(), rule="crop", concat="pixels", autoencoder="ae", spread=False):
+    return latent_entry(example, layout, masked, rule, concat, autoencoder, spread)
 
 
 def never(*_):
@@ -140,6 +141,23 @@ def test_latents_are_those_of_the_composite_and_nothing_is_loaded_twice(tmp_path
     assert cache.fill([latents(example, layout) for example in changed], lambda: autoencoder, "") == 1
 
 
+def test_the_keys_of_runs_begun_before_are_found_again(tmp_path):
+    layout, (example, _) = data_set(tmp_path)
+    assert latents(example, layout).key == OF_LATENTS, "else everything is encoded once more"
+
+
+@pytest.mark.parametrize("concat", ["pixels", "tokens"])
+def test_latents_may_come_with_all_that_drawing_them_needs(tmp_path, autoencoder, concat):
+    layout, (example, _) = data_set(tmp_path)
+    with torch.no_grad():
+        mean = latents(example, layout, concat=concat).make(autoencoder)["z"]
+        both = latents(example, layout, concat=concat, spread=True).make(autoencoder)
+        image = compose(dict(enumerate(read_panels(example, layout), start=1)), layout)
+        logvar = encode_by_panel(lambda part: autoencoder.moments(part)[1], image, layout, concat)[0]
+    assert torch.allclose(both["z"], mean, atol=1e-6) and both["z"].shape == both["spread"].shape == (16, 4, 8)
+    assert torch.allclose(both["spread"], 0.3611 * (logvar / 2).exp(), atol=1e-6)
+
+
 def test_the_key_covers_everything_that_the_latents_depend_on(tmp_path):
     layout, (example, other) = data_set(tmp_path)
     keys = {
@@ -152,8 +170,9 @@ def test_the_key_covers_everything_that_the_latents_depend_on(tmp_path):
         latents(example, layout, autoencoder="another").key,
         latents(example, layout, rule="pad").key,
         latents(example, layout, concat="tokens").key,
+        latents(example, layout, spread=True).key,
     }
-    assert len(keys) == 9
+    assert len(keys) == 10
     assert latents(replace(example, name="x", caption="y", files=()), layout).key == latents(example, layout).key
 
 

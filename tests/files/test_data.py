@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 from PIL import Image
 
 from iclora import data
+from iclora.config import DEV, TrainConfig, resolve_training_defaults
 from iclora.data import Example, bucket, choose_layout, load, read_panels, scan, share_cropped
-from iclora.layout import Layout
+from iclora.layout import Layout, parse_grid
+from iclora.prompts import TASKS
 from model.weights import find_model
 
 SETS = Path(__file__).parents[2] / "sets"
@@ -473,6 +476,27 @@ def test_panels_are_not_enlarged():
 
 def test_the_size_of_the_published_storyboards_comes_out_exactly():
     assert choose_layout(example_of((1024, 1536), (3, 1)), 724, SIDES) == Layout(3, 1, 1024, 512)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_presets_training_has_the_panels_that_its_sampling_has(name):
+    task = TASKS[name]
+    config = resolve_training_defaults(TrainConfig(preset=name), DEV, "cpu")
+    example = example_of((task.width, task.height), parse_grid(config.grid))
+    assert list(bucket([example], config.panel_size, SIDES)) == [Layout(task.rows, task.cols, *task.panel_size)]
+    larger = example_of((2 * task.width, 2 * task.height), parse_grid(config.grid))
+    assert list(bucket([larger], config.panel_size, SIDES)) == [Layout(task.rows, task.cols, *task.panel_size)]
+
+
+def test_an_example_is_in_a_bucket_for_every_size_that_it_is_large_enough_for():
+    small, large = (replace(example_of(size, (2, 1)), name=str(size)) for size in ((600, 600), (1024, 1024)))
+    found = bucket([small, large], (512, 768, 1024, 1280, 1536), SIDES)
+    assert {(b.panel_width, b.panel_height): [e.name for e in members] for b, members in found.items()} == {
+        (512, 256): [small.name, large.name],
+        (592, 288): [small.name],
+        (768, 384): [large.name],
+        (1024, 512): [large.name],
+    }
 
 
 def test_a_composite_of_absurd_size_is_refused_by_name():

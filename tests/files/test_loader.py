@@ -41,7 +41,8 @@ def sets(tmp_path):
 
 
 def loader_of(data, **settings):
-    config = TrainConfig(data=str(data), out=str(data.parent / "runs" / "a"), panel_size=32, batch=2, **settings)
+    settings = {"panel_size": 32, "batch": 2, **settings}
+    config = TrainConfig(data=str(data), out=str(data.parent / "runs" / "a"), **settings)
     config = resolve_training_defaults(config, model_defaults(TINY.flux.config), "cpu")
     notes = []
     loader = Loader(config, load(data), TINY)
@@ -110,8 +111,35 @@ def test_references_stand_one_behind_the_other_with_their_positions(tmp_path):
     assert batch.references.shape == batch.std.shape == (2, layout.reference_tokens, 64) == (2, 16 + 8, 64)
     assert batch.ids.shape == (1, 4 + 24, 3) and batch.isolate_refs and (batch.std > 0).all()
     noise = torch.randn(batch.std.shape)
-    assert torch.equal(batch.sample_references(noise).references, batch.references + batch.std * noise)
-    assert batch.sample_references(None) is batch
+    assert torch.equal(batch.sample_posterior(noise).references, batch.references + batch.std * noise)
+    assert batch.sample_posterior(None) is batch and batch.z_std is None
+
+
+def test_targets_are_drawn_anew_around_their_mean_and_kept_panels_are_the_mean(sets):
+    loader, _ = loader_of(sets, condition="clean", target_posterior="sample")
+    mean, _ = loader_of(sets, condition="clean")
+    layout, examples = loader.batch(0)
+    batch, plain = (of.collate(layout, examples, [(1,), ()], [False, False]) for of in (loader, mean))
+    noise = torch.randn(batch.z.shape)
+    assert torch.allclose(batch.z, plain.z, atol=1e-6) and torch.equal(batch.known, plain.known)
+    assert plain.z_std is None and (batch.z_std > 0).all()
+    drawn = batch.sample_posterior(None, noise)
+    assert torch.equal(drawn.z, batch.z + batch.z_std * noise) and torch.equal(drawn.known, batch.known)
+
+
+def test_every_set_comes_in_all_sizes_each_encoded_by_itself_and_is_held_out_of_all_of_them(sets):
+    loader, notes = loader_of(sets, panel_size=None, composite_size="32,46", holdout=0.4)
+    assert notes[0] == "3 sets in 2 buckets; 6 pictures and 5 texts encoded, others cached"
+    assert [(layout.panel_width, len(members)) for layout, members in loader.buckets.items()] == [(16, 3), (32, 3)]
+    trained = [{example.name for example in members} for members in loader.trained]
+    held = [{example.name for example in members} for _, members in loader.held_out]
+    assert trained[0] == trained[1] and held[0] == held[1] and not trained[0] & held[0] and len(held[0]) == 1
+    widths = {loader.batch(number)[0].panel_width for number in range(4)}
+    assert widths == {16, 32}
+    shapes = [
+        loader.collate(layout, some, [(), ()], [False] * 2).z.shape for layout, some in map(loader.batch, range(4))
+    ]
+    assert {shape[2:] for shape in shapes} == {(2, 4), (4, 8)}
 
 
 def test_there_are_fourteen_ways_to_keep_some_of_four_panels():
@@ -192,7 +220,7 @@ def test_held_out_sets_are_the_last_of_each_bucket_and_never_all_or_very_many(co
 
 
 def test_held_out_sets_are_shared_by_the_buckets():
-    sizes = {replace(PAIR, panel_width=16 * n): list(range(40 * n)) for n in (1, 2, 3, 4)}
+    sizes = {replace(PAIR, panel_width=16 * n): [f"{n}-{i}" for i in range(40 * n)] for n in (1, 2, 3, 4)}
     trained, kept = hold_out(sizes, 0.25)  # 10, 20, 30 and 40 of them would be 100
     assert [len(sets) for _, sets in kept] == [8, 8, 8, 8]
     assert [len(sets) for sets in trained.values()] == [32, 72, 112, 152]
@@ -202,7 +230,20 @@ def test_held_out_sets_are_shared_by_the_buckets():
 def test_what_rounding_leaves_over_is_held_out_from_the_largest_buckets():
     cases = ((4, 4, 4), [1, 0, 0]), ((1, 1, 2, 2, 2, 2, 5, 5, 10), [0, 0, 0, 0, 0, 0, 1, 0, 2]), ((4,), [0])
     for counts, held in cases:
-        sizes = {replace(PAIR, panel_width=16 * (n + 1)): list(range(count)) for n, count in enumerate(counts)}
+        sizes = {
+            replace(PAIR, panel_width=16 * (n + 1)): [f"{n}-{i}" for i in range(count)]
+            for n, count in enumerate(counts)
+        }
         trained, kept = hold_out(sizes, 0.1)
         assert [count - len(sets) for count, sets in zip(counts, trained.values(), strict=True)] == held
         assert sum(len(sets) for _, sets in kept) == sum(held)
+
+
+def test_an_example_of_several_sizes_is_on_one_side_and_validations_stay_few():
+    sizes = [replace(PAIR, panel_width=16 * n) for n in (1, 2, 3)]
+    buckets = {sizes[0]: list(range(200)), sizes[1]: list(range(200)), sizes[2]: list(range(190, 200))}
+    trained, kept = hold_out(buckets, 0.1)
+    held = set(dict(kept)[sizes[0]])
+    assert held == set(dict(kept)[sizes[1]]) == set(range(185, 200)) and len(held) == 32 * 200 // 410
+    assert all(not held & set(examples) for examples in trained.values())
+    assert sizes[2] not in trained, "all of its examples are held out at their first size"
