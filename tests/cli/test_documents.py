@@ -86,7 +86,7 @@ def test_the_readme_begins_with_three_commands_that_make_the_picture_pass_the_te
     assert blocks[0] == f"{SET_UP}python sample.py --grid 2x2 --mask 3\n"
     assert blocks[1] == f"{SET_UP}python -m pytest\n"
     assert blocks[2].startswith("python sample.py --ref weights/tiny/")
-    assert commands(README, "train.py")[0] == "train.py --data sets/walk --rank 8 --out runs/walk"
+    assert commands(README, "train.py")[0] == "train.py --data sets/walk --out runs/walk"
 
 
 def test_the_readme_is_short_and_in_order():
