@@ -269,7 +269,7 @@ EXPERIMENTS = {
     ),
     "tiny-uno": uno(
         "UNO: the bundled LoRA",
-        *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two", "three", "four")),
+        *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two")),
         judge=UNO_WITH_BARS,
         steps=1500,
         columns=(
