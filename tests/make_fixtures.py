@@ -1,7 +1,7 @@
 """Make tests/fixtures again once the bundled base is another one: python tests/make_fixtures.py [PART ...]
 
 The commands are run by the code as it was before the redesign, on the weights of today: its files and pictures must
-still be read, followed and equalled. Parts are loras, effects, text, begun, and the names of single pictures.
+still be read, followed and equalled. Parts are loras, effects, features, begun, and the names of single pictures.
 """
 
 import json
@@ -84,7 +84,7 @@ def make_effects(code: Path) -> None:
     run(code, "-c", FORWARDS, FIXTURES / "effects.safetensors", *TRAININGS, "kohya")
 
 
-def make_text(code: Path) -> None:
+def make_features(code: Path) -> None:
     run(code, "-c", FEATURES, FIXTURES / "text.safetensors", *CAPTIONS)
 
 
@@ -117,7 +117,7 @@ def make_picture(code: Path, name: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parts = {"loras": make_loras, "effects": make_effects, "text": make_text, "begun": make_begun}
+    parts = {"loras": make_loras, "effects": make_effects, "features": make_features, "begun": make_begun}
     names = [*parts, "first", *COMMANDS]
     if set(argv) - set(names):
         sys.exit(f"choose of {', '.join(names)}")
