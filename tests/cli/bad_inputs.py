@@ -498,7 +498,7 @@ def records() -> Iterator[Case]:
         ("offset_scale", "1"),
         ("offset_scale", float("nan")),
         ("posterior", True),
-        ("schedule", None),
+        ("schedule", 5),
     ]
     for name, value in wrong:
         shown = value if not isinstance(value, int) or value < 10**9 else f"of {len(str(value))} digits"
