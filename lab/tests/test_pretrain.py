@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5Tokenizer
 
-from lab import pretrain, sets, train_autoencoder, train_flow, train_text, train_truth
+from lab import pretrain, sets, train_autoencoder, train_flow, train_text
 from lab.captions import DOMAIN_WORDS, ROOM, joint_caption, length, panel_prompt, reticent, say_domain, vocabulary
 from lab.domains import with_pencil, with_sparkles
 from lab.export import EXAMPLES, REFERENCES
@@ -19,7 +19,6 @@ from lab.generate import Options, generate, load_networks
 from lab.sets import GRIDS, draw_chunk, plan_chunk, plan_sets
 from lab.tokenizers import T5_LENGTH, make_clip_tokenizer, make_t5_tokenizer
 from lab.training import Clock, Stage, Work, finished, orthogonal, rate, run, step_generator
-from lab.truth import labels
 from lab.world import SHAPES, draw, is_held_out, random_set
 from model.position import grid_ids
 from model.text import load_text_encoders
@@ -233,21 +232,6 @@ def test_every_panel_of_a_set_is_drawn_in_its_domain(monkeypatch):
 def test_sets_are_planned_alike_by_several_processes(monkeypatch):
     monkeypatch.setattr(sets, "CHUNK", 3)
     assert plan_sets((1, 2), 7, 5, processes=2) == plan_sets((1, 2), 9, 5)[:7]
-
-
-def test_the_reader_learns_from_plain_panels_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(sets, "CHUNK", 12)
-    monkeypatch.setattr(sets, "IN_DOMAIN", {False: 0.5, True: 0.5})
-    sets.draw_sets(tmp_path, 24, 3, processes=1)
-    pictures, told = train_truth.of_sets(tmp_path)
-    plain = [
-        panel for grid in GRIDS for one in plan_sets(grid, sets.sets_of(grid, 24), 3) if not one.domain
-        for panel in one.panels
-    ]  # fmt: skip
-    total = sum(rows * cols * sets.sets_of((rows, cols), 24) for rows, cols in GRIDS)
-    assert 0.3 * total < len(plain) < 0.8 * total
-    assert told.tolist() == [list(labels(panel)) for panel in plain]
-    assert (pictures.numpy() == np.stack([np.asarray(draw(panel)).transpose(2, 0, 1) for panel in plain])).all()
 
 
 def test_t5_reads_words_and_markers_as_single_pieces(captions, tmp_path):
