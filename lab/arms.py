@@ -214,7 +214,7 @@ EXPERIMENTS = {
             "d": "Table 6: 54.2 / 73.3 / 32.2", "h": "Table 6: 50.1 / 71.9 / 30.6", "w": "Table 6: 50.8 / 72.4 / 32.1",
             "o": "Table 6: 38.6 / 67.4 / 32.3",
         }),
-        seeds=2,
+        seeds=3,
     ),
     "cropped": uno(
         "UNO: the second reference redrawn by the stage-I model, as the paper does, or by the renderer, or cut out",
