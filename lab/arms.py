@@ -1,6 +1,5 @@
 """The papers' experiments as rows: what every arm trains, and on which case it is judged."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -86,9 +85,9 @@ def after_filling_in(task: str) -> Arm:
     return Arm(task, "LoRA after filling in, clean", Training(((task, COUNT),), CLEAN, start=filling_in(*CLEAN)))
 
 
-def of_every_task(*arms: tuple | Callable[[str], Arm]) -> tuple[Arm, ...]:
-    """The same arms for each task: what on_sets takes behind the task, or what makes an arm of it."""
-    return tuple(about(task) if callable(about) else on_sets(task, *about) for task in GRIDS for about in arms)
+def of_every_task(*arms: tuple) -> tuple[Arm, ...]:
+    """The same arms for each task: what on_sets takes behind the task."""
+    return tuple(on_sets(task, *about) for task in GRIDS for about in arms)
 
 
 def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int | None = COUNT) -> Arm:
@@ -153,7 +152,7 @@ STAGES = (
 COLD = Training(pairs("two"), (), 2, length=2)
 BUNDLED = Training(  # single references stay among the pairs of stage II: what is bundled must do both
     pairs("one", "two", "up-to-four", "up-to-four", count=2 * PAIRS), ("--rank", FITTING), 2,
-    Training(pairs("one", count=2 * PAIRS), ("--rank", FITTING), 1), 0.5,
+    Training(pairs("one", count=2 * PAIRS), ("--rank", FITTING), 1), length=0.5,
 )  # fmt: skip
 
 EXPERIMENTS = {

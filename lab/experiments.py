@@ -120,10 +120,9 @@ def draw_data(training: Training, start: Path | None, args: argparse.Namespace) 
         by = f"-{start.parent.name}" if "redrawn" in dict(training.data) else ""
         path = work / "pairs" / f"{data_name(training)}{by}.json"
         if not path.exists():
-            kinds = training.data
             drawn = [
-                redrawn(count, start, args) if kind == "redrawn" else make_pairs(kind, count, 0)
-                for kind, count in kinds
+                redrawn(count, start, args) if kind == "redrawn" else make_pairs(kind, count, seed=0)
+                for kind, count in training.data
             ]
             write_pairs([pair for pairs in drawn for pair in pairs], path)
         return path
@@ -140,7 +139,7 @@ def draw_data(training: Training, start: Path | None, args: argparse.Namespace) 
 def redrawn(count: int, lora: Path, args: argparse.Namespace) -> list[Pair]:
     """Pairs of two subjects whose second reference the stage-I model drew from its crop, in another scene (UNO, 3.2).
 
-    Errors: ValueError without a LoRA of stage I
+    lora: of stage I
     """
     pairs, (networks, metadata) = make_pairs("cropped", count, seed=0), with_lora(args.model, lora)
     prompts = [panel_prompt(bare(pair.shown[1])) for pair in pairs]
@@ -241,7 +240,7 @@ def write(
     """
     experiment, model = EXPERIMENTS[name], Path(args.model).name
     trainings = [len(each) for each, arm in zip(files, experiment.arms, strict=True) if arm.training]
-    about = f"{args.count} held-out sets; {steps} steps a stage; on the base {model}."
+    about = f"{args.count} held-out sets; {told_steps(experiment, steps)}; on the base {model}."
     lines = [f"# {experiment.title}", "", f"{about} {what_intervals_cover(trainings)}", ""]
     lines += [note for words in experiment.judge.notes for note in (words, "")]
     lines += [PACE.format(ROUNDS, torch.get_num_threads()), ""] if paces else []
@@ -263,6 +262,14 @@ def write(
     page = "\n".join([*lines, "", f"Made by `{command}`."]) + "\n"
     write_atomic(args.out / f"{name}.md", page)
     print(page, flush=True)
+
+
+def told_steps(experiment: Experiment, steps: int) -> str:
+    """Say how long trainings were: "1500 steps a training", or "1500, 750 steps a training" if they differ."""
+    chain = [arm.training for arm in experiment.arms]
+    chain += [training.start for training in chain if isinstance(training, Training)]
+    lengths = {round(steps * training.length) for training in chain if isinstance(training, Training)} or {steps}
+    return f"{', '.join(map(str, sorted(lengths, reverse=True)))} steps a training"
 
 
 def main(argv: list[str] | None = None) -> int:

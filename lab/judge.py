@@ -84,15 +84,15 @@ def measure_silent(task: str, networks: Networks, metadata: dict[str, str], rule
 
     task: a walk, as dusk and pencil hide what the reader reads; metadata: as for measure
     """
-    sets, figures, rows = task_sets(task, count, SEED, held_out=True), {}, []
+    sets, figures, row = task_sets(task, count, SEED, held_out=True), {}, None
     true, masked = to_tensors(sets), tuple(range(2, len(sets[0].pictures) + 1))
     for whose, first in ((OWN, true), (OTHERS, true.roll(1, dims=0)), (NONE, None)):
         given = {} if first is None else {"kept": only_first(first), "masked": masked}
         captions = [one.silent for one in sets]
         made = generate(networks, captions, GRIDS[task], range(count), options_of(metadata), **given)
         figures |= identity(ruler.reader, made, sets, whose)
-        rows.append(made[:COLUMNS])
-    return figures, rows[:1]
+        row = made[:COLUMNS] if whose == OWN else row
+    return figures, [row]
 
 
 def options_of(metadata: dict[str, str]) -> Options:
