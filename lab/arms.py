@@ -1,5 +1,6 @@
 """The papers' experiments as rows: what every arm trains, and on which case it is judged."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -40,12 +41,14 @@ class Arm:
     task: what is judged: a task, or with UNO a kind of pairs
     training: BASE, which is None, judges the model without a LoRA, and a text one that lies in the model's folder
     paper: what the paper has in this line
+    seeds: of its training, from 0
     """
 
     task: str
     name: str
     training: Training | str | None = BASE
     paper: str = ""
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,6 @@ class Experiment:
     """Arms, each compared with the first one of its task.
 
     steps: of a training, where --steps does not say otherwise
-    seeds: of every training
     columns: the figures that its table shows; none are the judge's
     minutes: that a training should take, at least and at most
     timed: whether the seconds of a set are measured too
@@ -63,7 +65,6 @@ class Experiment:
     arms: tuple[Arm, ...]
     judge: Judge = IN_CONTEXT
     steps: int = 800
-    seeds: int = 1
     columns: tuple[str, ...] = ()
     minutes: tuple[float, float] = (0, 10)
     timed: bool = False
@@ -73,11 +74,12 @@ class Experiment:
 
 SIZE = ("--targets", "uno", "--rank", "32")
 CLEAN = ("--condition", "clean")
+LEARNT = ("walk", "sparkle")  # of a task that no arm learns, arms cannot differ
 
 
 def filling_in(*flags: str) -> Training:
     """Learns to fill in panels of all sorts of sets."""
-    return Training((("panels", 1200),), (*flags, *SIZE), length=5)
+    return Training((("panels", 1200),), (*flags, *SIZE), length=2)
 
 
 def after_filling_in(task: str) -> Arm:
@@ -85,9 +87,14 @@ def after_filling_in(task: str) -> Arm:
     return Arm(task, "LoRA after filling in, clean", Training(((task, COUNT),), CLEAN, start=filling_in(*CLEAN)))
 
 
-def of_every_task(*arms: tuple) -> tuple[Arm, ...]:
+def of_tasks(*arms: tuple, tasks: Iterable[str] = GRIDS) -> tuple[Arm, ...]:
     """The same arms for each task: what on_sets takes behind the task."""
-    return tuple(on_sets(task, *about) for task in GRIDS for about in arms)
+    return tuple(on_sets(task, *about) for task in tasks for about in arms)
+
+
+def thrice(arms: Iterable[Arm]) -> tuple[Arm, ...]:
+    """The same arms, with three trainings each."""
+    return tuple(replace(arm, seeds=3) for arm in arms)
 
 
 def on_sets(task: str, name: str, flags: tuple[str, ...] | None = (), count: int | None = COUNT) -> Arm:
@@ -137,8 +144,8 @@ def by_flag(case: str, flag: str, rows: dict[str, str]) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 1200, columns=LIKENESS, **more) -> Experiment:
-    return Experiment(title, arms, judge, steps, columns=columns, minutes=(10, inf), **more)
+def uno(title: str, *arms: Arm, judge: Judge = UNO, steps: int = 600, columns=LIKENESS, **more) -> Experiment:
+    return Experiment(title, arms, judge, steps, columns=columns, minutes=(0, inf), **more)
 
 
 STAGES = (
@@ -158,12 +165,11 @@ BUNDLED = Training(  # single references stay among the pairs of stage II: what 
 EXPERIMENTS = {
     "tasks": Experiment(
         "What a LoRA of twenty sets teaches the base (bars: the base at most 20 %, the LoRA at least 85 %)",
-        of_every_task(("base", None), ("LoRA",), (ALL_TASKS, (), None)),
-        IN_CONTEXT_WITH_BARS, seeds=3,
+        thrice(of_tasks(("base", None), ("LoRA",), (ALL_TASKS, (), None))), IN_CONTEXT_WITH_BARS,
     ),
     "few": Experiment(
         "Ten sets, twenty, and a hundred; and ten for a single epoch",
-        of_every_task(
+        of_tasks(
             (f"{COUNT} sets",), ("10 sets", WHOLE, 10), ("10 sets, one epoch", ONE_EPOCH, 10), ("100 sets", (), 100),
         ),
     ),
@@ -177,24 +183,25 @@ EXPERIMENTS = {
         tuple(Arm(telling, "base") for telling in TELLING), KEPT,
     ),
     "filling-in": Experiment(
-        "Filling in a panel: the base, and LoRAs that learnt it from 1,200 sets, with given panels noised or clean",
+        "Filling in a panel when captions tell nothing of the subject: the base, and LoRAs that learnt it from 1,200 "
+        "sets, with given panels noised or clean",
         tuple(
-            Arm(telling, name, training)
-            for telling in TELLING
+            Arm("nothing", name, training)
             for name, training in (("base", BASE), ("SDEdit", filling_in()), ("clean", filling_in(*CLEAN)))
         ),
         KEPT, minutes=(0, inf),
     ),
     "condition": Experiment(
         "Given panels noised along (SDEdit) or clean, in training as in sampling",
-        of_every_task(("base", None), ("SDEdit",), ("clean", CLEAN)),
+        of_tasks(("base", None), ("SDEdit",), ("clean", CLEAN), tasks=LEARNT),
     ),
     "text": Experiment(
         "One caption for all panels, or each reads its own part (the base was pretrained on joint captions only)",
-        of_every_task(("joint",), ("panel", ("--text", "panel"))),
+        of_tasks(("joint",), ("panel", ("--text", "panel")), tasks=LEARNT),
     ),
     "concat": Experiment(
-        "Panels as one picture or as one row of tokens", of_every_task(("pixels",), ("tokens", ("--concat", "tokens")))
+        "Panels as one picture or as one row of tokens",
+        of_tasks(("pixels",), ("tokens", ("--concat", "tokens")), tasks=LEARNT),
     ),
     "knowledge": Experiment("Does a LoRA preserve what the base knows? Sets from text with it", knowledge(), TEXT),
     "bundled": Experiment(
@@ -205,15 +212,10 @@ EXPERIMENTS = {
     "stages": uno("UNO: no LoRA, stage I alone, both stages", *STAGES),
     "offsets": uno(
         "UNO: references stand diagonally off the picture (d), below (h), beside it (w), or on it (o)",
-        *by_flag("one", "--offset", {
-            "d": "Table 5: 73.0 / 82.1 / 30.9", "h": "Table 5: 67.8 / 79.7 / 30.8", "w": "Table 5: 71.7 / 81.3 / 30.4",
-            "o": "Table 5: 47.0 / 72.2 / 30.8",
-        }),
-        *by_flag("two", "--offset", {
-            "d": "Table 6: 54.2 / 73.3 / 32.2", "h": "Table 6: 50.1 / 71.9 / 30.6", "w": "Table 6: 50.8 / 72.4 / 32.1",
-            "o": "Table 6: 38.6 / 67.4 / 32.3",
-        }),
-        seeds=3,
+        *thrice(by_flag("one", "--offset", {"d": "Table 5: 73.0 / 82.1 / 30.9", "o": "Table 5: 47.0 / 72.2 / 30.8"})),
+        *by_flag("one", "--offset", {"h": "Table 5: 67.8 / 79.7 / 30.8", "w": "Table 5: 71.7 / 81.3 / 30.4"}),
+        *thrice(by_flag("two", "--offset", {"d": "Table 6: 54.2 / 73.3 / 32.2", "o": "Table 6: 38.6 / 67.4 / 32.3"})),
+        *by_flag("two", "--offset", {"h": "Table 6: 50.1 / 71.9 / 30.6", "w": "Table 6: 50.8 / 72.4 / 32.1"}),
     ),
     "cropped": uno(
         "UNO: the second reference redrawn by the stage-I model, as the paper does, or by the renderer, or cut out",
@@ -257,18 +259,14 @@ EXPERIMENTS = {
         columns=("traits", "right", "all right", "swapped", "mistaken", "confused", "missing", "scene", "copied"),
     ),
     "edits": uno(
-        "UNO: recolouring, sketching and putting something on, without such pairs in stage II and with them (the "
-        "paper leaves it open)",
-        *(
-            Arm(case, name, training)
-            for case in (*EDITS, "try-on", "one", "two")
-            for name, training in (("none of them", then("two")), ("all three", then("two", "two", "two", *EDITS)))
-        ),
+        "UNO: recolouring, sketching and putting something on, once such pairs are among those of stage II, and what "
+        "that costs plain references (the paper leaves it open)",
+        *(Arm(case, "taught", then("two", "two", "two", *EDITS)) for case in (*EDITS, "try-on", "one", "two")),
         columns=("asked for", "traits", "all right", "confused", "scene", "copied", "pasted"),
     ),
     "tiny-uno": uno(
         "UNO: the bundled LoRA",
-        *(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two")),
+        *thrice(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two")),
         judge=UNO_WITH_BARS,
         steps=1500,
         columns=(

@@ -66,7 +66,7 @@ def run_all(args: argparse.Namespace) -> None:
         truth = {arm.task: judge_truth(judge, arm.task, ruler, args) for arm in experiment.arms}
         found, seconds, files = [], [], []
         for arm in experiment.arms:
-            seeds = experiment.seeds if isinstance(arm.training, Training) else 1
+            seeds = arm.seeds if isinstance(arm.training, Training) else 1
             loras = [trained(arm.training, steps, seed) for seed in range(seeds)]
             found.append([judge_one(judge, arm.task, lora, ruler, args) for lora, _ in loras])
             files.append([lora for lora, _ in loras])

@@ -1,8 +1,7 @@
 """What a LoRA for references (UNO) is judged by: whose traits appear, who is taken for whom, and in which scene.
 
-Every figure is measured on pairs of held-out subjects, from the same noise with their own references, with none, and
-with wrong ones: the same shapes in the same places, all other traits changed. What prompts do not tell and references
-do not give can only be right by chance, and the latter two runs say how often that is.
+Every figure is measured on pairs of held-out subjects, from the same noise with their references and with none. What
+prompts do not tell and references do not give can only be right by chance, and the latter run says how often that is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +18,15 @@ from iclora.config import REFERENCE_GUIDANCE
 from iclora.references import TRAINED_WITH
 from sampling.images import to_tensor
 
-from .eyes import OPTIONS, Eyes, clip_image_features, dino_features, twin, with_subject
+from .eyes import Eyes, clip_image_features, dino_features
 from .generate import Networks, Options, generate
 from .judge import Figures, Found, Judge, Ruler
 from .pairs import Pair, make_pairs
 from .report import tensors_after
 from .scores import above_chance, difference, hidden_agreement, interval, line, verdict
-from .sets import PANEL
 from .tasks import is_pencil
 from .truth import Reading, Seen, read
-from .world import Placed, Subject, draw
+from .world import Placed, Subject
 
 SEED = 9_100_000  # of the pairs that are judged
 COLUMNS = 8  # pairs on a sheet
@@ -36,7 +34,7 @@ TOLD = {"recolour": "colour", "hat": "accessory", "try-on": "accessory"}  # by k
 NAMED = ("colour", "pattern", "accessory")
 LOOK = ("colour", "pattern", "hue", "face")
 MARKS = (*NAMED, "face")  # traits that every subject has, and that tell one from another
-CONTROLS = ("no references", "wrong references")
+NONE = "no references"
 CONTROLLED = (
     "asked for", "traits", "look", "all right", "swapped", "scene", "pasted", "DINO", "CLIP-I",
 )  # fmt: skip
@@ -51,14 +49,11 @@ def measure(kind: str, networks: Networks, metadata: dict[str, str], ruler: Rule
     kind: of lab.pairs
     metadata: of the LoRA; the base has none
     """
-    pairs, rng = make_pairs(kind, count, SEED, held_out=True), np.random.default_rng(SEED)
+    pairs = make_pairs(kind, count, SEED, held_out=True)
     make = partial(make_pictures, networks, metadata, [pair.prompt for pair in pairs])
     made = make([pair.references for pair in pairs])
-    figures = judge(kind, ruler, made, pairs)
-    wrong = [wrong_references(pair, rng, TOLD.get(kind, "")) for pair in pairs]
-    for control, references in zip(CONTROLS, ((), wrong), strict=True):
-        chance = judge(kind, ruler, make(references), pairs)
-        figures |= {f"{name}, {control}": values for name, values in chance.items()}
+    chance = judge(kind, ruler, make(()), pairs)
+    figures = judge(kind, ruler, made, pairs) | {f"{name}, {NONE}": values for name, values in chance.items()}
     return figures, [made[:COLUMNS]]
 
 
@@ -88,23 +83,6 @@ def measure_truth(kind: str, networks: Networks, ruler: Ruler, count: int) -> Fo
 
 def to_tensors(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.cat([to_tensor(picture) for picture in pictures])
-
-
-def wrong_references(pair: Pair, rng: np.random.Generator, told: str = "") -> tuple[Image.Image, ...]:
-    """The references with other subjects of the same shapes in their places.
-
-    told: the trait that the prompt asks for; who is to get it lacks it here as well, and who shows it has another
-    """
-    keep = [told] * len(pair.panel.placed) + [""] * (len(pair.shown) - len(pair.panel.placed))
-    subjects = [other(panel.placed[0].subject, rng, kept) for panel, kept in zip(pair.shown, keep, strict=True)]
-    return tuple(draw(with_subject(panel, one), PANEL) for panel, one in zip(pair.shown, subjects, strict=True))
-
-
-def other(subject: Subject, rng: np.random.Generator, keep: str = "") -> Subject:
-    """A subject that has the shape of this one, the trait to keep, and nothing else in common with it."""
-    changed = [trait for trait in NAMED if trait != keep]
-    left = {trait: [value for value in OPTIONS[trait] if value != getattr(subject, trait)] for trait in changed}
-    return replace(twin(subject, rng), **{trait: str(rng.choice(values)) for trait, values in left.items()})
 
 
 # scores
@@ -207,15 +185,15 @@ HEAD = (
     "What the references add: the share above chance, (own - none) / (ceiling - none); of what should be rare, the "
     "difference own - none; of the prompt's scene, the figure itself.",
     "",
-    "| arm | figure | own references | none | wrong ones | ceiling | above chance | bar | |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| arm | figure | with references | none | ceiling | above chance | bar | |",
+    "|---|---|---|---|---|---|---|---|",
 )
 
 
 def controls(
     kind: str, name: str, figures: Figures, most: Figures, bars: Mapping[tuple[str, str], float] = MappingProxyType({})
 ) -> list[str]:
-    """Lines of an arm with its controls, what the references add to chance, and whether it is enough.
+    """Lines of an arm beside the same without references, what the references add to chance, and whether it is enough.
 
     bars: by kind and figure
     """
@@ -223,8 +201,8 @@ def controls(
     for figure in CONTROLLED:
         if figure not in figures or figure not in most:  # what was judged earlier may lack some
             continue
-        own, (none, wrong), fewer = figures[figure], (figures[f"{figure}, {c}"] for c in CONTROLS), figure in FEWER
-        cells = [interval(values) for values in (own, none, wrong, most[figure])]
+        own, none, fewer = figures[figure], figures[f"{figure}, {NONE}"], figure in FEWER
+        cells = [interval(values) for values in (own, none, most[figure])]
         if fewer:
             reached = difference(own, none)
         else:

@@ -133,7 +133,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "edits": Row(
         "Can it recolour a reference once such pairs are taught?",
-        Headline("recolour", "all three", "asked for", against="none of them"),
+        Headline("recolour", "taught", "asked for"),
         paper="UNO leaves it open",
     ),
     "tiny-uno": Row(

@@ -16,11 +16,10 @@ from iclora.references import encode
 from lab import experiments, judge, judge_uno, pairs
 from lab.arms import DEFAULTS, EXPERIMENTS, FITTING
 from lab.generate import Options, generate, load_networks
-from lab.judge_uno import BARS, CONTROLS, HEAD, UNO, UNO_WITH_BARS, controls, score, wrong_references
+from lab.judge_uno import BARS, HEAD, NONE, UNO, UNO_WITH_BARS, controls, score
 from lab.tables import tables
 from lab.tasks import GRIDS, task_sets
 from lab.truth import Reading, Seen
-from lab.world import draw
 from model.checkpoint import fingerprint, read_header
 from model.flux import Flux
 from model.lora import attach, save_lora
@@ -148,33 +147,7 @@ def test_who_tries_something_on_is_told_from_who_wears_it():
     assert score(Reading(pair.panel.scene, (seen(subject, **looks),)), pair, "accessory")["swapped"] == 1
 
 
-def test_wrong_references_share_shape_and_place_and_nothing_else(monkeypatch):
-    shown = []
-    monkeypatch.setattr(judge_uno, "draw", lambda panel, size: shown.append(panel) or draw(panel, size))
-    for seed in range(5):
-        pair, _ = of("two", seed)
-        shown.clear()
-        assert len(wrong_references(pair, np.random.default_rng(0))) == 2
-        for wrong, right in zip(shown, pair.shown, strict=True):
-            (a,), (b,) = wrong.placed, right.placed
-            assert replace(wrong, placed=()) == replace(right, placed=()) and replace(a, subject=b.subject) == b
-            assert a.subject.shape == b.subject.shape and abs(a.subject.hue - b.subject.hue) > 0.5
-            assert all(getattr(a.subject, mark) != getattr(b.subject, mark) for mark in judge_uno.MARKS)
-
-
-def test_a_trait_that_the_prompt_asks_for_is_no_wrong_references_gift(monkeypatch):
-    shown = []
-    monkeypatch.setattr(judge_uno, "draw", lambda panel, size: shown.append(panel.placed[0].subject))
-    for seed in range(5):
-        pair, (subject,) = of("try-on", seed)
-        shown.clear()
-        wrong_references(pair, np.random.default_rng(seed), "accessory")
-        first, second = shown
-        assert first.accessory == "none" and first.colour != subject.colour
-        assert second.accessory != subject.accessory
-
-
-def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_ones(monkeypatch):
+def test_an_arm_is_measured_with_its_references_and_with_none(monkeypatch):
     calls = []
 
     def generate(networks, prompts, grid, seeds, options, references):
@@ -191,24 +164,23 @@ def test_an_arm_is_measured_with_its_own_references_with_none_and_with_wrong_one
     told = {"offset": "h", "offset_scale": 3.0, "posterior": "mean", "reference_attention": "alone", "ref_size": 48}
     about = {f"iclora.{name}": str(value) for name, value in told.items()}
     figures, rows = judge_uno.measure("two", None, about, judge_uno.Ruler(None), 3)
-    (own, none, wrong) = (references for _, _, references, _ in calls)
+    own, none = (references for _, _, references, _ in calls)
     assert none == () and [[p.tobytes() for p in some] for some in own] == [
         [p.tobytes() for p in pair.references] for pair in drawn
     ]
-    assert wrong[0][0].tobytes() != own[0][0].tobytes() and len(wrong) == 3
     assert len({str(prompts) + str(seeds) for prompts, seeds, _, _ in calls}) == 1
     assert all(options == Options(guidance=4.0, **told) for _, _, _, options in calls)
     assert figures["all right"] == [1, 1, 1] and len(rows) == 1
-    assert all(figures[f"traits, {control}"] == [0, 0, 0] for control in CONTROLS)
+    assert figures[f"traits, {NONE}"] == [0, 0, 0]
     judge_uno.one_picture("two", None, about)()
     assert [call[:1] for call in calls[0][:2]] == list(calls[-1][:2]) and calls[-1][3] == calls[0][3]
 
 
 def told_of(figures, judged=UNO_WITH_BARS, trainings=()):
-    """What the details of two subjects say of figures, given as own, none, wrong and ceiling: the last three cells."""
+    """What the details of two subjects say of figures, given as own, none and ceiling: the last three cells."""
     values = {}
-    for name, (own, *chance, _) in figures.items():
-        values |= {name: own, **{f"{name}, {c}": each for c, each in zip(CONTROLS, chance, strict=True)}}
+    for name, (own, none, _) in figures.items():
+        values |= {name: own, f"{name}, {NONE}": none}
     values = {name: np.broadcast_to(each, (*trainings, len(each))) for name, each in values.items()}
     most = {name: ceiling for name, (*_, ceiling) in figures.items()}
     cells = [line.split(" | ") for line in judged.details("two", "arm", values, most)]
@@ -217,14 +189,14 @@ def told_of(figures, judged=UNO_WITH_BARS, trainings=()):
 
 
 def test_bars_are_shares_above_chance_but_for_scenes_and_for_swapping_what_it_adds_to_chance():
-    low, wrong, most = [0.2, 0.2], [0.3, 0.3], [0.9, 0.9]
-    figures = {"all right": ([0.7, 0.7], low, wrong, most), "scene": ([0.95] * 2, most, most, most),
-               "swapped": ([0.24, 0.24], low, wrong, [0, 0]), "pasted": ([0.1, 0.1], low, wrong, [0, 0])}  # fmt: skip
+    low, most = [0.2, 0.2], [0.9, 0.9]
+    figures = {"all right": ([0.7, 0.7], low, most), "scene": ([0.95] * 2, most, most),
+               "swapped": ([0.24, 0.24], low, [0, 0]), "pasted": ([0.1, 0.1], low, [0, 0])}  # fmt: skip
     assert told_of(figures) == told_of(figures, trainings=(3,)) == {
         "all right": ["71.4", "at least 65%", "reached |"], "swapped": ["4.0", "at most 5%", "reached |"],
         "scene": ["95.0", "", " |"], "pasted": ["-10.0", "", " |"],
     }  # fmt: skip
-    figures |= {"all right": ([0.6] * 2, low, wrong, most), "swapped": ([0.26] * 2, low, wrong, [0, 0])}
+    figures |= {"all right": ([0.6] * 2, low, most), "swapped": ([0.26] * 2, low, [0, 0])}
     found = told_of(figures)
     assert [found[name][2] for name in ("all right", "swapped")] == ["**missed** |"] * 2
     assert {each[1] for each in told_of(figures, UNO).values()} == {""}, "bars are those of the bundled LoRA"
@@ -233,13 +205,13 @@ def test_bars_are_shares_above_chance_but_for_scenes_and_for_swapping_what_it_ad
 
 
 def test_a_share_above_chance_is_not_told_where_true_pictures_have_no_more():
-    figures = {"all right": ([1, 1], [0.5, 0.5], [0, 0], [0.5, 0.5])}
+    figures = {"all right": ([1, 1], [0.5, 0.5], [0.5, 0.5])}
     assert told_of(figures) == {"all right": ["", "", " |"]}
 
 
 def test_figures_that_an_earlier_judging_lacks_are_left_out():
     now = {"traits": [0.5, 0.5], "pasted": [0.1, 0.1]}
-    now |= {f"{name}, {control}": [0, 0] for name in tuple(now) for control in CONTROLS}
+    now |= {f"{name}, {NONE}": [0, 0] for name in tuple(now)}
     before = {name: values for name, values in now.items() if "pasted" not in name}
     lines = tables(EXPERIMENTS["alone"], {"one": before, "two": before}, [[before], [now], [now], [before]], [None] * 4)
     assert sum("alone, difference" in line for line in lines) == 2
@@ -248,11 +220,11 @@ def test_figures_that_an_earlier_judging_lacks_are_left_out():
 
 def test_scores_of_the_paper_stand_beside_those_of_the_controls():
     names = ("traits", "DINO", "CLIP-I")
-    figures = {name: [0.6, 0.6] for name in names} | {f"{name}, {c}": [0.1, 0.1] for name in names for c in CONTROLS}
+    figures = {name: [0.6, 0.6] for name in names} | {f"{name}, {NONE}": [0.1, 0.1] for name in names}
     lines = controls("one", "arm", figures, {name: [0.8, 0.8] for name in names})
     assert [line.split(" | ")[1] for line in lines] == list(names)
-    means = [[cell.split(" ")[0] for cell in line.split(" | ")[2:5]] for line in lines]
-    assert means == [["60.0", "10.0", "10.0"]] * len(names)
+    means = [[cell.split(" ")[0] for cell in line.split(" | ")[2:4]] for line in lines]
+    assert means == [["60.0", "10.0"]] * len(names)
 
 
 # arms
@@ -277,9 +249,9 @@ def test_arms_of_a_case_differ_and_what_they_share_is_one_training():
         assert len({(arm.task, arm.name) for arm in one.arms}) == len(one.arms)
         if name != "tiny-uno":
             assert len({(arm.task, arm.training) for arm in one.arms}) == len(one.arms)
-    first = {arm.training for arm in EXPERIMENTS["stages"].arms}
+    first = {step for arm in EXPERIMENTS["stages"].arms for step in chain(arm.training)}
     assert all(
-        first & {arm.training for arm in EXPERIMENTS[name].arms}
+        any(first & set(chain(arm.training)) for arm in EXPERIMENTS[name].arms)
         for name in ("offsets", "cropped", "cold", "scale", "rank", "number", "edits")
     )
 
@@ -334,13 +306,12 @@ def test_the_figures_of_bundled_loras_are_theirs(name, experiment):
 def test_the_bundled_uno_takes_colours_from_references():
     networks, about = experiments.with_lora("tiny", find_model("tiny").root / "loras" / "uno.safetensors")
     reader, drawn = experiments.load_ruler("tiny"), pairs.make_pairs("one", 8, judge_uno.SEED, held_out=True)
-    wrong = [wrong_references(pair, np.random.default_rng(0)) for pair in drawn]
     right = []
-    for references in ([pair.references for pair in drawn], wrong):
+    for references in ([pair.references for pair in drawn], ()):
         made = judge_uno.make_pictures(networks, about, [pair.prompt for pair in drawn], references)
         figures = judge_uno.judge("one", replace(reader, eyes=None), made, drawn)
         right.append((np.mean(figures["colour"]), np.mean(figures["scene"])))
-    assert right[0][0] >= 0.75 and right[1][0] <= 0.25, "with own references, and with those of others"
+    assert right[0][0] >= 0.75 and right[1][0] <= 0.25, "with references, and without"
     assert right[0][1] == right[1][1] == 1
 
 
