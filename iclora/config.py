@@ -218,7 +218,9 @@ class TrainConfig:
     )
     offset_scale: float | None = option(None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100))
     posterior: str | None = option(
-        None, "of references: sampled anew in every step, or the mean (default: sample)", choices=POSTERIORS
+        None,
+        "of references: sampled anew in every step, or the mean (default: the starting LoRA's, or sample)",
+        choices=POSTERIORS,
     )
     target_posterior: str | None = option(
         None,
@@ -253,8 +255,8 @@ class TrainConfig:
     )
     composite_size: str | None = option(
         None,
-        "instead, sides of squares of whole composites' areas; sets are learnt at each, at most their own (official: "
-        "512,768,1024,1280,1536)",
+        "instead: learn every set at several sizes, N being the side of a square with the area of the whole composite; "
+        "none is enlarged (official: 512,768,1024,1280,1536)",
         metavar="N[,N...]",
     )
     fit: str = option("crop", "how pictures come to the size of their bucket", choices=FIT_RULES)

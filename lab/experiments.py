@@ -19,15 +19,13 @@ from safetensors.torch import load_file
 
 import train
 from iclora.checkpoint import CHECKPOINT, RESULT
-from lab.benchmarks.rounds import take_turns
 from model.checkpoint import fingerprint, save_safetensors, write_atomic
-from model.flux import Flux
-from model.lora import attach, load_lora, merge
+from model.lora import load_lora, merge
 from model.weights import find_model
 from sampling.images import to_picture
 
 from . import entry, judge_uno
-from .arms import EXPERIMENTS, FITTING, Experiment, Training
+from .arms import EXPERIMENTS, Experiment, Training
 from .captions import panel_prompt
 from .eyes import load_eyes
 from .generate import Networks, load_networks
@@ -39,17 +37,10 @@ from .tables import tables, what_intervals_cover
 from .tasks import COUNT, write_tasks
 from .truth import load_reader
 
-BUNDLE = 3 * 2**20  # bytes that a bundled LoRA may take
-ROUNDS = 10  # of timing
-PACE = (
-    "Seconds a set: one picture by itself, from prompt and references to pixels, with all networks loaded; median and "
-    "quartiles of {} rounds in which the arms take turns, {} threads. Speeds are compared within each round."
-)
-
 
 def run_all(args: argparse.Namespace) -> None:
     """Run the experiments that are asked for, one after the other; what they share is trained and judged once."""
-    ruler = load_ruler(args.judges or args.model)
+    ruler = load_ruler(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
 
     @functools.cache
@@ -72,8 +63,7 @@ def run_all(args: argparse.Namespace) -> None:
             files.append([lora for lora, _ in loras])
             known = [took for _, took in loras if took is not None]
             seconds.append(sum(known) / len(known) if len(known) == len(loras) else None)
-        paces = take_paces(experiment, [loras[0] for loras in files], args) if experiment.timed else []
-        write(name, steps, args, truth, found, seconds, files, paces)
+        write(name, steps, args, truth, found, seconds, files)
 
 
 # training
@@ -89,13 +79,16 @@ def train_one(
     Errors: ValueError if train.py fails, which has said why
     """
     steps = round(steps * training.length)
-    given = [fitting_rank(args.model) if flag is FITTING else flag for flag in training.flags]
     flags = ["--data", str(draw_data(training, start, args)), "--model", args.model, "--steps", str(steps)]
     flags += ["--method", "uno", "--stage", str(training.stage)] if training.stage else []
-    flags += [*(["--init-lora", str(start)] if start else []), *given, *(["--seed", str(seed)] if seed else [])]
+    flags += [
+        *(["--init-lora", str(start)] if start else []),
+        *training.flags,
+        *(["--seed", str(seed)] if seed else []),
+    ]
     before = [start.parent.name] if start else [args.model]
     stage = [f"stage-{training.stage}"] if training.stage else []
-    words = [*before, *stage, data_name(training), str(steps), *given, *([f"seed-{seed}"] if seed else [])]
+    words = [*before, *stage, data_name(training), str(steps), *training.flags, *([f"seed-{seed}"] if seed else [])]
     folder = args.work / "-".join(word.strip("-").replace("/", "-") for word in words)
     begun, clock = (folder / CHECKPOINT).exists(), time.monotonic()
     if train.main([*flags, "--out", str(folder)]):
@@ -152,14 +145,6 @@ def redrawn(count: int, lora: Path, args: argparse.Namespace) -> list[Pair]:
     ]
 
 
-def fitting_rank(model: str) -> str:
-    """The largest rank, in steps of 8 up to 128, with which a UNO LoRA of a model may be bundled."""
-    with torch.device("meta"):
-        flux = Flux(find_model(model).flux.config)
-    of_one = sum(p.numel() for p in attach(flux, "uno", 1, generator=torch.Generator("cpu")))
-    return str(min(128, max(8, BUNDLE // (2 * of_one) // 8 * 8)))
-
-
 # judging
 
 
@@ -186,9 +171,9 @@ def remembered(
     judge: Judge, task: str, what: Path | str | None, args: argparse.Namespace, find: Callable[[], Found]
 ) -> Found:
     """Find something, or read what was found before with the same files; remove judged/ when judges have changed."""
-    folders = sorted({find_model(model).root for model in (args.model, args.judges or args.model)})
     unused = {"loras"} if judge.eyes else {"loras", "clip", "dinov2"}
-    weights = [p for folder in folders for p in sorted(folder.rglob("*.safetensors")) if p.parent.name not in unused]
+    files = sorted(find_model(args.model).root.rglob("*.safetensors"))
+    weights = [path for path in files if path.parent.name not in unused]
     mark = fingerprint([*weights, *([what] if isinstance(what, Path) else [])])[:16]
     kind = "truth" if what == "truth" else "made"
     path = args.work / "judged" / f"{judge.name}-{task}-{args.count}-{kind}-{mark}.safetensors"
@@ -212,27 +197,12 @@ def with_lora(model: str, lora: Path | None) -> tuple[Networks, dict[str, str]]:
     return networks, report.metadata
 
 
-def take_paces(experiment: Experiment, loras: list[Path | None], args: argparse.Namespace) -> list[list[float]]:
-    """The seconds that a set takes in every arm, round by round; the arms of a task take turns in each.
-
-    loras: of every arm
-    """
-    paces: list[list[float]] = [[] for _ in loras]
-    for task in dict.fromkeys(arm.task for arm in experiment.arms):
-        own = [i for i, arm in enumerate(experiment.arms) if arm.task == task]
-        calls = {experiment.arms[i].name: experiment.judge.one(task, *with_lora(args.model, loras[i])) for i in own}
-        measured = take_turns(calls, ROUNDS, torch.device("cpu"))
-        for i in own:
-            paces[i] = measured[experiment.arms[i].name]
-    return paces
-
-
 # what is written
 
 
 def write(
     name: str, steps: int, args: argparse.Namespace, truth: dict[str, Found], found: list[list[Found]],
-    seconds: Sequence[float | None], files: Sequence[Sequence[Path | None]], paces: Sequence[Sequence[float]],
+    seconds: Sequence[float | None], files: Sequence[Sequence[Path | None]],
 ) -> None:  # fmt: skip
     """Write and print the page of an experiment; beside it the values of every set, and a sheet of each task.
 
@@ -243,40 +213,36 @@ def write(
     about = f"{args.count} held-out sets; {told_steps(experiment, steps)}; on the base {model}."
     lines = [f"# {experiment.title}", "", f"{about} {what_intervals_cover(trainings)}", ""]
     lines += [note for words in experiment.judge.notes for note in (words, "")]
-    lines += [PACE.format(ROUNDS, torch.get_num_threads()), ""] if paces else []
     of_arms = [[figures for figures, _ in each] for each in found]
-    lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds, paces)
+    lines += tables(experiment, {task: figures for task, (figures, _) in truth.items()}, of_arms, seconds)
     rows = [{"task": task, "name": TRUE, "figures": [figures]} for task, (figures, _) in truth.items()]
     for i, (arm, figures, took) in enumerate(zip(experiment.arms, of_arms, seconds, strict=True)):
         marks = [lora and fingerprint([lora]) for lora in files[i]]
-        pace = {"seconds a set": paces[i]} if paces else {}
-        rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, **pace, "figures": figures})
+        rows.append({**dataclasses.asdict(arm), "seconds": took, "loras": marks, "figures": figures})
     base = {"model": model, "base": base_mark(args.model)}
     save_values({**base, "count": args.count, "steps": steps, "rows": rows}, args.out / f"{name}.json")
     for task, (_, parts) in truth.items():
         made = [row for arm, each in zip(experiment.arms, found, strict=True) if arm.task == task for row in each[0][1]]
         picture = save_picture(sheet([*parts, *made]), args.out / f"{name}-{task}")
         lines += ["", f"{task}: {experiment.judge.sheet}", "", f"![{name}, {task}]({picture.name})"]
-    judges = f" --judges {Path(args.judges).name}" if args.judges else ""
-    command = f"python -m lab.experiments {name} --model {model}{judges} --count {args.count} --steps {steps}"
+    command = f"python -m lab.experiments {name} --model {model} --count {args.count} --steps {steps}"
     page = "\n".join([*lines, "", f"Made by `{command}`."]) + "\n"
     write_atomic(args.out / f"{name}.md", page)
     print(page, flush=True)
 
 
 def told_steps(experiment: Experiment, steps: int) -> str:
-    """Say how long trainings were: "1500 steps a training", or "1500, 750 steps a training" if they differ."""
+    """Say how long trainings were: "trainings of 1500 or 750 steps"."""
     chain = [arm.training for arm in experiment.arms]
     chain += [training.start for training in chain if isinstance(training, Training)]
-    lengths = {round(steps * training.length) for training in chain if isinstance(training, Training)} or {steps}
-    return f"{', '.join(map(str, sorted(lengths, reverse=True)))} steps a training"
+    lengths = {round(steps * training.length) for training in chain if isinstance(training, Training)}
+    return f"trainings of {' or '.join(map(str, sorted(lengths, reverse=True)))} steps" if lengths else "no training"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.experiments", description=__doc__)
     parser.add_argument("experiments", nargs="+", choices=tuple(EXPERIMENTS), help="what to train and judge")
     parser.add_argument("--model", default="tiny", help="the base, as for train.py")
-    parser.add_argument("--judges", metavar="MODEL", help="whose reader, CLIP and DINOv2 judge (default: --model's)")
     parser.add_argument("--count", type=entry.positive, default=100, help="held-out sets that are judged")
     of_each = "of a training or stage (default: the experiment's)"
     parser.add_argument("--steps", type=entry.positive, help=of_each)

@@ -1,14 +1,15 @@
 """The eyes of the experiments: CLIP and DINOv2 at tiny size, and how well they see held-out subjects.
 
-Scores of pictures are cosines of their features: of picture and caption (CLIP-T), of two pictures (CLIP-I, DINO).
-lab.train_eyes trains both; here they are loaded and measured: CLIP by zero-shot accuracy of every trait that
-captions name, DINOv2 by how well its cosine tells a subject from others that the same caption describes.
+Scores of pictures are cosines of their features: of two pictures (CLIP-I, DINO), and of picture and caption only to
+measure CLIP itself. lab.train_eyes trains both; here they are loaded and measured: CLIP by zero-shot accuracy of every
+trait that captions name, DINOv2 by how well its cosine tells a subject from others that the same caption describes.
 
 Letters: N pictures or captions, D width of the features, O options of a trait.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from model.weights import find_model
 from .captions import panel_prompt
 from .scores import interval
 from .sets import PANEL, composite
-from .train_truth import round_trip
+from .train_truth import tensors_after
 from .truth import HIDDEN, turn
 from .world import ACCESSORIES, COLOURS, FACES, PATTERNS, SCENES, SHAPES, Panel, Subject, random_set, random_subject
 
@@ -278,11 +279,8 @@ def tables(eyes: Eyes, autoencoder: AutoEncoder, count: int = 200) -> list[str]:
     def tell(captions: list[str]) -> Tensor:
         return clip_text_features(eyes.clip, eyes.tokenizer, captions)
 
-    def decoded(image: Tensor) -> Tensor:
-        return round_trip(autoencoder, ((image + 1) * 127.5).round().byte()).float() / 127.5 - 1
-
-    lines = []
-    for name, through in (("fresh panels", lambda image: image), ("after the autoencoder", decoded)):
+    lines, after = [], partial(tensors_after, autoencoder)
+    for name, through in (("fresh panels", lambda image: image), ("after the autoencoder", after)):
         lines += [f"CLIP, zero-shot, {name}:", ""]
         lines += clip_zero_shot(lambda image, by=through: clip_image_features(eyes.clip, by(image)), tell, count)
         lines += ["", f"DINOv2, the same subject against others, {name}:", ""]

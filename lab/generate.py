@@ -133,3 +133,11 @@ def make_batch(
         return image
     pixels = unpack(mask.expand(1, -1, 64), 2 * layout.tokens_high, 2 * layout.tokens_wide)[:, :1]
     return image.where(pixels.repeat_interleave(8, 2).repeat_interleave(8, 3).bool(), kept)
+
+
+def without(image: Tensor, panel: int) -> Tensor:
+    """Composites (N, 3, 128, 128) with one panel of the four filled with 0."""
+    image = image.clone()
+    y, x = divmod(panel - 1, 2)
+    image[:, :, y * PANEL : (y + 1) * PANEL, x * PANEL : (x + 1) * PANEL] = 0
+    return image

@@ -13,10 +13,10 @@ from sampling.images import to_tensor
 
 from .eyes import Eyes
 from .generate import Networks, Options, generate
-from .report import tensors_after
 from .scores import ALL, above_chance, interval, line, tiles, traits_shown, verdict
 from .sets import PANEL
 from .tasks import GRIDS, TaskSet, is_sketch, is_sparkled, is_walk, square, task_sets
+from .train_truth import tensors_after
 from .truth import SHOWN, Reader, read
 
 SEED = 9_000_000  # of the sets that are judged
@@ -47,7 +47,6 @@ class Judge:
     columns: figures that tables show
     head: of a second table, and details: its lines for an arm: (case, name, figures, those of true pictures)
     notes: what the figures are; sheet: what it shows
-    one: (case, networks, metadata of the LoRA) -> a call that makes a single set, to be timed
     eyes: whether CLIP and DINOv2 are asked too
     """
 
@@ -55,11 +54,10 @@ class Judge:
     measure: Callable[..., Found]
     measure_truth: Callable[..., Found]
     columns: tuple[str, ...]
-    head: tuple[str, ...]
-    details: Callable[[str, str, Figures, Figures], list[str]]
+    head: tuple[str, ...] = ()
+    details: Callable[[str, str, Figures, Figures], list[str]] = lambda task, name, figures, most: []
     notes: tuple[str, ...] = ()
     sheet: str = ""
-    one: Callable[..., Callable[[], Tensor]] | None = None
     eyes: bool = False
 
 
@@ -104,14 +102,14 @@ def options_of(metadata: dict[str, str]) -> Options:
 def measure_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Found:
     """The same figures of the true sets, as the autoencoder gives them back: more cannot be reached."""
     sets = task_sets(task, count, SEED, held_out=True)
-    after = tensors_after(networks, to_tensors(sets))
+    after = tensors_after(networks.autoencoder, to_tensors(sets))
     return dict.fromkeys(SUCCESS, judge(task, ruler.reader, after, sets)), [after[:COLUMNS]]
 
 
 def measure_silent_truth(task: str, networks: Networks, ruler: Ruler, count: int) -> Found:
     """The traits of the true sets, as the autoencoder gives them back."""
     sets = task_sets(task, count, SEED, held_out=True)
-    after = tensors_after(networks, to_tensors(sets))
+    after = tensors_after(networks.autoencoder, to_tensors(sets))
     return identity(ruler.reader, after, sets, OWN), [after[:COLUMNS]]
 
 
@@ -190,7 +188,7 @@ def bars(task: str, name: str, figures: Figures, most: Figures) -> list[str]:
 
 
 IN_CONTEXT = Judge(
-    "in-context", measure, measure_truth, SUCCESS, (), lambda task, name, figures, most: [],
+    "in-context", measure, measure_truth, SUCCESS,
     sheet="true sets, then for every arm sets from text and with their first panel given",
 )  # fmt: skip
 IN_CONTEXT_WITH_BARS = replace(

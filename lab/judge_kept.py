@@ -11,11 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from .eyes import drawn_anew, with_subject
-from .generate import Networks, generate
+from .generate import Networks, generate, without
 from .judge import FIGURES, NONE, OTHERS, OWN, TRAITS, Figures, Found, Judge, Ruler, details, options_of
 from .panels import caption
-from .report import tensors_after, without
 from .scores import read_sets, to_tensors, traits_shown
+from .train_truth import tensors_after
 from .truth import Reader
 from .world import Panel, random_set, random_subject
 
@@ -46,7 +46,7 @@ def measure(telling: str, networks: Networks, metadata: dict[str, str], ruler: R
 def measure_truth(telling: str, networks: Networks, ruler: Ruler, count: int) -> Found:
     """The same figures of the true panels, as the autoencoder gives them back: more cannot be reached."""
     sets = held_out(count)
-    after = tensors_after(networks, to_tensors(sets))
+    after = tensors_after(networks.autoencoder, to_tensors(sets))
     return judge(ruler.reader, after, sets, OWN), [after[:COLUMNS]]
 
 

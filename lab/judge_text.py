@@ -9,8 +9,8 @@ from torch import Tensor
 from .captions import joint_caption
 from .generate import Networks, generate
 from .judge import Figures, Found, Judge, Ruler, options_of
-from .report import tensors_after
 from .scores import TEXT_SCORES, per_set, read_sets, to_tensors
+from .train_truth import tensors_after
 from .world import Panel, random_set
 
 SEED = 9_300_000  # of the sets that are judged
@@ -36,7 +36,7 @@ def measure(case: str, networks: Networks, metadata: dict[str, str], ruler: Rule
 def measure_truth(case: str, networks: Networks, ruler: Ruler, count: int) -> Found:
     """The same figures of the true sets, as the autoencoder gives them back."""
     sets = held_out(case, count)
-    after = tensors_after(networks, to_tensors(sets, *TEXT_CASES[case][1]))
+    after = tensors_after(networks.autoencoder, to_tensors(sets, *TEXT_CASES[case][1]))
     return judge(case, ruler, after, sets), [after[:COLUMNS]]
 
 
@@ -50,7 +50,7 @@ def judge(case: str, ruler: Ruler, image: Tensor, sets: list[tuple[Panel, ...]])
 
 
 TEXT = Judge(
-    "text", measure, measure_truth, NAMES, (), lambda task, name, figures, most: [],
+    "text", measure, measure_truth, NAMES,
     notes=("same subject: all four panels have the colour and shape that are asked for.",),
     sheet="true sets, then for every arm sets from the same captions and noise",
 )  # fmt: skip

@@ -4,7 +4,7 @@ Every figure is measured on pairs of held-out subjects, from the same noise with
 prompts do not tell and references do not give can only be right by chance, and the latter run says how often that is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -22,9 +22,9 @@ from .eyes import Eyes, clip_image_features, dino_features
 from .generate import Networks, Options, generate
 from .judge import Figures, Found, Judge, Ruler
 from .pairs import Pair, make_pairs
-from .report import tensors_after
 from .scores import above_chance, difference, hidden_agreement, interval, line, verdict
 from .tasks import is_pencil
+from .train_truth import tensors_after
 from .truth import Reading, Seen, read
 from .world import Placed, Subject
 
@@ -67,16 +67,10 @@ def make_pictures(
     return generate(networks, prompts, (1, 1), range(len(prompts)), options, references=references)
 
 
-def one_picture(kind: str, networks: Networks, metadata: dict[str, str]) -> Callable[[], Tensor]:
-    """What makes the first of the pictures that are judged, to be timed."""
-    pairs = make_pairs(kind, 1, SEED, held_out=True)
-    return lambda: make_pictures(networks, metadata, [pairs[0].prompt], [pairs[0].references])
-
-
 def measure_truth(kind: str, networks: Networks, ruler: Ruler, count: int) -> Found:
     """The same figures of the true pictures, as the autoencoder gives them back: more cannot be reached."""
     pairs = make_pairs(kind, count, SEED, held_out=True)
-    after = tensors_after(networks, to_tensors([pair.target for pair in pairs]))
+    after = tensors_after(networks.autoencoder, to_tensors([pair.target for pair in pairs]))
     shown = [to_tensors(pictures) for pictures in zip(*(pair.references for pair in pairs[:COLUMNS]), strict=True)]
     return judge(kind, ruler, after, pairs), [*shown, after[:COLUMNS]]
 
@@ -199,7 +193,7 @@ def controls(
     """
     lines = []
     for figure in CONTROLLED:
-        if figure not in figures or figure not in most:  # what was judged earlier may lack some
+        if figure not in figures:  # not told of this kind
             continue
         own, none, fewer = figures[figure], figures[f"{figure}, {NONE}"], figure in FEWER
         cells = [interval(values) for values in (own, none, most[figure])]
@@ -226,6 +220,6 @@ UNO = Judge(
         "DreamBench, times 100; CLIP-T is not measured here: it ranked true pictures below those without references.",
     ),
     sheet="references, true pictures after the autoencoder, then every arm (its first seed) from the same noise",
-    one=one_picture, eyes=True,
+    eyes=True,
 )  # fmt: skip
 UNO_WITH_BARS = replace(UNO, details=partial(controls, bars=BARS))

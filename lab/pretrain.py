@@ -1,4 +1,4 @@
-"""Train the bundled tiny FLUX from nothing to its files: python -m lab.pretrain --out weights/tiny
+"""Train a tiny FLUX from nothing to its files: python -m lab.pretrain --out runs/tiny-model
 
 Stages, each resumed from its last checkpoint after any interruption: the autoencoder, beside it CLIP's two towers and
 T5, on captions alone; the transformer, on a CPU on single panels first, and on sets; guidance, distilled into it; the
@@ -148,8 +148,6 @@ def foundations(
         return autoencoder, text, [files.clip_tokenizer, files.t5_tokenizer]
     captions = {grid: [one.captions for one in of_grid] for grid, of_grid in planned.items()}
     tokenizers = new_tokenizers(captions, work.folder)
-    init = load_autoencoder(find_model(args.init_autoencoder).autoencoder) if args.init_autoencoder else None
-    init = init and init.requires_grad_(True)
     alone = dataclasses.replace(work, processes=1)
     task = (stages, captions, tokenizers, alone, args.processes)
     beside = None
@@ -157,7 +155,7 @@ def foundations(
         torch.set_num_threads(1)
         beside = multiprocessing.get_context("spawn").Process(target=train_encoders, args=task)
         beside.start()
-    autoencoder = train_autoencoder.train(stages["autoencoder"], of_panels, alone, recipe.small_crops, init)
+    autoencoder = train_autoencoder.train(stages["autoencoder"], of_panels, alone, recipe.small_crops)
     if beside:
         beside.join()
     text = train_encoders(*task)  # if it was finished beside, it is loaded
@@ -203,8 +201,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--minutes {args.minutes:g} sets how long all stages take; give more than 0, and no --scale")
     if args.init and (args.text or args.width != WIDTH or args.no_guidance):
         raise ValueError("--init brings a whole model; leave out --text, --width and --no-guidance")
-    if (args.init or args.text) and args.init_autoencoder:
-        raise ValueError("--init and --text bring an autoencoder too; leave out --init-autoencoder")
     if args.text and args.out.resolve() == find_model(args.text).root.resolve():
         raise ValueError(f"--out {args.out} is the model that --text takes from; give another folder")
 
@@ -212,12 +208,9 @@ def check(args: argparse.Namespace) -> None:
 def origin(args: argparse.Namespace, files: ModelFiles | None) -> str:
     """What tells the checkpoints of a run from those of others: the model that it started from, and another shape.
 
-    What --text and --init-autoencoder take is marked by its content, as the same name may soon mean another model.
+    What --text takes is marked by its content, as the same name may soon mean another model.
     """
     parts = [args.init] if args.init else []
-    if args.init_autoencoder:
-        mark = fingerprint(find_model(args.init_autoencoder).autoencoder.paths)[:8]
-        parts.append(f"autoencoder begun as that of {args.init_autoencoder} ({mark})")
     if args.text:
         mark = f"{fingerprint(files.autoencoder.paths)[:8]}{fingerprint(text_encoder_paths(files))[:8]}"
         parts.append(f"text and autoencoder of {args.text} ({mark})")
@@ -265,13 +258,12 @@ def new_tokenizers(captions: dict, folder: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.pretrain", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="folder that receives the model")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny-model"), help="folder that receives the model")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints and drawn pictures")
     parser.add_argument("--init", metavar="MODEL", help="train this model's transformer and decoder on")
     parser.add_argument("--text", metavar="MODEL", help="take this model's autoencoder, text encoders and tokenizers")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the transformer, a multiple of 32")
     parser.add_argument("--no-guidance", action="store_true", help="embed no guidance, and distil none")
-    parser.add_argument("--init-autoencoder", metavar="MODEL", help="start the autoencoder alone from this model's")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage; 0.01 is a trial")
     parser.add_argument("--minutes", type=float, help="go by the clock: so long in all, without drawing and compiling")
     parser.add_argument("--seed", type=int, default=0)

@@ -7,7 +7,6 @@ panels. Then it draws the contact sheets, and writes all on a page, with the val
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ from sampling.images import to_picture
 
 from . import entry, eyes
 from .captions import joint_caption
-from .generate import Networks, Options, generate, load_networks
+from .generate import Networks, Options, generate, load_networks, without
+from .judge_kept import others
 from .measure import psnr, survival, tiling
 from .pages import TRUE, base_mark, save_picture, save_values
 from .scores import (
@@ -37,9 +37,9 @@ from .scores import (
     to_tensors,
 )
 from .sets import GRIDS, PANEL
-from .train_truth import draw_some, round_trip
+from .train_truth import draw_some, round_trip, tensors_after
 from .truth import Reader, groups, load_reader
-from .world import POSITIONS, Panel, random_set
+from .world import POSITIONS, random_set
 
 SEED = 7_000_000  # far from the seeds of pretraining
 BARS = {
@@ -119,7 +119,7 @@ def text_figures(networks: Networks, reader: Reader, count: int) -> tuple[Figure
         sets = [random_set(rng, rows, cols, subjects, held_out=True) for _ in range(count)]
         captions = [joint_caption(panels, rows, cols) for panels in sets]
         made = read_sets(reader, generate(networks, captions, (rows, cols), list(range(count))))
-        true = read_sets(reader, tensors_after(networks, to_tensors(sets, rows, cols)))
+        true = read_sets(reader, tensors_after(networks.autoencoder, to_tensors(sets, rows, cols)))
         for name, score in TEXT_SCORES[subjects].items():
             if subjects == 2 and name == "position" and rows * cols > 2:
                 continue  # a caption of two subjects in four panels has no room for places
@@ -142,25 +142,6 @@ def from_text(figures: Figures, ceilings: Figures) -> list[str]:
     return lines
 
 
-def tensors_after(networks: Networks, image: Tensor) -> Tensor:
-    """Composites as the autoencoder gives them back."""
-    return round_trip(networks.autoencoder, ((image + 1) * 127.5).round().byte()).float() / 127.5 - 1
-
-
-def without(image: Tensor, panel: int) -> Tensor:
-    """Composites (N, 3, 128, 128) with one panel of the four filled with 0."""
-    image = image.clone()
-    y, x = divmod(panel - 1, 2)
-    image[:, :, y * PANEL : (y + 1) * PANEL, x * PANEL : (x + 1) * PANEL] = 0
-    return image
-
-
-def somebody_else(panels: tuple[Panel, ...], rng: np.random.Generator) -> tuple[Panel, ...]:
-    """The same set with subjects that the caption cannot tell from the first ones, hidden traits drawn anew."""
-    others = {one.subject: eyes.drawn_anew(one.subject, rng) for one in panels[0].placed}
-    return tuple(replace(p, placed=tuple(replace(o, subject=others[o.subject]) for o in p.placed)) for p in panels)
-
-
 def kept_figures(networks: Networks, reader: Reader, count: int) -> dict[str, Figures]:
     """Figures of panel 3 from the other three, from three others that the caption fits as well, and of the true one.
 
@@ -169,11 +150,11 @@ def kept_figures(networks: Networks, reader: Reader, count: int) -> dict[str, Fi
     rng = np.random.default_rng(SEED + 20)
     sets = [random_set(rng, 2, 2, 1, held_out=True) for _ in range(count)]
     captions = [joint_caption(panels, 2, 2) for panels in sets]
-    own, other = to_tensors(sets), to_tensors([somebody_else(panels, rng) for panels in sets])
+    own, other = to_tensors(sets), to_tensors(others(sets, "all"))
     pages, figures = {}, {}
     for name, kept in ((OWN, own), (OTHER, other)):
         pages[name] = generate(networks, captions, (2, 2), list(range(count)), kept=without(kept, 3), masked=(3,))
-    for name, page in (pages | {TRUE: tensors_after(networks, own)}).items():
+    for name, page in (pages | {TRUE: tensors_after(networks.autoencoder, own)}).items():
         thirds = [(found[2], panels[2]) for found, panels in zip(read_sets(reader, page), sets, strict=True)]
         figures[name] = {label: [float(score(*third)) for third in thirds] for label, score in KEPT_SCORES.items()}
         agree = [hidden_agreement(reading, panel.placed[0].subject) for reading, panel in thirds]
@@ -257,7 +238,6 @@ def sheet(networks: Networks, columns: int, masked: bool, zoom: int = 2) -> Imag
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.report", description=__doc__)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--reader", type=Path, help="the trained reader; by default truth/ beside the model's files")
     parser.add_argument("--out", type=Path, default=Path("lab/results"), help="folder for page, values and sheets")
     parser.add_argument("--sets", type=entry.positive, default=200, help="sets of each experiment")
     parser.add_argument("--columns", type=entry.positive, default=6, help="sets on a contact sheet")
@@ -267,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(args: argparse.Namespace) -> None:
     """Measure everything, print each table as it comes, and write base.md, its sheets and the values of every set."""
     networks, model = load_networks(args.model), Path(args.model).name
-    reader = load_reader(args.reader or find_model(args.model).root / "truth" / "model.safetensors")
+    reader = load_reader(find_model(args.model).root / "truth" / "model.safetensors")
     few = max(2, args.sets // 4)
     text, kept = text_figures(networks, reader, args.sets), kept_figures(networks, reader, args.sets)
     experiments = {

@@ -4,58 +4,47 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lab.benchmarks.rounds import spread, times_as_fast
-
 from .arms import Experiment
 from .judge import Figures
 from .scores import difference, interval, line
 
 
 def tables(
-    experiment: Experiment, truth: dict[str, Figures], found: Sequence[Sequence[Figures]], seconds: Sequence,
-    paces: Sequence[Sequence[float]] = (),
-) -> list[str]:  # fmt: skip
+    experiment: Experiment, truth: dict[str, Figures], found: Sequence[Sequence[Figures]], seconds: Sequence
+) -> list[str]:
     """Figures of every arm, how far they are from those of the first arm of its task, and the judge's own table.
 
     truth: by task
     found: of every arm and every training
     seconds: that the trainings of every arm took, None if that is unknown
-    paces: of every arm, the seconds of a set in each round; none are not shown
     """
     judge, arms = experiment.judge, [by_training(each) for each in found]
     columns = [c for c in experiment.columns or judge.columns if any(c in figures for figures in arms)]
     seeds, paper = any(len(each) > 1 for each in found), any(arm.paper for arm in experiment.arms)
-    heads = [*columns, *[f"{columns[0]} by seed"] * seeds, *["paper"] * paper, *["seconds a set"] * bool(paces)]
+    heads = [*columns, *[f"{columns[0]} by seed"] * seeds, *["paper"] * paper]
     lines = [f"| task | arm | {' | '.join(heads)} | training |", "|---|---|" + "---|" * (len(heads) + 1)]
     more, first, empty = [], {}, [""] * (seeds + paper)
     for i, (arm, each, figures, took) in enumerate(zip(experiment.arms, found, arms, seconds, strict=True)):
         most, base = truth[arm.task], first.setdefault(arm.task, i)
-        pace = [spread(paces[i]).show()] if paces else []
         if base == i:
-            truths = [*empty, *[""] * len(pace), ""]
-            lines.append(line(arm.task, "true sets after the autoencoder", cells(most, columns), *truths))
+            lines.append(line(arm.task, "true sets after the autoencoder", cells(most, columns), *empty, ""))
         single = [f"{100 * np.nanmean(one[columns[0]]):.1f}" for one in each if columns[0] in one]
         by_seed = [", ".join(single) if len(single) > 1 else ""] * seeds
-        last = [*by_seed, *[arm.paper] * paper, *pace, training_time(took, *experiment.minutes)]
+        last = [*by_seed, *[arm.paper] * paper, training_time(took, experiment.minutes)]
         lines.append(line(arm.task, arm.name, cells(figures, columns), *last))
         if base != i:
-            both = arms[base].keys() & figures.keys()  # what was judged earlier may lack some
-            apart = [difference(figures[c], arms[base][c]) if c in both else None for c in columns]
-            pace = [f"{times_as_fast(paces[i], paces[base]).show()} times as fast"] if paces else []
-            lines.append(
-                line(arm.task, f"{arm.name}, difference", apart, *empty, *pace, "", sign="+")
-            )  # fmt: skip
+            apart = [difference(figures[c], arms[base][c]) if c in figures else None for c in columns]
+            lines.append(line(arm.task, f"{arm.name}, difference", apart, *empty, "", sign="+"))
         more += judge.details(arm.task, arm.name, figures, most)
     return [*lines, *(["", *judge.head, *more] if more else [])]
 
 
-def training_time(took: float | None, least: float, most: float) -> str:
-    """The minutes of a training, and whether they are fewer or more than they should be."""
+def training_time(took: float | None, most: float) -> str:
+    """The minutes of a training, and whether they are more than they should be."""
     if took is None:
         return ""
     minutes = took / 60
-    outside = f", **under {least:g}**" if minutes < least else f", **over {most:g}**" if minutes > most else ""
-    return f"{minutes:.1f} min{outside}"
+    return f"{minutes:.1f} min" + (f", **over {most:g}**" if minutes > most else "")
 
 
 def cells(figures: Figures, columns: Sequence[str]) -> list[tuple[float, float, float] | None]:

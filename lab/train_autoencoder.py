@@ -100,14 +100,14 @@ def is_hidden(name: str, p: Tensor) -> bool:
     return p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
 
 
-def train(stage: Stage, pool: Tensor, work: Work, small: float = 0.0, init: AutoEncoder | None = None) -> AutoEncoder:
+def train(stage: Stage, pool: Tensor, work: Work, small: float = 0.0) -> AutoEncoder:
     """Train the autoencoder and set its latents to unit variance; gives the averaged weights on the CPU.
 
     pool: (N, 3, 64, 64) uint8 panels
     small: share of the stage that has small crops
     """
     torch.manual_seed(work.seed)
-    average = train_on(stage, init or new_autoencoder(), pool, work, small)
+    average = train_on(stage, new_autoencoder(), pool, work, small)
     return unit_variance(average, pool[:512])
 
 

@@ -63,6 +63,11 @@ def round_trip(autoencoder: AutoEncoder, pictures: Tensor) -> Tensor:
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
+def tensors_after(autoencoder: AutoEncoder, image: Tensor) -> Tensor:
+    """The same of tensors in -1..1: (N, 3, h, w)."""
+    return round_trip(autoencoder, ((image + 1) * 127.5).round().byte()).float() / 127.5 - 1
+
+
 def losses(reader: Reader, image: Tensor, told: Tensor) -> dict[str, Tensor]:
     """Mean cross-entropy of every output group, and how often shapes are right.
 

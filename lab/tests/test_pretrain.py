@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Tokenizer
 
 from lab import pretrain, sets, train_autoencoder, train_flow, train_text
-from lab.captions import DOMAIN_WORDS, ROOM, joint_caption, length, panel_prompt, reticent, say_domain, vocabulary
+from lab.captions import DOMAIN_WORDS, ROOM, length, panel_prompt, reticent, say_domain, vocabulary
 from lab.domains import with_pencil, with_sparkles
 from lab.export import EXAMPLES, REFERENCES
 from lab.generate import Options, generate, load_networks
@@ -462,9 +462,7 @@ def test_another_base_takes_all_but_its_transformer_from_a_model(short, tmp_path
         (["--width", "1024"], "use for example 992"),
         (["--init", "tiny", "--width", "64"], "--init brings a whole model; leave out --text, --width"),
         (["--init", "tiny", "--no-guidance"], "--init brings a whole model"),
-        (["--text", "tiny", "--init-autoencoder", "tiny"], "--init and --text bring an autoencoder too"),
-        (["--init", "tiny", "--init-autoencoder", "tiny"], "leave out --init-autoencoder"),
-        (["--text", "tiny"], "--out weights/tiny is the model that --text takes from"),
+        (["--text", "tiny", "--out", "weights/tiny"], "--out weights/tiny is the model that --text takes from"),
         (["--text", "nothing"], "there is no model 'nothing'"),
         (["--minutes", "0"], "--minutes 0 sets how long all stages take; give more than 0"),
         (["--minutes", "8", "--scale", "0.1"], "give more than 0, and no --scale"),
@@ -494,10 +492,6 @@ def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_p
     before = of(text=str(tmp_path / "tiny"))
     (tmp_path / "tiny" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
     assert before != of(text=str(tmp_path / "tiny")) and before.startswith("text and autoencoder of ")
-    before = of(init_autoencoder=str(tmp_path / "tiny"))
-    path = tmp_path / "tiny" / "ae.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
-    assert before != of(init_autoencoder=str(tmp_path / "tiny")) and before.startswith("autoencoder begun as that of ")
 
 
 def test_captions_of_single_panels_are_not_cut(tmp_path):
@@ -508,7 +502,7 @@ def test_captions_of_single_panels_are_not_cut(tmp_path):
 
 
 def flags(**given):
-    plain = dict(init=None, text=None, init_autoencoder=None, width=pretrain.WIDTH, no_guidance=False)
+    plain = dict(init=None, text=None, width=pretrain.WIDTH, no_guidance=False)
     return SimpleNamespace(**plain | dict(scale=1.0, minutes=None, processes=2) | given)
 
 
@@ -595,10 +589,3 @@ def test_every_stage_runs_from_nothing_to_a_model_and_on_from_it(recipe, more, t
     assert all(torch.equal(a, b) for a, b in zip(*encoders, strict=True)), "latents mean what they meant"
     assert not torch.equal(autoencoder.decoder.conv_out.weight, on.decoder.conv_out.weight)
     assert text == {path.name: path.read_bytes() for path in out.glob("text_encoder*/*")}
-
-
-def test_captions_fit_the_tokenizer_for_every_marker_kind():
-    rng = np.random.default_rng(3)
-    for kind in ("image", "position", "scene"):
-        panels = random_set(rng, 2, 2, 2)
-        assert length(joint_caption(panels, 2, 2, rng, kind)) < T5_LENGTH

@@ -32,8 +32,8 @@ def test_no_interval_of_shares_or_of_their_differences_is_without_width():
         assert low <= mean <= high and high - low > 0.03
         mean, low, high = scores.difference(values, values)
         assert mean == 0 and low < -0.02 and high > 0.02
-        share, low, high = scores.above_chance([1] * 100, np.zeros(100), np.ones(100))
-        assert share == high == 1 and low == pytest.approx(scores.interval([1] * 100)[1])
+    share, low, high = scores.above_chance([1] * 100, np.zeros(100), np.ones(100))
+    assert share == high == 1 and low == pytest.approx(scores.interval([1] * 100)[1])
     assert scores.interval([0.7, 0.8] * 50)[2] < 0.77, "shares of several panels spread less than a rate"
     assert scores.interval([28.0, 28.0]) == (28, 28, 28), "a figure that is no share"
 

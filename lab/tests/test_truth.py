@@ -12,7 +12,7 @@ from torch import nn
 
 from lab import generate, report, scores, train_truth, truth
 from lab.captions import joint_caption
-from lab.world import FACES, PATTERNS, POSITIONS, SCENES, box, random_set
+from lab.world import PATTERNS, POSITIONS, SCENES, box, random_set
 
 
 def sets(count=6, subjects=1):
@@ -82,21 +82,6 @@ def seen(subject, **other):
     return truth.Seen(**{"position": "left", "size": "big", **traits, **other})
 
 
-@pytest.mark.parametrize("subjects", [1, 2])
-def test_somebody_else_has_the_same_caption_and_hidden_traits_by_chance(subjects):
-    rng, drawn, alike = np.random.default_rng(0), sets(100, subjects), []
-    for panels in drawn:
-        other = report.somebody_else(panels, rng)
-        assert joint_caption(other, 2, 2) == joint_caption(panels, 2, 2)
-        assert [(panel.scene, panel.seed) for panel in other] == [(panel.scene, panel.seed) for panel in panels]
-        (a, *_), (b, *_) = ([placed.subject for placed in some[0].placed] for some in (panels, other))
-        assert {placed.subject for panel in other for placed in panel.placed} >= {b} and a != b
-        assert len({placed.subject for panel in other for placed in panel.placed}) == subjects, "the same in all panels"
-        alike.append([truth.same_hidden(seen(a), b)[trait] for trait in ("face", "hue")])
-    face, hue = np.mean(alike, axis=0)
-    assert face == pytest.approx(1 / len(FACES), abs=0.12) and 0.25 < hue < 0.6, "neither never nor always"
-
-
 def test_angle_and_spacing_are_told_only_of_patterns_with_the_same_turn():
     subject = sets(1)[0][0].placed[0].subject
     told = {
@@ -149,7 +134,7 @@ def test_a_row_says_whether_its_bar_is_reached():
 
 def test_tiles_are_the_panels_in_reading_order_and_without_empties_one():
     image = scores.to_tensors(sets(2))
-    cut = scores.tiles(report.without(image, 3))
+    cut = scores.tiles(generate.without(image, 3))
     assert torch.equal(cut[0], image[0, :, :64, :64]) and torch.equal(cut[1], image[0, :, :64, 64:])
     assert torch.equal(cut[7], image[1, :, 64:, 64:]) and not cut[2].any() and not cut[6].any()
 
@@ -157,9 +142,9 @@ def test_tiles_are_the_panels_in_reading_order_and_without_empties_one():
 def test_batches_of_sets_keep_what_is_kept_and_repeat():
     networks, image = generate.load_networks("tiny"), scores.to_tensors(sets(3))
     captions = [joint_caption(panels, 2, 2) for panels in sets(3)]
-    kept, two = report.without(image, 2), generate.Options(steps=2)
+    kept, two = generate.without(image, 2), generate.Options(steps=2)
     made = generate.generate(networks, captions, (2, 2), [5, 6, 7], two, kept=kept, masked=(2,), batch=2)
-    assert torch.equal(report.without(made, 2), kept) and made[:, :, :64, 64:].std() > 0.1
+    assert torch.equal(generate.without(made, 2), kept) and made[:, :, :64, 64:].std() > 0.1
     alone = generate.generate(networks, captions[2:], (2, 2), [7], two, kept=kept[2:], masked=(2,))
     assert torch.allclose(alone[0], made[2], atol=1e-4)
 

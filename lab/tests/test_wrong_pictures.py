@@ -11,7 +11,7 @@ from wrong import KINDS, with_effect, wrong
 from lab.judge import Ruler, judge
 from lab.judge_uno import score
 from lab.pairs import make_pairs
-from lab.scores import tiles, traits_shown
+from lab.scores import traits_shown
 from lab.tasks import task_sets
 from lab.truth import load_reader, read
 from model.weights import find_model, load_autoencoder
@@ -105,10 +105,3 @@ def test_traits_are_those_of_the_subject_alone(ruler, after):
     true, other, nobody = mean("true"), mean("somebody else"), mean("subject removed")
     assert min(true.values()) >= 0.8 and true["all traits"] >= TRUE, "small patterns are hard to read"
     assert other["shape"] == 0 and other["all traits"] <= 0.3 and nobody["all traits"] <= WRONG
-
-
-def test_tiles_put_panels_back_in_order(after):
-    pictures = [p for one in task_sets("walk", 2, SEED) for p in one.pictures]
-    image = torch.cat([to_tensor(p) for p in pictures])
-    composite = image.unflatten(0, (2, 3, 1)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-    assert torch.equal(tiles(composite), image)

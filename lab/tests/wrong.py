@@ -15,7 +15,7 @@ BLUR = 4  # pixels
 
 
 def wrong(panel: Panel, kind: str, rng: np.random.Generator, size: int = 64) -> Image.Image:
-    """Draw a panel of one subject wrongly. kind: of KINDS, "same shape" (and all else other), or "true" """
+    """Draw a panel of one subject wrongly. kind: of KINDS, or "true" """
     (one,) = panel.placed
     if kind == "subject removed":
         with patch.object(world, "_draw_subject"):
@@ -23,13 +23,9 @@ def wrong(panel: Panel, kind: str, rng: np.random.Generator, size: int = 64) -> 
     if kind == "blurred":
         return draw(panel, size).filter(ImageFilter.GaussianBlur(BLUR))
     changed = {}
-    if kind in ("somebody else", "same shape"):
-        while True:
-            subject = random_subject(rng, None)
-            if kind == "same shape":
-                subject = replace(subject, shape=one.subject.shape)
-            if subject != one.subject and (kind == "same shape" or subject.shape != one.subject.shape):
-                break
+    if kind == "somebody else":
+        while (subject := random_subject(rng, None)).shape == one.subject.shape:
+            pass
         changed = {"subject": subject}
     if kind == "another place":
         changed = {"position": str(rng.choice([place for place in WALK if place != one.position]))}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from blackbox import CLOSE, FIXTURES, GOLDEN, TINY, main, metadata, refused
 from safetensors.torch import load_file
 
+from blackbox import CLOSE, FIXTURES, GOLDEN, TINY, main, metadata, refused
 from model.lora import detach, load_lora, merge, save_lora
 from model.position import grid_ids, reference_ids
 from model.text import load_text_encoders

@@ -9,8 +9,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-from blackbox import FIXTURES, GOLDEN, REFERENCES, ROOT, SCRIPTS, TINY, files, main, refused
 from PIL import Image
+
+from blackbox import FIXTURES, GOLDEN, REFERENCES, ROOT, SCRIPTS, TINY, files, main, refused
 
 CAT = REFERENCES / "cat.png"
 GOLDEN_LORAS = GOLDEN / "lora"

@@ -9,6 +9,8 @@ import sys
 import time
 
 import pytest
+from PIL import Image
+
 from blackbox import (
     FIXTURES,
     REFERENCES,
@@ -23,7 +25,6 @@ from blackbox import (
     quick_collection,
     record,
 )
-from PIL import Image
 
 PICTURES = FIXTURES / "pictures"
 LORAS = FIXTURES / "loras"

@@ -13,6 +13,9 @@ import time
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
 from blackbox import (
     FIXTURES,
     REFERENCES,
@@ -26,8 +29,6 @@ from blackbox import (
     record,
     refused,
 )
-from PIL import Image
-from safetensors.torch import load_file
 
 PAIRS = FIXTURES / "pairs" / "pairs.json"
 ONE_LINEAR = ["--rank", "1", "--targets", "double_blocks.0.img_attn.qkv"]
