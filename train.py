@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: TrainConfig) -> None:
     """Check all that can be checked without a network, read the data, train, and write the LoRA."""
     check_folder(Path(config.out))
-    if Path(config.out).resolve().is_relative_to(Path(config.data).resolve()):
+    if Path(os.path.realpath(config.out)).is_relative_to(os.path.realpath(config.data)):  # resolve raises for loops
         raise ValueError(f"--out {config.out} lies in --data, where the next run would read it; choose one outside")
     from iclora.checkpoint import only_run
     from iclora.monitor import Monitor

@@ -8,11 +8,14 @@ python -m iclora.data pairs.json --model flux-dev           the same for UNO's p
 import hashlib
 import math
 import os
+import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # libraries take seconds
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 from PIL import Image
 from tqdm import tqdm
@@ -23,14 +26,16 @@ from sampling.latents import TOKEN
 
 from .buckets import composite_layouts, nearest_panel
 from .cli import guard, parse, plain
-from .config import UNO, check, model_defaults, option
+from .config import IN_CONTEXT, METHODS, UNO, check, model_defaults, option
+from .data_forms import SETTINGS, count_forms, count_sizes, name_doubles
 from .layout import Layout, parse_grid
-from .prompts import build, clean, lint, markers_for
-from .records import SETTINGS, Findings, Grid, Record, collect, read_records
+from .prompts import build, clean, has_markers, lint, markers_for
+from .records import Findings, Grid, Record, collect, read_records
 from .references import fitted
 
 Note = Callable[[str], None]  # takes one line for the user
 Size = tuple[int, int]  # width, height in pixels
+Buckets = dict[Layout, list["Example"]]
 WRITE_GRID = f'give --grid, or write {SETTINGS} into the folder of --data, such as {{"grid": "2x1"}}'
 
 
@@ -44,6 +49,7 @@ class Example:
     sizes: (width, height) of each file in pixels
     sha256: of each file's pixels
     references, reference_sizes, reference_sha256: the same of its reference pictures
+    form: how it is written down
     """
 
     name: str
@@ -55,6 +61,7 @@ class Example:
     references: tuple[Path, ...] = ()
     reference_sizes: tuple[Size, ...] = ()
     reference_sha256: tuple[str, ...] = ()
+    form: str = ""
 
     def panel_sizes(self) -> list[tuple[float, float]]:
         """Return width and height of each panel in pixels; those of a composite may be fractions."""
@@ -69,20 +76,14 @@ def load(
 ) -> list[Example]:
     """Read a data set, and refuse it if any of it cannot be used: nothing is dropped silently.
 
-    data: a folder of all sets, one .jsonl file of them, or one .json file of pairs
-    grid: (rows, cols) for everything, whatever the files say
+    data, grid, method: as for scan
     note: is told, in one line, of what is doubtful
-    method: that is to learn from it, if any
-    Errors: ValueError for anything broken, for data of another method, or if there are no sets
+    Errors: ValueError for anything broken, or if there are no sets
     """
-    if method and (Path(data).suffix.lower() == ".json") != (method == UNO):
-        takes = "a .json of pairs" if method == UNO else "sets; pairs are for --method uno"
-        raise ValueError(f"--data {str(data)[-80:]!a} is not for --method {method}, which takes {takes}")
-    examples, findings = scan(data, grid)
-    advice = f"`python -m iclora.data {data}` lists everything"
+    examples, findings = scan(data, grid, method)
+    advice = f"`python -m iclora.data {data}{f' --method {method}' if method else ''}` lists everything"
     if findings.broken:
-        count = len(findings.broken)
-        more = f" (the first of {count} things that are broken)" if count > 1 else ""
+        more = f" (the first of {count} things that are broken)" if (count := len(findings.broken)) > 1 else ""
         raise ValueError(f"{findings.broken[0]}{more}; {advice}")
     if not examples:
         raise ValueError(f"{data} holds no sets, only other files; it takes pictures with captions. {advice}")
@@ -91,28 +92,34 @@ def load(
     return examples
 
 
-def scan(data: str | Path, grid: Grid | None = None) -> tuple[list[Example], Findings]:
+def scan(data: str | Path, grid: Grid | None = None, method: str | None = None) -> tuple[list[Example], Findings]:
     """Read a data set: what is usable, and what is broken or doubtful. Every picture is decoded once.
 
-    data, grid: as for load
-    Errors: ValueError if there is no such folder
+    data: a folder of all sets, one .jsonl or .csv file of them, or one .json file of pairs
+    grid: (rows, cols) for everything, whatever the files say
+    method: that is to learn from it, if any; to In-Context LoRA, control pictures are the first panels of a set
+    Errors: ValueError if there is no such folder, or it is for another method
     """
-    root = Path(data)
-    kind = "file" if root.suffix.lower() in (".jsonl", ".json") else "folder"
+    root, quoted = Path(data), ascii(str(data)[-80:])
+    kind = "file" if root.suffix.lower() in (".jsonl", ".json", ".csv") else "folder"
     if not os.path.isdir(root) and not (kind == "file" and os.path.isfile(root)):  # Path's raise for too long names
-        name = ascii(str(root)[-80:])
-        problem = f"{name} is no folder" if os.path.exists(root) else f"there is no {kind} {name}"
+        problem = f"{quoted} is no folder" if os.path.exists(root) else f"there is no {kind} {quoted}"
         raise ValueError(f"{problem}; --data takes one with pictures and captions, a .jsonl, or a .json of pairs")
+    if method == IN_CONTEXT and root.suffix.lower() == ".json":
+        raise ValueError(f"--data {quoted} is not for --method {method}, which takes sets; pairs are for --method uno")
     findings, examples = Findings(), []
-    with tqdm(read_records(root, grid, findings), "reading sets", leave=False, disable=None) as records:
-        for record in records:
-            examples += _open(record, findings)
-    first: dict[tuple, Example] = {}
-    for example in examples:
-        other = first.setdefault((example.grid, example.sha256, example.reference_sha256), example)
-        if other is not example:
-            caption = "the same caption" if other.caption == example.caption else "another caption"
-            findings.notes.append(f"{example.name} shows the same as {other.name}, with {caption}; it counts double")
+    records = read_records(root, grid, findings)
+    if method == UNO and records and not any(record.references for record in records):
+        takes = "a .json of pairs or control pictures; nothing in it has a reference"
+        raise ValueError(f"--data {quoted} is not for --method {method}, which takes {takes}")
+    with tqdm(records, "reading sets", leave=False, disable=None) as bar:
+        for record in bar:
+            examples += _open(record, findings, method)
+    findings.broken = list(dict.fromkeys(findings.broken))
+    bare = [example.name for example in examples if not example.references]
+    if 0 < len(bare) < len(examples):
+        findings.notes.append(f"{len(bare)} of {len(examples)} sets have no references, to learn from text ({bare[0]})")
+    findings.notes += name_doubles((e.name, e.caption, (e.grid, e.sha256, e.reference_sha256)) for e in examples)
     return examples, findings
 
 
@@ -131,51 +138,49 @@ def read_panels(example: Example, layout: Layout, rule: str = "crop") -> list[Im
     return [fit(picture, layout.panel_width, layout.panel_height, rule) for picture in pictures]
 
 
-Buckets = dict[Layout, list[Example]]
-
-
 # from records to examples
 
 
-def _open(record: Record, findings: Findings) -> list[Example]:
+def _open(record: Record, findings: Findings, method: str | None) -> list[Example]:
     """Open the pictures of a record and make its caption; nothing, and lines about it, if something is broken."""
     problems: list[str] = []
+    record = record.as_set() if (joined := method == IN_CONTEXT and bool(record.references)) else record
     with collect(problems):
-        grid = _choose_grid(record)
+        grid = _choose_grid(record, method)
         caption = _make_caption(record, grid)
     pictures = []
     for path in (*record.files, *record.references):
         with collect(problems, f"{record.name}: " if record.references else ""):
             picture = open_picture(path)
-            pixels = f"{picture.size}".encode() + picture.tobytes()
-            pictures.append((picture.size, hashlib.sha256(pixels).hexdigest()))
+            pictures.append((picture.size, hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()))
     if problems:
-        findings.broken += [problem for problem in problems if problem not in findings.broken]
+        findings.broken += problems
         return []
     (sizes, sha256), count = zip(*pictures, strict=True), len(record.files)
-    references = record.references, sizes[count:], sha256[count:]
+    references = record.references, sizes[count:], sha256[count:], record.form
     example = Example(record.name, grid, caption, record.files, sizes[:count], sha256[:count], *references)
     if any(min(size) < 1 for size in example.panel_sizes()):
-        findings.broken.append(
-            f"{record.name} has fewer pixels than its {grid[0]}x{grid[1]} grid has panels; correct it"
-        )
+        shape = f"{grid[0]}x{grid[1]}"
+        findings.broken.append(f"{record.name} has fewer pixels than its {shape} grid has panels; correct it")
         return []
-    findings.notes += [f"{record.name}: {line}" for line in lint(caption, *grid, record.settings.markers)]
-    if not caption.startswith(record.settings.tag):
-        tag = record.settings.tag
+    if has_markers(caption) or not joined:  # else it tells of the target alone
+        findings.notes += [f"{record.name}: {line}" for line in lint(caption, *grid, record.settings.markers)]
+    if not caption.startswith(tag := record.settings.tag):
         findings.notes.append(f"{record.name}: captions of its preset begin with {tag}; this one does not")
     return [example]
 
 
-def _choose_grid(record: Record) -> Grid:
+def _choose_grid(record: Record, method: str | None) -> Grid:
     """Say which grid a record has; a single panel needs none, for anything else a guess could be wrong silently."""
     grid, count = record.settings.grid, len(record.files)
-    if grid is None and count == 1 and not record.composite:
-        return 1, 1
+    if record.references or grid is None and count == 1 and (method == UNO or not record.composite):
+        grid = 1, 1
     if grid is None:
         what = f"composites in {record.files[0].parent}" if record.composite else f"sets of {count} panels"
         raise ValueError(f"nothing tells the grid of the {what}; {WRITE_GRID}")
     Layout(*grid, TOKEN, TOKEN)  # refuses absurd grids
+    if method == UNO and grid != (1, 1):
+        raise ValueError(f"{record.name} has a {grid[0]}x{grid[1]} grid, but --method uno learns single pictures")
     if not record.composite and count != math.prod(grid):
         takes = f"but its {grid[0]}x{grid[1]} grid takes {math.prod(grid)}"
         raise ValueError(f"{record.name} has {count} panels, {takes}; add or remove panels, or correct the grid")
@@ -274,6 +279,7 @@ class DataConfig:
     )
     ref_size: int | None = option(None, "longer side of a reference in pixels, as train.py's", valid=(16, 2048))
     model: str = option("tiny", "the model that is to learn, for its text length", metavar="NAME|PATH")
+    method: str | None = option(None, "that is to learn, as train.py's (default: what fits the data)", choices=METHODS)
 
     def __post_init__(self) -> None:
         check(self)
@@ -301,16 +307,16 @@ def report(config: DataConfig) -> tuple[list[str], bool]:
     files = find_model(config.model)
     defaults = model_defaults(files.flux.config)
     resolution = config.panel_size or defaults.panel
-    examples, findings = scan(config.data, config.grid and parse_grid(config.grid))
+    examples, findings = scan(config.data, None if config.grid is None else parse_grid(config.grid), config.method)
     sizes = [size for example in examples for size in example.sizes]
-    lines = [f"{config.data}: {len(examples)} sets in {len(sizes)} pictures of {_list_commonest(sizes)}"]
+    lines = [f"{config.data}: {len(examples)} sets in {len(sizes)} pictures of {count_sizes(sizes)}"]
     if sizes := [size for example in examples for size in example.reference_sizes]:
-        lines.append(f"references: {len(sizes)} pictures of {_list_commonest(sizes)}")
+        lines.append(f"references: {len(sizes)} pictures of {count_sizes(sizes)}")
     buckets = bucket(examples, resolution, defaults.long_sides(config.ref_size), findings.broken)
+    lines += count_forms((e.form, share_cropped(e, layout)) for layout, members in buckets.items() for e in members)
     lines += [_describe_bucket(layout, members) for layout, members in buckets.items()]
-    small = [e.name for e in examples if min(wide * high for wide, high in e.panel_sizes()) < 0.9 * resolution**2]
-    if small:
-        pixels = f"{resolution}x{resolution}"
+    pixels = f"{resolution}x{resolution}"
+    if small := [e.name for e in examples if min(w * h for w, h in e.panel_sizes()) < 0.9 * resolution**2]:
         findings.notes.append(f"{len(small)} sets have panels of fewer pixels than {pixels} ({small[0]})")
     if examples:
         lines.append(_count_tokens(examples, files, defaults.text_length, findings.notes))
@@ -318,13 +324,6 @@ def report(config: DataConfig) -> tuple[list[str], bool]:
     usable = bool(examples) and not findings.broken
     verdict = "usable" if usable else "not usable" if examples else "not usable, there are no sets"
     return [*lines, f"{verdict} (broken: {len(findings.broken)}, notes: {len(findings.notes)})"], usable
-
-
-def _list_commonest(sizes: Sequence[Size]) -> str:
-    """List the commonest sizes."""
-    counts = Counter(f"{width}x{height}" for width, height in sizes)
-    commonest = ", ".join(f"{size} ({count})" for size, count in counts.most_common(5)) or "any size"
-    return commonest + (f" and {len(counts) - 5} other sizes" if len(counts) > 5 else "")
 
 
 def _describe_bucket(layout: Layout, examples: Sequence[Example]) -> str:
@@ -356,4 +355,6 @@ def _count_tokens(examples: Sequence[Example], files: ModelFiles, limit: int | N
 
 
 if __name__ == "__main__":
+    if callable(signal.getsignal(signal.SIGINT)):  # from here on guard answers Ctrl-C, unless it is ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -1,16 +1,17 @@
 """How sets are written down: files in folders -> records, whose pictures are not opened yet.
 
-Of sets of panels three forms are understood, in the folder that is given and in all below it:
+Four forms are understood, in the folder that is given and in all below it:
   composites    a picture of the whole grid and a text of the same name: 0001.jpg, 0001.txt
   panels        a folder per set with 1.png, 2.png, ... and caption.txt, or 1.txt, 2.txt, ... and perhaps summary.txt
   rows          *.jsonl with {"panels": [...] or "image": ..., "grid": ..., "prompt": ... or "summary" and "prompts"}
+  control       a set.json with {"targets": "images", "control": ["edges", ...]}, folders beside it: of targets with
+                texts, and of the pictures of the same names that they are made from, their references
 A set.json, such as {"grid": "2x1", "preset": ..., "markers": ...}, holds for its folder and all below it.
 
 Pairs are a single file as UNO has it: a list of {"prompt": ..., "image_path": ... or "image_paths": [...],
-"image_tgt_path": ...}, references and target being named relative to the file.
+"image_tgt_path": ...}, all named relative to the file. What other tools write instead is in iclora.data_forms.
 """
 
-import json
 import math
 import os
 import re
@@ -22,14 +23,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from . import data_forms as forms
+from .data_forms import SETTINGS, Matches, find, spelled
 from .layout import parse_grid
 from .prompts import MARKER_KINDS, MAX_CHARACTERS, clean, preset
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # besides names that begin with a dot
-SETTINGS = "set.json"
 NUMBER = re.compile("[0-9]{1,4}")
-MAX_LIST = 10**9  # characters of a list of rows or pairs
+MAX_LIST = 3 * 10**8  # characters of a list of rows or pairs
+MAX_DEPTH, MAX_FOLDERS = 32, 500_000  # folders in folders, and in all
 Grid = tuple[int, int]  # rows, columns
 
 
@@ -50,15 +53,19 @@ class Settings:
     """What the set.json of a folder, or of one above it, says.
 
     forced: True if the grid was given on the command line, which no file overrules
+    control: the folder of the targets, then those of their control pictures
+    root: which of them this folder is, or lies in
     """
 
     grid: Grid | None = None
     markers: str = "image"
     tag: str = ""
     forced: bool = False
+    control: tuple[Path, ...] = ()
+    root: Path | None = None
 
 
-Paths, Texts = list[Path], dict[str, Path]  # texts by the stems of their names
+Paths, Texts = list[Path], dict[str, list[Path]]  # files of texts by the stems of their names
 Folder = tuple[Path, Paths, Settings]  # its files, and what its set.json or one above it says
 
 
@@ -69,6 +76,7 @@ class Record:
     files: the composite, the panels, or the target of a pair
     composite: True if the one file shows the whole grid
     caption: the joint caption; None if it is built from prompts, one a panel, behind the summary
+    form: how it is written down
     """
 
     name: str
@@ -79,6 +87,13 @@ class Record:
     summary: str = ""
     prompts: tuple[str, ...] = ()
     references: tuple[Path, ...] = ()
+    form: str = ""
+
+    def as_set(self) -> "Record":
+        """Make one set of a target and its references, which stand before it; in a row, unless a grid is given."""
+        files, grid = (*self.references, *self.files), self.settings.grid
+        settings = replace(self.settings, grid=(1, len(files)) if grid in (None, (1, 1)) else grid)
+        return replace(self, files=files, references=(), settings=settings)
 
 
 @dataclass(frozen=True)
@@ -94,32 +109,38 @@ class PanelSet:
 
 
 def read_records(root: Path, grid: Grid | None, findings: Findings) -> list[Record]:
-    """Read everything but pictures.
+    """Read everything but pictures. Errors: ValueError for too many folders
 
     root: a folder, or one file of rows, for which a set.json beside it holds, or of pairs
     grid: (rows, cols) of all sets, whatever the files say
     """
-    if root.suffix.lower() == ".json" and root.is_file():
-        return _read_pairs(root, findings)
     settings = Settings(grid, forced=grid is not None)
+    if root.suffix.lower() == ".json" and root.is_file():
+        return _read_rows(root, Settings(), findings)
     if root.is_dir():
-        folders = list(_walk(root, settings, findings, {root.resolve()}))
+        folders = list(islice(_walk(root, settings, findings, set()), MAX_FOLDERS + 1))
+        if len(folders) > MAX_FOLDERS:
+            raise ValueError(f"{root} holds more than {MAX_FOLDERS} folders; name one of them")
     else:
         beside = islice(_walk(root.parent, settings, findings, set()), 1)
         folders = [(root.parent, [root], settings) for _, _, settings in beside]
+    matches = _match(folders, findings)
+    folders = [folder for folder in folders if folder[2].root in (None, *folder[2].control[:1])]
     records = []
     for _, files, settings in folders:
         for path in files:
-            if path.suffix.lower() == ".jsonl":
+            if forms.is_list(path) or path == root:
                 records += _read_rows(path, settings, findings)
-    listed = {file for record in records for file in record.files}  # their captions stand in the rows
+    shown = (file for record in records for file in (*record.files, *record.references))
+    listed = {os.path.join(os.path.realpath(file.parent), file.name) for file in shown}  # their captions are in rows
     for folder, files, settings in folders:
-        rest = [file for file in files if Path(os.path.realpath(file)) not in listed]
-        pictures = {file.stem for file in rest if file.suffix.lower() in PICTURES}
-        captioned = {file.stem for file in set(files) - set(rest)} - pictures
-        void = [file for file in rest if file.suffix.lower() == ".txt" and file.stem in captioned]
-        findings.notes += [f"{file} is passed over, as a row has the caption of its picture" for file in void]
-        records += _read_folder(folder, [file for file in rest if file not in void], settings, findings)
+        place = os.path.realpath(folder)
+        rest = [file for file in files if os.path.join(place, file.name) not in listed]
+        pictures = {spelled(file.stem) for file in rest if file.suffix.lower() in PICTURES}
+        captioned = {spelled(file.stem) for file in set(files) - set(rest)} - pictures
+        void = {file for file in rest if forms.is_text(file) and spelled(file.stem) in captioned}
+        findings.notes += [f"{file} is passed over, as a row has the caption of its picture" for file in sorted(void)]
+        records += _read_folder(folder, [file for file in rest if file not in void], settings, matches, findings)
     return records
 
 
@@ -170,34 +191,50 @@ def collect(problems: list[str], prefix: str = "") -> Iterator[None]:
         problems.append(f"{prefix}{error}")
 
 
-def _walk(folder: Path, settings: Settings, findings: Findings, visited: set[Path]) -> Iterator[Folder]:
-    """Go through a folder and all below it, junk left out."""
+def _walk(
+    folder: Path, settings: Settings, findings: Findings, visited: set[tuple[int, int]], depth: int = 0
+) -> Iterator[Folder]:
+    """Go through a folder and all below it, junk left out.
+
+    visited: which folders, by the system's numbers, were read
+    depth: folders above that were read
+    """
     try:
         entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != "." and entry.name not in JUNK)
         if folder / SETTINGS in entries:
             settings = _read_settings(folder / SETTINGS, settings)
+        if folder in settings.control:
+            settings = replace(settings, root=folder)
+        visited.add(_number(folder))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None)
         findings.broken.append(f"{folder} cannot be read: {reason}; correct its permissions" if reason else str(error))
         return
     yield folder, [entry for entry in entries if not os.path.isdir(entry)], settings
     for entry in filter(os.path.isdir, entries):
-        if entry.resolve() in visited:
+        if _number(entry) in visited:
             findings.notes.append(f"{entry} leads to a folder that is read already; passed over")
+        elif depth == MAX_DEPTH:
+            findings.broken.append(f"{entry} lies more than {MAX_DEPTH} folders deep; move it up, or remove it")
         else:
-            visited.add(entry.resolve())
-            yield from _walk(entry, settings, findings, visited)
+            yield from _walk(entry, settings, findings, visited, depth + 1)
+
+
+def _number(folder: Path) -> tuple[int, int]:
+    """Give the system's number of a folder, which a link to it has as well."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _read_settings(path: Path, above: Settings) -> Settings:
     """Read set.json over what the folders above say."""
-    keys = ("grid", "preset", "markers")
-    values = _parse_json(read_text(path))
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+    keys = ("grid", "preset", "markers", "targets", "control")
+    values = forms.parse_json(read_text(path))
+    if not isinstance(values, dict) or not all(isinstance(values[key], str) for key in values if key != "control"):
         raise ValueError(f'{path} is not a JSON object of texts; write for example {{"grid": "2x1"}}')
     if unknown := [key for key in values if key not in keys]:
         raise ValueError(f"{path} sets {ascii(unknown[0][:40])}, which is unknown; it takes {', '.join(keys)}")
-    grid, markers, tag = above.grid, above.markers, above.tag
+    grid, markers, tag, control, root = above.grid, above.markers, above.tag, above.control, above.root
     try:
         if "preset" in values:
             task = preset(values["preset"])
@@ -206,22 +243,42 @@ def _read_settings(path: Path, above: Settings) -> Settings:
         if markers not in MARKER_KINDS:
             raise ValueError(f"markers {ascii(markers[:40])} are not one of {', '.join(MARKER_KINDS)}")
         grid = parse_grid(values["grid"]) if "grid" in values else grid
+        if {"targets", "control"} & values.keys():
+            folders = path.parent, values.get("targets", "."), values.get("control", [])
+            control, root = forms.control_folders(*folders), None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return replace(above, grid=above.grid if above.forced else grid, markers=markers, tag=tag)
+    own = {"markers": markers, "tag": tag, "control": control, "root": root}
+    return replace(above, grid=above.grid if above.forced else grid, **own)
 
 
-def _read_folder(folder: Path, files: Paths, settings: Settings, findings: Findings) -> list[Record]:
-    """Sort the files of one folder into a set of panels, or into composites."""
+def _match(folders: list[Folder], findings: Findings) -> Matches:
+    """Find the control pictures of each target."""
+    groups: dict[tuple[Path, ...], dict[Path, Paths]] = {}
+    for _, files, settings in folders:
+        if settings.root:
+            pictures = [file for file in files if file.suffix.lower() in PICTURES]
+            groups.setdefault(settings.control, {}).setdefault(settings.root, []).extend(pictures)
+    matches: Matches = {}
+    for roots, group in groups.items():
+        targets, *controls = ((root, group.get(root, [])) for root in roots)
+        matches |= forms.match_controls(targets, controls, findings.broken, findings.notes)
+    return matches
+
+
+def _read_folder(folder: Path, files: Paths, settings: Settings, matches: Matches, findings: Findings) -> list[Record]:
+    """Sort the files of one folder into a set of panels, or into composites or targets."""
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    texts = {file.stem: file for file in files if file.suffix.lower() == ".txt"}
+    stems, panels = Counter(spelled(picture.stem) for picture in pictures), math.prod(settings.grid or (0,))
+    texts: Texts = {}
     for file in files:
-        if file.suffix.lower() not in (*PICTURES, ".txt", ".jsonl") and file.name != SETTINGS:
+        if forms.is_text(file) and (file.suffix.lower() != ".json" or spelled(file.stem) in stems):
+            texts.setdefault(spelled(file.stem), []).append(file)
+        elif not (file.suffix.lower() in PICTURES or forms.is_list(file) or file.name == SETTINGS):
             findings.notes.append(f"{file} is no picture or caption; passed over")
-    stems, panels = Counter(picture.stem for picture in pictures), math.prod(settings.grid or (0,))
     numbered = panels > 1 and stems == Counter(str(number) for number in range(1, panels + 1))
-    if not numbered and not {"caption", "summary"} & (texts.keys() - stems.keys()):
-        return _read_composites(pictures, texts, settings, findings)
+    if settings.root or not numbered and not {"caption", "summary"} & (texts.keys() - stems.keys()):
+        return _read_composites(pictures, texts, settings, matches, findings)
     if texts.keys() == stems.keys() and folder / SETTINGS in files:  # elsewhere it is meant so
         findings.notes.append(f"{folder} is read as one set of {panels} panels; name composites 01, 02, ... instead")
     with collect(findings.broken):
@@ -229,28 +286,38 @@ def _read_folder(folder: Path, files: Paths, settings: Settings, findings: Findi
     return []
 
 
-def _read_composites(pictures: Paths, texts: Texts, settings: Settings, findings: Findings) -> list[Record]:
-    """Read composites and the texts of the same names."""
-    records, names = [], {}
+def _read_composites(
+    pictures: Paths, texts: Texts, settings: Settings, matches: Matches, findings: Findings
+) -> list[Record]:
+    """Read composites, or targets, and the texts of the same names."""
+    records, names, form = [], {}, "targets with control pictures" if settings.root else "composites"
     for picture in pictures:
-        names.setdefault(picture.stem, []).append(picture.name)
+        names.setdefault(spelled(picture.stem), []).append(picture.name)
     for picture in pictures:
-        if len(same := names[picture.stem]) > 1:
+        stem = spelled(picture.stem)
+        if len(same := names[stem]) > 1:
             findings.broken.append(f"{picture} shares its caption with {' and '.join(same)}; rename or remove one")
-        elif picture.stem not in texts:
+        elif stem not in texts:
             findings.broken.append(f"{picture} has no caption; write {picture.stem}.txt beside it")
-        else:
+        elif not settings.root or picture in matches:
             with collect(findings.broken):
-                records.append(Record(str(picture), (picture,), True, settings, read_text(texts[picture.stem])))
-    for text in [texts[stem] for stem in texts if stem not in names]:
+                references, caption = matches.get(picture, ()), _read_caption(texts[stem])
+                target = str(picture), (picture,), not references, settings, caption
+                records.append(Record(*target, references=references, form=form))
+    for text in [text for stem in texts if stem not in names for text in texts[stem]]:
         findings.broken.append(f"{text} is a caption without a picture of the same name; add that, or remove it")
     return records
+
+
+def _read_caption(files: Paths) -> str:
+    """Read what stands beside a picture. Errors: ValueError if files differ or cannot be read"""
+    return forms.join_captions({file: read_text(file, forms.MAX_SIDECAR) for file in files})[: MAX_CHARACTERS + 1]
 
 
 def _read_panels(folder: Path, pictures: Paths, texts: Texts, settings: Settings, broken: list[str]) -> Record:
     """Read a folder of numbered panels. Errors: ValueError if no set comes of it"""
     panels = sorted((p for p in pictures if NUMBER.fullmatch(p.stem)), key=lambda path: int(path.stem))
-    broken += [f"{p} is not numbered; panels are 1.png, 2.png, ..." for p in pictures if p not in panels]
+    broken += [f"{p} is not numbered; panels are 1.png, 2.png, ..." for p in pictures if not NUMBER.fullmatch(p.stem)]
     if not panels:
         raise ValueError(f"{folder} has a caption, but no pictures named 1.png, 2.png, ...; add them")
     if [int(panel.stem) for panel in panels] != list(range(1, len(panels) + 1)):
@@ -262,97 +329,32 @@ def _read_panels(folder: Path, pictures: Paths, texts: Texts, settings: Settings
         raise ValueError(f"{folder} lacks {lacking[0]}.txt; write caption.txt for all panels, or a text for each")
     for stem in sorted(texts.keys() - set(used)):
         instead = "; caption.txt is used, so keep one of both" if "caption" in texts else ", or remove it"
-        broken.append(f"{texts[stem]} belongs to no panel{instead}")
-    words = {stem: read_text(texts[stem]) for stem in used}
+        broken.append(f"{texts[stem][0]} belongs to no panel{instead}")
+    words = {stem: _read_caption(texts[stem]) for stem in used}
     prompts = tuple(words[stem] for stem in stems) if "caption" not in words else ()
-    return Record(str(folder), tuple(panels), False, settings, words.get("caption"), words.get("summary", ""), prompts)
+    caption, summary = words.get("caption"), words.get("summary", "")
+    return Record(str(folder), tuple(panels), False, settings, caption, summary, prompts, form="folders of panels")
 
 
 def _read_rows(path: Path, settings: Settings, findings: Findings) -> list[Record]:
-    """Read the rows of a JSONL file; a broken one is named by its line."""
-    records, lines = [], []
+    """Read the rows of a list; a broken one is named by its line, or in a list of UNO's by its number."""
+    records, pair = [], path.suffix.lower() == ".json"
     with collect(findings.broken):
-        lines = read_text(path, MAX_LIST).split("\n")
-    for number, line in enumerate(lines, start=1):
-        name, row = f"{path} line {number}", _parse_json(line)
-        if row is None and line.strip():
-            findings.broken.append(f"{name} is no JSON; a row is one object on one line")
-        elif row is not None:
+        text = read_text(path, MAX_LIST + 1)
+        if len(text) > MAX_LIST:
+            raise ValueError(f"{path} has more than {MAX_LIST} characters; split it")
+        for number, row in forms.read_rows(path, text):
+            name = f"{path} {'row' if pair else 'line'} {number}"
             with collect(findings.broken, f"{name}: "):
-                records.append(_read_row(row, name, path.parent, settings))
+                records.append(_read_row(forms.translate(row, pair), name, path.parent, settings))
     return records
 
 
-def _read_row(row: Any, name: str, folder: Path, settings: Settings) -> Record:
-    """Turn a row into a record; keys that are not ours are left alone, as other tools keep their own in a row."""
-    kinds = {"panels": list, "image": str, "grid": str, "prompt": str, "summary": str, "prompts": list}
-    if not isinstance(row, dict):
-        raise ValueError("it is not a JSON object; write {...}")
-    for key, kind in kinds.items():
-        values = row.get(key, []) if kind is list else [row.get(key, "")]
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{key} is not {'a list of texts' if kind is list else 'a text'}; correct it")
-    if ("panels" in row) == ("image" in row):
-        raise ValueError('it needs either "panels", a list of pictures, or "image", a composite')
-    if ("prompt" in row) == ("prompts" in row):
-        raise ValueError('it needs either "prompt", the joint caption, or "prompts", one a panel')
-    if "prompt" in row and "summary" in row:
-        raise ValueError('"summary" stands before "prompts"; with "prompt", put its words there')
+def _read_row(row: dict[str, Any], name: str, folder: Path, settings: Settings) -> Record:
+    """Turn a row in our words into a record. Errors: ValueError for a bad grid, or a file outside the folder"""
     if "grid" in row and not settings.forced:
         settings = replace(settings, grid=parse_grid(row["grid"]))
-    files = tuple(_inside(folder, file) for file in row.get("panels", [row.get("image")]))
+    files = tuple(find(folder, file) for file in row.get("panels", [row.get("image")]))
+    references = tuple(find(folder, file) for file in row["references"])
     words = row.get("prompt"), row.get("summary", ""), tuple(row.get("prompts", ()))
-    return Record(name, files, "image" in row, settings, *words)
-
-
-def _read_pairs(path: Path, findings: Findings) -> list[Record]:
-    """Read UNO's JSON; a broken row is named by its number."""
-    records = []
-    with collect(findings.broken):
-        rows = _parse_json(read_text(path, MAX_LIST))
-        if rows is None:
-            raise ValueError(f"cannot read {path}: it is damaged or no JSON; correct it")
-        if not isinstance(rows, list) or not rows:
-            raise ValueError(f"{path} is no list of pairs; write [{{...}}, ...]")
-        for number, row in enumerate(rows, start=1):
-            name = f"{path} row {number}"
-            with collect(findings.broken, f"{name}: "):
-                records.append(_read_pair(row, name, path.parent))
-    return records
-
-
-def _read_pair(row: Any, name: str, folder: Path) -> Record:
-    """Turn a row of UNO's JSON into a record; other keys are left alone, such as the scores of its filters."""
-    if not isinstance(row, dict):
-        raise ValueError("it is not a JSON object; write {...}")
-    if "image_path" in row and "image_paths" in row:
-        raise ValueError('it has both "image_path" and "image_paths"; keep the one with the references')
-    references = [row["image_path"]] if "image_path" in row else row.get("image_paths", [])
-    if not isinstance(references, list) or not all(isinstance(reference, str) for reference in references):
-        raise ValueError("image_path is not a text, or image_paths not a list of texts; correct it")
-    if not references:
-        raise ValueError('it has no references; name one as "image_path" or several as "image_paths"')
-    for key in ("prompt", "image_tgt_path"):
-        if not isinstance(row.get(key), str):
-            raise ValueError(f'it has no "{key}", a text; training needs prompt, references and target')
-    target, *paths = (_inside(folder, file) for file in (row["image_tgt_path"], *references))
-    return Record(name, (target,), False, Settings(grid=(1, 1)), row["prompt"], references=tuple(paths))
-
-
-def _parse_json(text: str) -> Any:
-    """Parse JSON; None for what is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Find a file that a row names, in the row's folder or below it; nowhere else, as data sets are downloaded."""
-    try:
-        path = Path(os.path.realpath(folder / name))
-    except (OSError, ValueError):  # a name too long; a NUL in it
-        path = Path("/")
-    if not path.is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"{ascii(name[-80:])} leads out of its folder; put the pictures beside the rows")
-    return path
+    return Record(name, files, "image" in row, settings, *words, references, row["form"])

@@ -6,6 +6,7 @@ Letters: h, w in pixels. A picture is a PIL image in mode RGB; an image is a ten
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,12 +19,14 @@ from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # others never reach their decoder, Ghostscript included
 MAX_PIXELS = 100_000_000  # read off the header, before a pixel is decoded
+MAX_SCANS = 64  # of a JPEG; progressive ones have 10
 MAX_ASPECT = 32  # long side over short side
 FIT_RULES = ("crop", "pad", "stretch")
 GREY = (128, 128, 128)  # what "pad" adds: the 8-bit value next to 0.0, the neutral middle of -1..1
 
 _TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down first"
-_ENDS = {"PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
+_ENDS = {"PNG": (b"\0\0\0\0IEND\xaeB`\x82", -8, os.SEEK_CUR), "GIF": (b";", -1, os.SEEK_END)}  # and where they are
+_SEGMENT = re.compile(rb"\xff+([^\x00\xff\x01\xd0-\xd8])", re.DOTALL)  # of a JPEG; in a scan \xff is followed by 0
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -39,7 +42,6 @@ def open_picture(path: str | Path) -> Image.Image:
             _check_size(header.size)
             header.verify()  # the checksum of every PNG chunk; decoding alone skips those of the pixels
         _check_end(kind, file)
-        file.seek(0)
         with Image.open(file, formats=FORMATS) as picture, _quiet_libtiff() if kind == "TIFF" else nullcontext():
             picture.load()
             return to_rgb(picture)
@@ -197,16 +199,27 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _check_end(kind: str | None, file: io.BufferedReader) -> None:
-    """Refuse a PNG or GIF without its end marker; the other decoders miss a missing end themselves.
+    """Refuse a PNG or GIF without its end marker, and a JPEG without end of its scans; the other decoders tell themselves.
 
     file: for PNG as verify() leaves it, behind the letters IEND
     """
-    if kind == "PNG":
-        file.seek(-8, os.SEEK_CUR)
-    elif kind == "GIF":
-        file.seek(-1, os.SEEK_END)
-    if kind in _ENDS and file.read(len(_ENDS[kind])) != _ENDS[kind]:
-        raise _Refusal("it is cut short or damaged at its end; save it again as PNG")
+    if kind in ("JPEG", "MPO"):
+        _check_scans(file)
+    elif kind in _ENDS:
+        end, *place = _ENDS[kind]
+        file.seek(*place)
+        if file.read(len(end)) != end:
+            raise _Refusal("it is cut short or damaged at its end; save it again as PNG")
+
+
+def _check_scans(file: io.BufferedReader) -> None:
+    """Refuse a JPEG of many scans, each of which goes through all pixels, be it of a few bytes."""
+    file.seek(0)
+    data, place, scans = file.read(), 2, 0
+    while (found := _SEGMENT.search(data, place)) and found[1] != b"\xd9":
+        place, scans = found.end() + int.from_bytes(data[found.end() : found.end() + 2]), scans + (found[1] == b"\xda")
+    if scans > MAX_SCANS:
+        raise _Refusal(f"it has {scans} scans, more than {MAX_SCANS}; save it again as PNG")
 
 
 def _check_rgb(picture: Image.Image) -> None:
