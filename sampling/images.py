@@ -20,13 +20,14 @@ from torch import Tensor
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # others never reach their decoder, Ghostscript included
 MAX_PIXELS = 100_000_000  # read off the header, before a pixel is decoded
 MAX_SCANS = 64  # of a JPEG; progressive ones have 10
+MAX_JPEG = 500_000_000  # bytes
 MAX_ASPECT = 32  # long side over short side
 FIT_RULES = ("crop", "pad", "stretch")
 GREY = (128, 128, 128)  # what "pad" adds: the 8-bit value next to 0.0, the neutral middle of -1..1
 
 _TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down first"
 _ENDS = {"PNG": (b"\0\0\0\0IEND\xaeB`\x82", -8, os.SEEK_CUR), "GIF": (b";", -1, os.SEEK_END)}  # and where they are
-_SEGMENT = re.compile(rb"\xff+([^\x00\xff\x01\xd0-\xd8])", re.DOTALL)  # of a JPEG; in a scan \xff is followed by 0
+_SEGMENT = re.compile(rb"\xff([^\x00\xff\x01\xd0-\xd8])", re.DOTALL)  # of a JPEG; in a scan \xff is followed by 0
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -199,7 +200,7 @@ def _check_size(size: tuple[int, int]) -> None:
 
 
 def _check_end(kind: str | None, file: io.BufferedReader) -> None:
-    """Refuse a PNG or GIF without its end marker, and a JPEG without end of its scans; the other decoders tell themselves.
+    """Refuse a PNG or GIF without its end marker, which other decoders miss themselves, and a JPEG of endless scans.
 
     file: for PNG as verify() leaves it, behind the letters IEND
     """
@@ -215,7 +216,9 @@ def _check_end(kind: str | None, file: io.BufferedReader) -> None:
 def _check_scans(file: io.BufferedReader) -> None:
     """Refuse a JPEG of many scans, each of which goes through all pixels, be it of a few bytes."""
     file.seek(0)
-    data, place, scans = file.read(), 2, 0
+    data, place, scans = file.read(MAX_JPEG + 1), 2, 0
+    if len(data) > MAX_JPEG:
+        raise _Refusal(f"it has more than {MAX_JPEG // 10**6} MB; save it again, smaller")
     while (found := _SEGMENT.search(data, place)) and found[1] != b"\xd9":
         place, scans = found.end() + int.from_bytes(data[found.end() : found.end() + 2]), scans + (found[1] == b"\xda")
     if scans > MAX_SCANS:
