@@ -241,7 +241,7 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--offset", "w"], "--offset means nothing to --method in-context-lora; leave it out"),
     (["--method", "uno", "--stage", "3"], "--stage 3 is out of range; use 1 to 2"),
     (["--method", "uno", "--targets", "mod"], "no place for rows 0 to 192 of double_blocks.0.img_mod.lin, so the"),
-    (["--method", "uno", "--data", "{unreferred}"], "unreferred.json row 1: it has no references"),
+    (["--method", "uno", "--data", "{unreferred}"], "unreferred.json' is not for --method uno, which takes"),
     (["--method", "uno", "--data", "{pairs}", "--ref-size", "20"], "row 2: 1-2.png of 60x40 pixels becomes 20x13"),
     (["--lora-init", "unos"], "--lora-init 'unos' is unknown; did you mean uno?"),
     (["--composite-size", "64", "--panel-size", "32"], "two ways to say how large sets are; use one of them"),
