@@ -263,6 +263,18 @@ def test_targets_may_stand_beside_the_folder_of_their_control_pictures_and_below
     assert [e.references[0].name for e in load(tmp_path, method=UNO)] == ["a.webp", "b.webp"]
 
 
+def test_targets_that_are_numbered_are_no_panels_of_one_set(tmp_path):
+    control_set(tmp_path, ["1", "2"], grid="1x2")
+    assert [e.files[-1].name for e in load(tmp_path, method=IN_CONTEXT)] == ["1.png", "2.png"]
+
+
+def test_a_control_folder_may_be_a_link(tmp_path):
+    control_set(tmp_path / "in")
+    (tmp_path / "in" / "control").rename(tmp_path / "edges")
+    (tmp_path / "in" / "control").symlink_to(tmp_path / "edges")
+    assert [e.references[0].name for e in load(tmp_path / "in", method=UNO)] == ["a.jpg", "b.jpg"]
+
+
 def test_numbered_control_pictures_of_one_target_come_in_their_order(tmp_path):
     control_set(tmp_path, ["a", "a_1", "b"])
     (tmp_path / "control" / "b.jpg").unlink()
