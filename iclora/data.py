@@ -110,7 +110,9 @@ def scan(data: str | Path, grid: Grid | None = None, method: str | None = None) 
     findings, examples = Findings(), []
     records = read_records(root, grid, findings)
     if method == UNO and records and not any(record.references for record in records):
-        takes = "a .json of pairs or control pictures; nothing in it has a reference"
+        takes = (
+            f"a .json of pairs or control pictures; {records[0].name} and all else has no references: add image_path"
+        )
         raise ValueError(f"--data {quoted} is not for --method {method}, which takes {takes}")
     with tqdm(records, "reading sets", leave=False, disable=None) as bar:
         for record in bar:
