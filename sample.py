@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from iclora.cli import check_folder, guard, note, parse, read_jobs, read_record
+from iclora.cli import check_folder, guard, note, parse, read_jobs, read_record, say
 from iclora.config import SampleConfig
 
 MEMORY = "try a smaller --panel-size, fewer panels or --ref, --tile or --device cpu"
@@ -54,10 +54,10 @@ def run(config: SampleConfig) -> None:
             for result in pipeline.run(plan, lambda done, total: bar.update()):
                 paths = save(result, record, folder)
                 for path in paths:
-                    print(os.fsencode(path).decode(errors="backslashreplace"))
+                    say(os.fsencode(path).decode(errors="backslashreplace"))
                 sets[paths[0].stem] = result.composite
     if config.jobs is not None:
-        print(save_sheet(sets, folder))
+        say(str(save_sheet(sets, folder)))
 
 
 if __name__ == "__main__":

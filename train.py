@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iclora.cli import check_folder, guard, parse, plain
+from iclora.cli import check_folder, guard, parse, plain, tell
 from iclora.config import TrainConfig
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
@@ -117,16 +117,20 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
 
 @contextlib.contextmanager
 def stop_between_steps() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that a step is never left half done; the second one stops at once."""
+    """Collect Ctrl-C, SIGTERM and SIGHUP, so that a step is never left half done; the second one stops at once."""
     signals: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         signals.append(number)
         if len(signals) > 1:
             raise KeyboardInterrupt("interrupted; the same command goes on from the last checkpoint")
-        os.write(2, b"\nstopping after this step; once more stops at once, at the cost of the steps since the save\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this step; once more stops at once and loses the steps since the save\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield signals
     finally:
@@ -141,7 +145,7 @@ def processes() -> tuple[int, int]:
 
 def note(line: str) -> None:
     """Tell the user something that is no mistake."""
-    print(plain(line), file=sys.stderr, flush=True)
+    tell(plain(line))
 
 
 if __name__ == "__main__":

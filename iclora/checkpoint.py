@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import read_header, save_safetensors, write_atomic
 
-from .cli import as_flags
+from .cli import as_flags, read_record
 from .config import TrainConfig, flag, saved
 
 try:
@@ -31,6 +32,9 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
+CONFIG, CURVE = "config.json", "loss.png"
+SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp")  # what a kill leaves half written
+MAX_STEPS = 10**9
 ANEW = "remove it to start anew, or give another --out"
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
@@ -83,7 +87,7 @@ def averaged(state: State) -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerprint: Mapping[str, str]) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint, whole or not at all; the one before it is kept beside it.
 
     config: the settings that make the result
     fingerprint: of what is learnt from, by name
@@ -96,7 +100,58 @@ def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerp
             tensors |= {f"{i}.optimizer.{name}": value for name, value in optimizer.state.get(p, {}).items()}
     config, fingerprint = json.dumps(dict(config)), json.dumps(dict(fingerprint))
     metadata = {"step": str(state.step), "config": config, "origin": fingerprint}
-    save_safetensors(tensors, path, metadata | {"digest": digest(tensors, metadata)})
+    about = {"digest": digest(tensors, metadata), "cpu": torch.backends.cpu.get_cpu_capability()}
+    fresh, spare = (path.with_name(f".{path.name}.{what}.tmp") for what in ("fresh", "spare"))
+    try:
+        save_safetensors(tensors, fresh, metadata | about)
+        if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its own place
+            try:
+                os.link(path, spare)
+            except OSError:  # a file system without links
+                shutil.copyfile(path, spare)
+            os.replace(spare, earlier(path))
+        os.replace(fresh, path)
+    finally:
+        for left in (fresh, spare):
+            left.unlink(missing_ok=True)
+
+
+def earlier(path: Path) -> Path:
+    """Name the checkpoint before the last one."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def last_good(path: Path, note: Callable[[str], None]) -> Path | None:
+    """Find the checkpoint that a run goes on from: the last one, or the one before it if the last one is damaged.
+
+    path: of the last one
+    note: is told of damage
+    Returns None if there is neither
+    Errors: ValueError if none of them is whole
+    """
+    there = [each for each in (path, earlier(path)) if os.path.lexists(each)]
+    problems: list[str] = []
+    for each in there:
+        try:
+            step = read_checkpoint(each)[2]
+            check_digest(each)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if each != path:
+            problem = problems[0].partition(";")[0] if problems else f"{path} is missing"
+            note(f"{problem}; going on from the one before it, step {step}")
+        return each
+    if problems:
+        raise ValueError(problems[0])
+    return None
+
+
+def check_digest(path: Path) -> None:
+    """Refuse a checkpoint that does not hold what was written; those of old have no digest. Errors: ValueError"""
+    metadata = read_header(path)[1]
+    if "digest" in metadata and metadata["digest"] != digest(load_file(path), metadata):
+        raise ValueError(f"{path} is damaged: it does not hold what was written; {ANEW}")
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -108,19 +163,28 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return hashed.hexdigest()
 
 
-def load_checkpoint(path: Path, state: State) -> None:
+def load_checkpoint(path: Path, state: State, note: Callable[[str], None] = lambda line: None) -> None:
     """Put a checkpoint into a fresh state of the same shape; whether it is one of this run is asked before.
 
-    Errors: ValueError if the file is damaged, or of another shape
+    note: is told where the CPU has other features than the one that wrote it, as sums are ordered otherwise then
+    Errors: ValueError if the file is damaged, or does not hold exactly what the state does
     """
-    step = read_checkpoint(path)[2]
+    step, cpu = read_checkpoint(path)[2], torch.backends.cpu.get_cpu_capability()
+    if (wrote := read_header(path)[1].get("cpu", cpu)) != cpu:
+        note(f"the run was on a CPU with {wrote} and goes on with {cpu}; it may end in slightly other numbers")
+    check_digest(path)
     tensors = load_file(path)  # mapped, so what is kept of it is copied
-    metadata = read_header(path)[1]
-    if metadata.get("digest", whole := digest(tensors, metadata)) != whole:  # old ones have none
-        raise ValueError(f"{path} is damaged: it does not hold what was written; {ANEW}")
-    shapes = {f"{i}.{kind}": p.shape for i, p in enumerate(state.parameters) for kind in ("weight", "average")}
-    if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
-        raise ValueError(f"{path} holds adapters of another shape; {ANEW}")
+    numbers = {id(p): i for i, p in enumerate(state.parameters)}
+    wanted = {f"{i}.weight": p for i, p in enumerate(state.parameters)}
+    wanted |= {f"{i}.average": p for i, p in enumerate(state.average)}
+    trained = [p for optimizer in state.optimizers for group in optimizer.param_groups for p in group["params"]]
+    for p in trained if step else []:
+        name = f"{numbers[id(p)]}.optimizer"
+        wanted |= {f"{name}.exp_avg": p, f"{name}.exp_avg_sq": p, f"{name}.step": torch.zeros(())}
+    kinds = [{name: (t.shape, t.dtype) for name, t in some.items()} for some in (wanted, tensors)]
+    odd = {name for name, _ in kinds[0].items() ^ kinds[1].items()}
+    if odd:
+        raise ValueError(f"{path} does not hold what this run trains ({min(odd)}); {ANEW}")
     with torch.no_grad():
         for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
             p.copy_(tensors[f"{i}.weight"])
@@ -129,7 +193,6 @@ def load_checkpoint(path: Path, state: State) -> None:
     for name, value in tensors.items():
         if match := re.fullmatch(r"(\d+)\.optimizer\.(\w+)", name):
             moments.setdefault(int(match[1]), {})[match[2]] = value.clone()
-    numbers = {id(p): i for i, p in enumerate(state.parameters)}
     for optimizer in state.optimizers:  # which numbers its parameters by itself
         of_file = [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
         loaded = {number: moments[i] for number, i in enumerate(of_file) if i in moments}
@@ -147,9 +210,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
     except ValueError as error:
         raise ValueError(f"{str(error).partition(';')[0]}; {ANEW}") from None
     try:
-        return json.loads(metadata["config"]), json.loads(metadata["origin"]), int(metadata["step"])
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} is no checkpoint of train.py; {ANEW}") from None
+        config, origin, step = json.loads(metadata["config"]), json.loads(metadata["origin"]), int(metadata["step"])
+        if isinstance(config, dict) and isinstance(origin, dict) and 0 <= step <= MAX_STEPS:
+            return config, origin, step
+    except (KeyError, ValueError, RecursionError):
+        pass
+    raise ValueError(f"{path} is no checkpoint of train.py; {ANEW}")
 
 
 def first_change(
@@ -170,27 +236,30 @@ def first_change(
     return None
 
 
-def as_begun(config: TrainConfig, path: Path) -> TrainConfig:
+def as_begun(config: TrainConfig, note: Callable[[str], None]) -> tuple[TrainConfig, Path | None]:
     """Give options that are younger than a run the values that they had then, where they are left open.
 
-    path: of the run's checkpoint; if there is none, it begins now
-    Errors: as read_checkpoint
+    Returns the configuration, and the checkpoint that the run goes on from, None where it begins
+    Errors: as last_good
     """
-    if not path.exists():
-        return config
-    known, before = read_checkpoint(path)[0], TrainConfig.BEFORE.items()
-    return replace(config, **{k: v for k, v in before if k not in known and getattr(config, k) is None})
+    begun = last_good(Path(config.out) / CHECKPOINT, note)
+    known, old = read_checkpoint(begun)[0] if begun else TrainConfig.BEFORE, TrainConfig.BEFORE.items()
+    return replace(config, **{k: v for k, v in old if k not in known and getattr(config, k) is None}), begun
 
 
-def refuse_other_run(path: Path, config: TrainConfig, fingerprint: Mapping[str, str], more: str = "") -> None:
+def refuse_other_run(path: Path | None, config: TrainConfig, fingerprint: Mapping[str, str], more: str = "") -> None:
     """Refuse to go on from a checkpoint with what would make it another run, before anything is loaded.
 
-    path: of the checkpoint; if there is none, anything may begin
+    path: of the checkpoint; None where anything may begin, unless the folder is somebody else's
     more: the command that trains on from its result, which is said where only that is possible
     Errors: ValueError that names the first setting that differs, with both values; or as read_checkpoint
     """
     free = FREE[1:] if config.decay else FREE  # the rate falls towards the last step
-    if not path.exists() or not (change := first_change(path, saved(config), fingerprint, free)):
+    if path is None:
+        return refuse_foreign(Path(config.out))
+    if not {"data", "model"} <= read_checkpoint(path)[1].keys():
+        raise ValueError(f"{path} does not say what it was trained on; {ANEW}")
+    if not (change := first_change(path, saved(config), fingerprint, free)):
         return
     name, before, value = change
     line = f"{path.parent} holds a run with {flag(name)} {before}, not {value}"
@@ -198,6 +267,17 @@ def refuse_other_run(path: Path, config: TrainConfig, fingerprint: Mapping[str, 
         raise ValueError(f"{line}, and its rate has fallen to 0; to train on from it: {more}")
     same = " with other content" if before == value else ""
     raise ValueError(f"{line}{same}; give the same settings to go on, or another --out")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder where files of somebody else have the names that a run writes. Errors: ValueError"""
+    taken = [name for name in (CONFIG, RESULT, METRICS, CURVE) if os.path.lexists(folder / name)]
+    if not taken:
+        return
+    with contextlib.suppress(ValueError):
+        if {"method", "rank", "steps"} <= read_record(folder / CONFIG)["config"].keys():
+            return  # a run that was killed before its first checkpoint
+    raise ValueError(f"{folder} has a {taken[0]} that is not train.py's and would be overwritten; give another --out")
 
 
 def train_command(config: TrainConfig) -> str:
@@ -240,6 +320,7 @@ def start_folder(folder: Path, config: TrainConfig) -> None:
     Errors: OSError if that is impossible
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in [*folder.glob(".*.tmp"), *folder.glob(".*.part")]:
-        left.unlink(missing_ok=True)
-    write_atomic(folder / "config.json", json.dumps({"config": saved(config)}, indent=2) + "\n")
+    for left in folder.glob(".*.tmp"):
+        if SCRAP.fullmatch(left.name):
+            left.unlink(missing_ok=True)
+    write_atomic(folder / CONFIG, json.dumps({"config": saved(config)}, indent=2) + "\n")

@@ -17,7 +17,9 @@ from .prompts import nearest
 
 Config = TypeVar("Config")
 MAX_RECORD = 100_000_000  # bytes of a JSON or PNG to replay
-NO_MEMORY = re.compile("out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_")
+NO_MEMORY = re.compile(
+    "out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_|could not create a primitive"
+)
 TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
 PNG = b"\x89PNG"
 
@@ -30,6 +32,10 @@ def guard(work: Callable[[], int | None], memory_advice: str = "use a machine wi
     Returns 0 done, also where a closed pipe stopped the telling; 2 a mistake or no memory; 130 interrupted
     """
     status = 0
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started us
+        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    if hasattr(sys.stdout, "reconfigure"):  # not where somebody put a stream of their own
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with suppress(SystemExit):  # after --help
             status = work() or 0
@@ -45,7 +51,7 @@ def _explain(error: BaseException, memory_advice: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
         return 0
     if isinstance(error, KeyboardInterrupt):
-        sys.stderr.write(f"{plain(str(error)) or 'interrupted; what was finished is saved'}\n")
+        tell(plain(str(error)) or "interrupted; what was finished is saved")
         return 130
     if isinstance(error, ValueError | OSError):
         return complain(str(error))
@@ -56,14 +62,31 @@ def _explain(error: BaseException, memory_advice: str) -> int:
 
 def complain(line: str) -> int:
     """Write one line about a mistake. Returns exit status 2"""
-    sys.stderr.write(f"error: {plain(line)}\n")
+    tell(f"error: {plain(line)}")
     return 2
 
 
 def note(line: str) -> None:
     """Tell the user something that is no mistake."""
-    sys.stderr.write(f"note: {plain(line)}\n")
-    sys.stderr.flush()
+    tell(f"note: {plain(line)}")
+
+
+def tell(line: str) -> None:
+    """Write a line to stderr, if anybody listens: work is not lost because nobody does."""
+    with suppress(OSError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+def say(line: str) -> None:
+    """Print what was made, if there is room to: the files are there, whoever reads their names."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        tell(f"note: stdout cannot be written ({error.strerror}); {line}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def plain(text: str) -> str:
@@ -256,6 +279,7 @@ def _from_text(name: str, kind: type, value: Any) -> Any:
     """Turn what was typed into the type of its field."""
     if kind is tuple:
         return tuple(value)
+    value = "--" if value == [] else value  # which argparse drops, as in --rank=--
     try:
         return kind(value)
     except ValueError:

@@ -143,7 +143,7 @@ class SampleConfig:
         1.0, "below 1, masked panels start from the given ones as drafts, for that part of the steps", valid=(0, 1)
     )
     fit: str = option("crop", "how pictures come to the panel size", choices=FIT_RULES)
-    device: str = option("auto", "auto is cuda if there is one, else cpu", choices=DEVICES)
+    device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(None, "of the weights (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES)
     tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
@@ -266,7 +266,7 @@ class TrainConfig:
     sample_prompt: tuple[str, ...] = option((), "a text of your own that every sheet shows, or several", metavar="TEXT")
     checkpointing: bool | None = option(None, "less memory, a third slower (default: yes; tiny no)")
     seed: int = option(0, "of everything that is drawn", valid=(0, LAST_SEED))
-    device: str = option("auto", "auto is cuda if there is one, else cpu", choices=DEVICES)
+    device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(
         None, "of the base; the LoRA's is float32 (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2]
     )

@@ -17,7 +17,7 @@ from model.lora import shapes
 from model.lora_formats import DIALECTS, LoraFile, describe, read_deltas, read_lora, template, write_lora
 from model.weights import find_model
 
-from .cli import guard, parse, plain
+from .cli import guard, parse, plain, say
 from .config import check, option
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
@@ -129,7 +129,7 @@ def run(argv: list[str]) -> None:
     config = parse(ConvertConfig, argv[len(files) :], __doc__, "python -m iclora.convert IN OUT")
     if len(files) < 2:
         raise ValueError("name two files before the flags: the LoRA to read and the one to write")
-    sys.stdout.write(plain(convert(*files, config)) + "\n")
+    say(plain(convert(*files, config)))
 
 
 if __name__ == "__main__":

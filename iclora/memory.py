@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -81,4 +82,6 @@ def free_memory(device: str) -> int:
     """Say how many bytes a process's GPU has left, or how many the machine has in all."""
     if device == "cuda":
         return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0]
+    if not hasattr(os, "sysconf"):  # Windows does not tell; what is too much ends in torch's own error there
+        return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,6 +3,7 @@
 Letters: B batch, R reference tokens; h, w in latent cells.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -29,7 +30,7 @@ from sampling.images import to_picture, to_png
 from sampling.inpaint import keep_clean
 from sampling.latents import CELL, noise, pack, unpack
 
-from .checkpoint import CHECKPOINT, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
+from .checkpoint import CHECKPOINT, CURVE, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
 from .config import UNO, saved
 from .data import Example
 from .layout import Layout, encode_by_panel, generate_mask
@@ -41,7 +42,7 @@ from .training import DIALECTS, TrainingPlan, board_writer, validation_loss
 Column = tuple[str, dict[str, Image.Image]]  # of a sheet: its caption, and pictures by the name of their row
 LOGGED = 50  # steps between lines where there is no terminal
 SAMPLES = 4  # sets on a sheet
-CURVE = (960, 420)  # pixels
+CURVE_SIZE = (960, 420)  # pixels
 MARGIN = 56
 NEW = 0.05  # share of a new loss in the curve's running mean; of short runs more
 LEFT, TOP, GAP, NARROW = 64, 64, 6, 96  # of a sheet, pixels; NARROW is the least that a column's text gets
@@ -106,7 +107,7 @@ class Monitor:
         save_checkpoint(self.folder / CHECKPOINT, self.state, saved(self.config), self.plan.fingerprint)
         with averaged(self.state):
             save_lora(self.flux, self.folder / RESULT, DIALECTS[self.config.method], self.lora_metadata())
-        draw_curve(self.metrics.rows(), self.folder / "loss.png")
+        draw_curve(self.metrics.rows(), self.folder / CURVE)
         self.saved = self.state.step
 
     def lora_metadata(self) -> dict[str, str]:
@@ -152,9 +153,17 @@ class Metrics:
             self.board.flush()
 
     def rows(self) -> list[dict[str, float]]:
-        """Read what was written; a last line that a kill cut short does not count."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        """Read what was written; a last line that a kill cut short does not count, nor does what is not ours."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict) and is_noted(row)]
+
+
+def is_noted(row: dict) -> bool:
+    """Tell whether a line of metrics is one that a run writes: whole steps, and numbers."""
+    return type(row.get("step")) is int and "loss" in row and all(type(value) in (int, float) for value in row.values())
 
 
 def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
@@ -177,12 +186,12 @@ def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
         smooth.append((step, mean))
 
     def place(step: float, value: float) -> tuple[float, float]:
-        x = MARGIN + (CURVE[0] - 2 * MARGIN) * step / last
-        return x, CURVE[1] - MARGIN - (CURVE[1] - 2 * MARGIN) * (value - low) / (high - low)
+        x = MARGIN + (CURVE_SIZE[0] - 2 * MARGIN) * step / last
+        return x, CURVE_SIZE[1] - MARGIN - (CURVE_SIZE[1] - 2 * MARGIN) * (value - low) / (high - low)
 
-    picture = Image.new("RGB", CURVE, "white")
+    picture = Image.new("RGB", CURVE_SIZE, "white")
     pen = ImageDraw.Draw(picture)
-    pen.rectangle((MARGIN, MARGIN, CURVE[0] - MARGIN, CURVE[1] - MARGIN), outline=(200, 200, 200))
+    pen.rectangle((MARGIN, MARGIN, CURVE_SIZE[0] - MARGIN, CURVE_SIZE[1] - MARGIN), outline=(200, 200, 200))
     for x, y in (place(*point) for point in losses):
         pen.point([(x, y), (x + 1, y)], fill=(170, 200, 235))
     for line, colour in ((smooth, (20, 90, 170)), (validation, (210, 80, 30))):
@@ -190,7 +199,7 @@ def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
             pen.line([place(*point) for point in line], fill=colour, width=2)
     for value in (low, high):
         pen.text((6, place(0, value)[1] - 5), f"{value:.3f}", fill="black")
-    pen.text((MARGIN, CURVE[1] - MARGIN + 8), f"0 to {last:g} steps", fill="black")
+    pen.text((MARGIN, CURVE_SIZE[1] - MARGIN + 8), f"0 to {last:g} steps", fill="black")
     pen.text((MARGIN, MARGIN - 18), "loss (blue: running mean), validation (orange)", fill="black")
     write_atomic(path, to_png(picture))
 

@@ -173,7 +173,7 @@ def parse_lora(text: str) -> tuple[Path, float]:
     Errors: ValueError if there is no such file, or the strength is no number
     """
     path, strength = str(text), 1.0
-    if not os.path.exists(path) and ":" in path:
+    if not os.path.exists(path) and ":" in path[2:]:  # a Windows drive has one as well
         path, _, number = path.rpartition(":")
         try:
             strength = float(number)
@@ -190,15 +190,15 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 def pick_device(name: str, defaults: ModelDefaults, note: Note) -> str:
-    """Turn auto into cuda or cpu, and note where that is slow for a model.
+    """Turn auto into cuda, mps or cpu, and note where that is slow for a model.
 
     Errors: ValueError if the machine does not have it
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        if not available["cuda"] and defaults.name != "tiny":
-            note("torch finds no CUDA GPU, so the CPU is used, on which a model of this size is very slow")
-        return "cuda" if available["cuda"] else "cpu"
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+        if name == "cpu" and defaults.name != "tiny":
+            note("torch finds no GPU, so the CPU is used, on which a model of this size is very slow")
     if not available[name]:
         raise ValueError(f"--device {name} is not available to torch on this machine; use cpu, or auto")
     return name

@@ -34,6 +34,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     files += [{**_file(lora.path, lora.path.name), "strength": strength} for lora, strength in plan.loras]
     versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
     versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    versions["cpu"] = torch.backends.cpu.get_cpu_capability()
     versions["gpu"] = torch.cuda.get_device_name() if plan.config.device == "cuda" else None
     used = [(panel, "kept", source) for panel, source in plan.kept.items()]
     used = sorted(used + [(panel, "draft", source) for panel, source in plan.drafts.items()], key=lambda use: use[0])
@@ -95,7 +96,9 @@ def compare(record: dict[str, Any], old: dict[str, Any], name: str, note: Note) 
         others = {
             "pictures": hashes(old) != hashes(record),
             "weights": old["model"]["files"] != record["model"]["files"],
-            "versions or threads": old["versions"] != record["versions"],
+            "versions, threads or CPU features": any(
+                old["versions"].get(name, value) != value for name, value in record["versions"].items()
+            ),
         }
     except (KeyError, TypeError, AttributeError):
         others = {"things, as it is not a whole record": True}

@@ -54,6 +54,7 @@ class TrainingPlan:
     config: with nothing left undecided
     fingerprint: of what is learnt from, see iclora.loader.fingerprints
     train_on: the command that trains on from the run's LoRA, in a run of its own
+    checkpoint: what the run goes on from; None where it begins
     """
 
     config: TrainConfig
@@ -63,6 +64,7 @@ class TrainingPlan:
     examples: Sequence[Example]
     fingerprint: dict[str, str]
     train_on: str
+    checkpoint: Path | None
 
 
 def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingPlan:
@@ -75,7 +77,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     init_lora = read_lora(config.init_lora) if config.init_lora else None
     if config.method == UNO and init_lora:
         config = follow_loras(config, [init_lora])
-    config = as_begun(config, Path(config.out) / CHECKPOINT)
+    config, begun = as_begun(config, note)
     config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
@@ -89,8 +91,8 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     layouts = bucket(examples, sizes, defaults.long_sides(config.ref_size))
     check_training_memory(config, layouts, files.flux, count, world_size)
     fingerprint = fingerprints(examples, files, init_lora)
-    refuse_other_run(Path(config.out) / CHECKPOINT, config, fingerprint, command)
-    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command)
+    refuse_other_run(begun, config, fingerprint, command)
+    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun)
 
 
 def board_writer() -> type:
@@ -111,6 +113,8 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     config, path = plan.config, Path(plan.config.out) / CHECKPOINT
     if world_size > 1:
         join_processes(config.device)
+    if rank == 0 and plan.checkpoint not in (None, path):
+        os.replace(plan.checkpoint, path)  # a damaged one makes room
     if rank > 0:
         torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
     loader = Loader(config, plan.examples, plan.files)
@@ -122,8 +126,8 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     if config.checkpointing:
         checkpoint_blocks(flux)
     state = new_state(trainable(flux), config.eps)
-    if path.exists():
-        load_checkpoint(path, state)
+    if plan.checkpoint:
+        load_checkpoint(path, state, note)
         further = f"to train on from it: {plan.train_on}" if config.decay else "a larger --steps goes on from it"
         report = f"going on from step {state.step}" if state.step < config.steps else f"this run is finished; {further}"
     note(report)

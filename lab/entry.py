@@ -1,8 +1,9 @@
 """What the lab's entry points do alike: flags in, one line on stderr and status 2 for a mistake."""
 
 import argparse
-import sys
 from collections.abc import Callable
+
+from iclora.cli import guard
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
@@ -15,13 +16,7 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         raise ValueError(f"{message}; see {parser.prog} --help")
 
     parser.error = fail
-    try:
-        work(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        told = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) and error.filename else error
-        print(f"error: {told}", file=sys.stderr)
-        return 2
-    return 0
+    return guard(lambda: work(parser.parse_args(argv)))
 
 
 def positive(text: str) -> int:

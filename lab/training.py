@@ -9,6 +9,7 @@ keeps too; how many steps fit in them is another number each time, so only its l
 import copy
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from iclora.checkpoint import (
     State,
     first_change,
+    last_good,
     load_checkpoint,
     only_run,
     read_checkpoint,
@@ -252,8 +254,9 @@ def train_stage(
     path = work.folder / f"{stage.name}.safetensors"
     average = copy.deepcopy(module).requires_grad_(False)
     state = State(values(module), values(average), optimizers(module, stage, is_hidden))
-    if path.exists():
-        refuse_other_run(path, work)
+    if begun := last_good(path, report):
+        refuse_other_run(begun, work)
+        os.replace(begun, path)  # a damaged one makes room
         load_checkpoint(path, state)
         clock.resume(state.step, read_checkpoint(path)[0].get("seconds", 0.0))
 
