@@ -708,7 +708,7 @@ def test_a_mistake_leaves_nothing_that_would_refuse_the_next_attempt(world, out)
     assert go(world, out, steps=1) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bytes(world, whole, out, capsys, monkeypatch, number):
     real, calls = iclora.training.flow_loss, []
 

@@ -13,12 +13,15 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import iclora.training as training
 import model.checkpoint
 from iclora.checkpoint import (
     as_begun,
     averaged,
+    digest,
+    last_good,
     load_checkpoint,
     new_state,
     only_run,
@@ -31,10 +34,10 @@ from iclora.checkpoint import (
 from iclora.config import DEV, SCHNELL, TINY, TrainConfig, resolve_training_defaults, saved
 from iclora.layout import Layout, generate_mask
 from iclora.loader import Batch
-from iclora.monitor import CURVE, Metrics, draw_curve
+from iclora.monitor import CURVE_SIZE, Metrics, draw_curve
 from iclora.references import image_ids
 from iclora.training import flow_loss, micro_batches, sample_kept, sample_step, sample_times
-from model.checkpoint import save_safetensors
+from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, trainable
 from model.position import grid_ids, reference_ids
@@ -566,13 +569,16 @@ def test_a_run_from_before_an_option_existed_goes_on_with_the_value_of_then(tmp_
             refuse_other_run(path, replace(CONFIG, **{name: now}), ORIGIN)
     then = {"lora_init": "kaiming", "target_posterior": "mean", "eps": 1e-8}
     for method in ("uno", "in-context-lora"):  # on a model whose defaults are others now
-        config = resolve_training_defaults(as_begun(TrainConfig(method=method), path), DEV, "cpu")
+        begun, found = as_begun(TrainConfig(method=method, out=str(tmp_path)), print)
+        assert found == path
+        config = resolve_training_defaults(begun, DEV, "cpu")
         assert {name: getattr(config, name) for name in then} == then
-    assert as_begun(TrainConfig(eps=1e-6), path).eps == 1e-6, "which is then refused"
+    assert as_begun(TrainConfig(eps=1e-6, out=str(tmp_path)), print)[0].eps == 1e-6, "which is then refused"
 
 
 def test_a_run_that_begins_now_or_knew_the_option_keeps_its_own(tmp_path, checkpoint):
-    assert as_begun(TrainConfig(), tmp_path / "none") == TrainConfig() == as_begun(TrainConfig(), checkpoint)
+    fresh, begun = (TrainConfig(out=str(folder)) for folder in (tmp_path / "none", checkpoint.parent))
+    assert as_begun(fresh, print) == (fresh, None) and as_begun(begun, print) == (begun, checkpoint)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -633,7 +639,64 @@ def test_a_checkpoint_from_before_a_mark_existed_goes_on(tmp_path):
 
 def test_without_a_checkpoint_anything_may_begin(tmp_path):
     start_folder(tmp_path, CONFIG)
-    refuse_other_run(tmp_path / "checkpoint.safetensors", replace(CONFIG, rank=8), {})
+    refuse_other_run(None, replace(CONFIG, rank=8, out=str(tmp_path)), {})
+    refuse_other_run(None, replace(CONFIG, out=str(tmp_path / "none")), {})
+
+
+@pytest.mark.parametrize("name", ["config.json", "lora.safetensors", "loss.png", "metrics.jsonl"])
+def test_a_folder_in_which_somebody_elses_file_would_be_overwritten_is_refused(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("mine")
+    refuse_other_run(None, replace(CONFIG, out=str(tmp_path)), {})
+    (tmp_path / name).write_text('{"config": {"rank": 4}}')
+    with pytest.raises(ValueError, match=f"has a {name} that is not train.py's and would be overwritten; give another"):
+        refuse_other_run(None, replace(CONFIG, out=str(tmp_path)), {})
+    assert sorted(os.listdir(tmp_path)) == sorted(["notes.txt", name])
+
+
+def test_a_run_that_does_not_say_what_it_learnt_from_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, run(steps=1)[0], saved(CONFIG), {})
+    with pytest.raises(ValueError, match="does not say what it was trained on; remove it"):
+        refuse_other_run(path, CONFIG, ORIGIN)
+
+
+def beside(tmp_path, steps=(1, 2)):
+    """The last checkpoint and the one before it, of two saves."""
+    path = tmp_path / "checkpoint.safetensors"
+    for step in steps:
+        save_checkpoint(path, run(steps=step)[0], saved(CONFIG), ORIGIN)
+    return path, tmp_path / "checkpoint.previous.safetensors"
+
+
+def test_the_checkpoint_before_the_last_one_is_kept_until_the_next_step_is_saved(tmp_path):
+    path, earlier = beside(tmp_path, (1, 2, 2))
+    assert [read_checkpoint(each)[2] for each in (path, earlier)] == [2, 1], "the same step twice is one save"
+    assert not path.samefile(earlier)
+    save_checkpoint(path, run(steps=3)[0], saved(CONFIG), ORIGIN)
+    assert [read_checkpoint(each)[2] for each in (path, earlier)] == [3, 2]
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "gone", "a folder"])
+def test_damage_costs_one_interval_and_not_the_run(tmp_path, kind):
+    path, earlier = beside(tmp_path)
+    data, said = bytearray(path.read_bytes()), []
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind != "gone":
+        data[-5] ^= 1
+        path.write_bytes(data[:-1] if kind == "cut" else data)
+    assert last_good(path, said.append) == earlier
+    assert len(said) == 1 and said[0].endswith("; going on from the one before it, step 1") and "\n" not in said[0]
+    earlier.write_bytes(earlier.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="; remove it to start anew"):
+        last_good(path, said.append)
+    assert len(said) == 1
+
+
+def test_whole_checkpoints_are_gone_on_from_without_a_word_and_none_is_none(tmp_path):
+    path, _ = beside(tmp_path)
+    assert last_good(path, pytest.fail) == path and last_good(tmp_path / "none" / path.name, pytest.fail) is None
 
 
 DAMAGE = {
@@ -693,9 +756,41 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(checkpoint, tmp_path):
     save_safetensors({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="is no checkpoint of train.py; remove it"):
         read_checkpoint(path)
+    for odd in ({"step": "10" * 9}, {"step": "[1, 2]"}, {"config": "[]"}, {"origin": "null"}, {"origin": "[" * 10**5}):
+        save_safetensors({"a": torch.zeros(1)}, path, {"step": "1", "config": "{}", "origin": "{}"} | odd)
+        with pytest.raises(ValueError, match="is no checkpoint of train.py; remove it"):
+            read_checkpoint(path)
     save_safetensors({"a": torch.zeros(1)}, path, {"step": "1", "config": "{}", "origin": "{}"})
-    with pytest.raises(ValueError, match="holds adapters of another shape; remove it"):
+    with pytest.raises(ValueError, match="does not hold what this run trains .*; remove it"):
         load_checkpoint(path, adapted()[1])
+
+
+ODD = {
+    "a moment of another shape": lambda t: t | {"0.optimizer.exp_avg": torch.ones(3)},
+    "a moment that is missing": lambda t: {k: v for k, v in t.items() if k != "1.optimizer.exp_avg_sq"},
+    "a step of two numbers": lambda t: t | {"0.optimizer.step": torch.ones(2)},
+    "weights of another type": lambda t: t | {"0.weight": t["0.weight"].bfloat16()},
+    "one tensor too many": lambda t: t | {"99.weight": torch.ones(1)},
+    "no averages": lambda t: {k: v for k, v in t.items() if not k.endswith("average")},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_checkpoint_holds_exactly_what_the_run_trains(checkpoint, tmp_path, kind):
+    path, (_, metadata) = tmp_path / "checkpoint.safetensors", read_header(checkpoint)
+    tensors = ODD[kind](load_file(checkpoint))
+    save_safetensors(tensors, path, metadata | {"digest": digest(tensors, metadata)})
+    with pytest.raises(ValueError, match="does not hold what this run trains .*; remove it"):
+        load_checkpoint(path, adapted()[1])
+
+
+def test_a_cpu_with_other_features_is_told(checkpoint, tmp_path, monkeypatch):
+    said = []
+    load_checkpoint(checkpoint, adapted()[1], said.append)
+    assert said == []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "VAX")
+    load_checkpoint(checkpoint, adapted()[1], said.append)
+    assert len(said) == 1 and said[0].endswith("and goes on with VAX; it may end in slightly other numbers")
 
 
 def full(*_, **__):
@@ -719,10 +814,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_scraps(checkpoint, tmp
 
 
 def test_a_new_start_clears_away_what_a_kill_left(tmp_path):
-    for name in (".checkpoint.safetensors.77.tmp", ".00ff.part", "checkpoint.safetensors", "notes.tmp"):
+    scraps = [".checkpoint.safetensors.77.tmp", ".checkpoint.safetensors.spare.tmp", ".loss.png.0f.tmp"]
+    mine = [".mine.tmp", "checkpoint.safetensors", "notes.tmp"]
+    for name in (*scraps, *mine):
         (tmp_path / name).write_text("")
     start_folder(tmp_path, CONFIG)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.safetensors", "config.json", "notes.tmp"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*mine, "config.json"])
     assert json.loads((tmp_path / "config.json").read_text())["config"]["rank"] == 2
 
 
@@ -738,6 +835,13 @@ def test_metrics_of_steps_that_are_done_again_are_dropped_and_a_cut_line_too(tmp
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in Metrics(path, 2).rows()] == [1, 2]
     assert Metrics(path, 0).rows() == [] and path.read_text() == ""
+
+
+def test_lines_of_metrics_that_no_run_writes_do_not_count(tmp_path):
+    path, good = tmp_path / "metrics.jsonl", '{"step": 2, "loss": 0.5}'
+    odd = ['{"epoch": 1}', "1", "null", "[]", '{"step": 1, "loss": null}', '{"step": "1", "loss": 1}', "[" * 10**5, "x"]
+    path.write_text("\n".join([*odd, good, ""]))
+    assert Metrics(path, 5).rows() == [{"step": 2, "loss": 0.5}] and path.read_text() == good + "\n"
 
 
 def colours(path):
@@ -761,7 +865,7 @@ def test_the_mean_of_a_short_run_follows_its_losses(tmp_path):
     with Image.open(tmp_path / "loss.png") as picture:
         places = {(x, y) for x in range(picture.width) for y in range(picture.height)}
         lowest = max(y for x, y in places if picture.getpixel((x, y)) == (20, 90, 170))
-    assert lowest > 0.85 * CURVE[1], "it ends at the losses, which are at the bottom, not far above them"
+    assert lowest > 0.85 * CURVE_SIZE[1], "it ends at the losses, which are at the bottom, not far above them"
 
 
 @pytest.mark.parametrize(
