@@ -8,14 +8,10 @@ python -m iclora.data pairs.json --model flux-dev           the same for UNO's p
 import hashlib
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # libraries take seconds
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 from PIL import Image
 from tqdm import tqdm
@@ -357,6 +353,4 @@ def _count_tokens(examples: Sequence[Example], files: ModelFiles, limit: int | N
 
 
 if __name__ == "__main__":
-    if callable(signal.getsignal(signal.SIGINT)):  # from here on guard answers Ctrl-C, unless it is ignored
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

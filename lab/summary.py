@@ -57,8 +57,9 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "tasks": Row(
         "Do twenty sets teach a relation that the base lacks?",
-        Headline("sketch", "LoRA", "first panel given", against="base"),
-        paper="In-Context LoRA: 20 to 100 sets do; no figures",
+        Headline("walk", "LoRA", "first panel given", against="base"),
+        answer="A walk yes; copying pixel by pixel no.",
+        paper="In-Context LoRA: 20 to 100 sets do; no figures; agrees in part",
     ),
     "few": Row(
         "Do more sets help?",

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -414,22 +412,6 @@ def test_the_check_counts_sets_and_crops_by_form(tmp_path, capsys):
     assert forms == [
         "composites: 2 sets, 1 cropped by up to 6%", "folders of panels: 1 sets, uncropped", "rows: 1 sets, uncropped"
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["torch", "PIL"])
-def test_ctrl_c_while_libraries_load_is_one_line_and_130(name):
-    code = f"""
-import os, runpy, signal, sys
-class Interrupt:
-    def find_spec(self, name, path=None, target=None):
-        if name == {name!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Interrupt())
-sys.argv = ["iclora.data", "sets/sketch"]
-runpy.run_module("iclora.data", run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_an_empty_grid_is_one_line(capsys):
