@@ -118,11 +118,11 @@ def read_records(root: Path, grid: Grid | None, findings: Findings) -> list[Reco
     if root.suffix.lower() == ".json" and root.is_file():
         return _read_rows(root, Settings(), findings)
     if root.is_dir():
-        folders = list(islice(_walk(root, settings, findings, set()), MAX_FOLDERS + 1))
+        folders = list(islice(walk(root, settings, findings, set()), MAX_FOLDERS + 1))
         if len(folders) > MAX_FOLDERS:
             raise ValueError(f"{root} holds more than {MAX_FOLDERS} folders; name one of them")
     else:
-        beside = islice(_walk(root.parent, settings, findings, set()), 1)
+        beside = islice(walk(root.parent, settings, findings, set()), 1)
         folders = [(root.parent, [root], settings) for _, _, settings in beside]
     matches = _match(folders, findings)
     folders = [folder for folder in folders if folder[2].root in (None, *folder[2].control[:1])]
@@ -191,7 +191,7 @@ def collect(problems: list[str], prefix: str = "") -> Iterator[None]:
         problems.append(f"{prefix}{error}")
 
 
-def _walk(
+def walk(
     folder: Path, settings: Settings, findings: Findings, visited: set[tuple[int, int]], depth: int = 0
 ) -> Iterator[Folder]:
     """Go through a folder and all below it, junk left out.
@@ -217,7 +217,7 @@ def _walk(
         elif depth == MAX_DEPTH:
             findings.broken.append(f"{entry} lies more than {MAX_DEPTH} folders deep; move it up, or remove it")
         else:
-            yield from _walk(entry, settings, findings, visited, depth + 1)
+            yield from walk(entry, settings, findings, visited, depth + 1)
 
 
 def _number(folder: Path) -> tuple[int, int]:

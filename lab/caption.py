@@ -1,0 +1,62 @@
+"""Caption drawn sets without an endpoint: the reader tells what it sees.
+
+python -m lab.caption YOURS
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from PIL import Image
+
+from iclora import caption
+from iclora.chat import Answer
+from iclora.prompts import markers_for
+from model.weights import find_model
+from sampling.images import fit, to_tensor
+
+from .captions import joint_caption
+from .sets import PANEL
+from .truth import Reader, Reading, load_reader, read
+from .world import Panel, Placed, Subject
+
+
+@dataclass(frozen=True)
+class ReaderTeller:
+    """Tells what a reader of the picture world sees."""
+
+    reader: Reader
+
+    def __call__(
+        self, panels: Sequence[Image.Image], markers: Sequence[str], tag: str, refused: caption.Refused
+    ) -> Answer:
+        """Write a joint caption; it costs no tokens. Errors: ValueError if nobody is seen in a panel"""
+        image = torch.cat([to_tensor(fit(panel, PANEL, PANEL)) for panel in panels])  # (panels, 3, 64, 64)
+        readings = read(self.reader, image)
+        if empty := [number for number, reading in enumerate(readings, start=1) if not reading.seen]:
+            raise ValueError(f"the reader sees nobody in panel {empty[0]}; it knows drawn panels only")
+        text = joint_caption(tuple(map(_panel, readings)), len(panels), 1)
+        for ours, asked in zip(markers_for("image", len(panels), 1), markers, strict=False):
+            text = text.replace(ours, asked)
+        return Answer(f"{tag} {text}".strip())
+
+
+def _panel(reading: Reading) -> Panel:
+    """The specification of what was read."""
+    shown = [field.name for field in fields(Subject)]
+    placed = [Placed(Subject(**{t: getattr(one, t) for t in shown}), one.position, one.size) for one in reading.seen]
+    return Panel(reading.scene, tuple(placed), 0)
+
+
+def make_teller(config: caption.CaptionConfig, limit: int) -> ReaderTeller:
+    """Load the reader that lies beside the model's files."""
+    return ReaderTeller(load_reader(find_model(config.model).root / "truth" / "model.safetensors"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return caption.main(argv, make_teller, "python -m lab.caption [PATH]", __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
