@@ -6,11 +6,13 @@ The key of the endpoint comes from $ICLORA_API_KEY or $OPENAI_API_KEY. What has 
 run does the rest. Composites get a text of the same name, folders of panels a caption.txt.
 """
 
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Protocol
 
 from PIL import Image
@@ -25,10 +27,10 @@ from sampling.images import open_picture
 from .chat import Answer, Chat, EndpointError, Message, in_parallel
 from .cli import guard, parse, plain
 from .config import check, model_defaults, option
-from .data import WRITE_GRID, Example, choose_layout, read_panels
+from .data import Example, choose_layout, read_panels
 from .layout import parse_grid
 from .prompts import clean, lint, markers_for
-from .records import PICTURES, Findings, Grid, Record, Settings, read_records, walk
+from .records import PICTURES, Findings, Grid, Record, Settings, collect, read_records, walk
 
 TRIES = 3  # captions of a set before it counts as failed
 RESOLUTION = 1024  # pixels squared of a panel that is shown, at most
@@ -38,7 +40,7 @@ Refused = Sequence[tuple[str, str]]  # captions, and what is wrong with them
 class Teller(Protocol):
     """Whatever can tell what panels show."""
 
-    def __call__(self, panels: Sequence[Image.Image], markers: Sequence[str], tag: str, refused: Refused) -> Answer:
+    def __call__(self, panels: Sequence[Image.Image], markers: Sequence[str], tag: str, refused: Refused) -> str:
         """Write a joint caption.
 
         markers: of the panels; none for a single one
@@ -53,17 +55,20 @@ class ChatTeller:
     """Asks a model behind an endpoint.
 
     words: about how many a caption may have
+    answers: gets every answer, for its cost
     """
 
     chat: Chat
     words: int
+    answers: list[Answer]
 
-    def __call__(self, panels: Sequence[Image.Image], markers: Sequence[str], tag: str, refused: Refused) -> Answer:
+    def __call__(self, panels: Sequence[Image.Image], markers: Sequence[str], tag: str, refused: Refused) -> str:
         """Ask for a caption, or for a better one in the same conversation."""
         messages: list[Message] = [("user", request(markers, tag, self.words), tuple(panels))]
         for caption, problem in refused:
             messages += [("assistant", caption, ()), ("user", f"{problem}. Write the whole caption again.", ())]
-        return self.chat.ask(messages)
+        self.answers.append(answer := self.chat.ask(messages))
+        return answer.text
 
 
 def request(markers: Sequence[str], tag: str, words: int) -> str:
@@ -82,105 +87,78 @@ def request(markers: Sequence[str], tag: str, words: int) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Told:
-    """A caption, or None and the reason; and the tokens that it cost."""
-
-    caption: str | None
-    problem: str = ""
-    tokens_in: int = 0
-    tokens_out: int = 0
-
-
-class Captioner:
-    """Lets a teller write captions until the linter and the length agree.
+def write_caption(record: Record, tell: Teller, count_tokens: Callable[[str], int], limit: int) -> str:
+    """Let a teller write the caption of a set, up to TRIES times, until nothing is wrong with it.
 
     limit: T5 tokens that the model reads
+    Errors: EndpointError as the teller's, else ValueError
     """
+    grid, panels = cut(record)
+    markers = markers_for(record.settings.markers, *grid) if len(panels) > 1 else ()
+    refused: list[tuple[str, str]] = []
+    for _ in range(TRIES):
+        caption = " ".join(tell(panels, markers, record.settings.tag, refused).split())
+        findings = find_faults(caption, grid, markers, record.settings)
+        if (tokens := count_tokens(caption)) > limit:
+            findings.append(f"it is {tokens} T5 tokens long, of which {limit} are read; shorten it")
+        if not findings:
+            return caption
+        refused.append((caption, "; ".join(findings)))
+    raise ValueError(f"no caption in {TRIES} tries, the last one was refused: {refused[-1][1]}")
 
-    def __init__(self, tell: Teller, count_tokens: Callable[[str], int], limit: int):
-        self.tell, self.count_tokens, self.limit, self.lock = tell, count_tokens, limit, Lock()
 
-    def __call__(self, record: Record) -> Told:
-        """Write the caption of a set, asking again up to TRIES times in all.
-
-        Errors: EndpointError
-        """
-        told, refused = Told(None), []
-        try:
-            grid, panels = cut(record)
-            markers = markers_for(record.settings.markers, *grid) if len(panels) > 1 else ()
-            for _ in range(TRIES):
-                answer = self.tell(panels, markers, record.settings.tag, refused)
-                tokens = told.tokens_in + answer.tokens_in, told.tokens_out + answer.tokens_out
-                problem = self.problem(answer.text, grid, markers, record.settings)
-                told = Told(None if problem else clean(answer.text), problem, *tokens)
-                if not problem:
-                    break
-                refused.append((answer.text, problem))
-        except EndpointError:
-            raise
-        except ValueError as error:
-            return replace(told, problem=str(error))
-        return told if told.caption else replace(told, problem=f"after {TRIES} tries: {told.problem}")
-
-    def problem(self, text: str, grid: Grid, markers: Sequence[str], settings: Settings) -> str:
-        """Say what is wrong with a caption, or nothing."""
-        try:
-            caption = clean(text)
-        except ValueError as error:
-            return str(error)
-        findings = lint(caption, *grid, settings.markers)
-        findings += [f"{marker} is missing" for marker in markers if marker not in caption][: not findings]
-        if not caption.startswith(settings.tag):
-            findings.append(f"it does not begin with {settings.tag}")
-        if markers and not caption.partition(markers[0])[0].removeprefix(settings.tag).strip():
-            findings.append(f"there is no sentence about the whole set before {markers[0]}")
-        with self.lock:  # a tokenizer is not made for threads
-            tokens = self.count_tokens(caption)
-        if tokens > self.limit:
-            findings.append(f"it is {tokens} T5 tokens long, of which {self.limit} are read; shorten it")
-        return "; ".join(findings)
+def find_faults(caption: str, grid: Grid, markers: Sequence[str], settings: Settings) -> list[str]:
+    """Say what is wrong with a caption but its length, one line a fault."""
+    faults: list[str] = []
+    with collect(faults):
+        faults += lint(clean(caption), *grid, settings.markers)
+    if not faults and not all(marker in caption for marker in markers):
+        faults.append(f"the markers are to be {' '.join(markers)}")
+    if not caption.startswith(settings.tag):
+        faults.append(f"it does not begin with {settings.tag}")
+    if markers and not caption.partition(markers[0])[0].removeprefix(settings.tag).strip():
+        faults.append(f"there is no sentence about the whole set before {markers[0]}")
+    return faults
 
 
 def cut(record: Record) -> tuple[Grid, list[Image.Image]]:
     """Open the panels of a set; a composite is cut. Returns (rows, cols) and the panels. Errors: ValueError"""
     if (grid := record.settings.grid) is None:
-        raise ValueError(f"nothing tells its grid; {WRITE_GRID.replace('of --data', 'of the sets')}")
+        raise ValueError("nothing tells its grid; give --grid, or write a set.json into the folder")
     sizes = tuple(open_picture(path).size for path in record.files)
     example = Example(record.name, grid, "", record.files, sizes, ())
     return grid, read_panels(example, choose_layout(example, RESOLUTION, (0, 0)))
 
 
 def find_sets(root: Path, grid: Grid | None, findings: Findings) -> dict[Path, Record]:
-    """Find all sets, captioned or not: the files of their captions, and what is in the set.
+    """Find all sets, captioned or not: the file of the caption, and what is in the set.
 
     Pictures that a row of a .jsonl lists are left out, as their captions stand there.
 
     findings: told of folders that cannot be read
     Errors: ValueError if there is no such folder
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ValueError(f"there is no folder {ascii(str(root)[-80:])}; name one with sets")
-    rows = [record for record in read_records(root, grid, Findings()) if not Path(record.name).exists()]
+    rows = [record for record in read_records(root, grid, Findings()) if not os.path.exists(record.name)]
     listed, sets = {file.resolve() for record in rows for file in record.files}, {}
     for folder, files, settings in walk(root, Settings(grid, forced=grid is not None), findings, {root.resolve()}):
         pictures = [file for file in files if file.suffix.lower() in PICTURES and file.resolve() not in listed]
-        rows, cols = settings.grid or (1, 1)
-        panels = {str(number): number for number in range(1, rows * cols + 1)}
-        if len(panels) > 1 and sorted(picture.stem for picture in pictures) == sorted(panels):
-            pictures.sort(key=lambda picture: panels[picture.stem])
-            sets[folder / "caption.txt"] = Record(str(folder), tuple(pictures), False, settings, None)
+        stems = [str(number) for number in range(1, math.prod(settings.grid or ()) + 1)]
+        if len(stems) > 1 and sorted(picture.stem for picture in pictures) == sorted(stems):
+            panels = tuple(sorted(pictures, key=lambda picture: int(picture.stem)))
+            sets[folder / "caption.txt"] = Record(str(folder), panels, False, settings, None)
         else:
-            for one in pictures:
-                sets[one.with_name(f"{one.stem}.txt")] = Record(str(one), (one,), True, settings, None)
+            sets |= {
+                one.with_name(f"{one.stem}.txt"): Record(str(one), (one,), True, settings, None) for one in pictures
+            }
     return sets
 
 
 def has_caption(target: Path, record: Record) -> bool:
-    """Tell whether a set has its caption, or for folders of panels a text for each."""
-    others = ["summary", *(path.stem for path in record.files)] if not record.composite else []
-    return target.exists() or any(target.with_name(f"{stem}.txt").exists() for stem in others)
+    """Tell whether a set has its caption; for a folder of panels the texts of panels are one as well."""
+    stems = [target.stem] if record.composite else ["caption", "summary", *(path.stem for path in record.files)]
+    return any(target.with_name(f"{stem}.txt").exists() for stem in stems)
 
 
 @dataclass(frozen=True)
@@ -200,73 +178,61 @@ class CaptionConfig:
         check(self)
 
 
-Maker = Callable[[CaptionConfig, int], Teller]  # takes the tokens that are read too
+Maker = Callable[[CaptionConfig, int, list[Answer]], Teller]  # takes the tokens that are read, and a list of costs
 
 
-def chat_teller(config: CaptionConfig, limit: int) -> ChatTeller:
+def chat_teller(config: CaptionConfig, limit: int, answers: list[Answer]) -> ChatTeller:
     """Make the teller that the options name. Errors: ValueError if they name none"""
     if not config.captioner or not config.captioner_model:
         raise ValueError(
             "--captioner and --captioner-model are missing; name an endpoint and a model that sees pictures"
         )
-    return ChatTeller(Chat(config.captioner, config.captioner_model, config.timeout), limit * 3 // 5)
+    return ChatTeller(Chat(config.captioner, config.captioner_model, config.timeout), limit * 3 // 5, answers)
 
 
-def main(
-    argv: Sequence[str] | None = None,
-    make_teller: Maker = chat_teller,
-    program: str = "python -m iclora.caption [PATH]",
-    description: str = __doc__,
-) -> int:
+def main(argv: Sequence[str] | None = None, make_teller: Maker = chat_teller, name: str = "iclora.caption") -> int:
     """Caption sets. Returns the exit status: 0 done, 2 if any failed or for a mistake, 130 interrupted"""
     argv = sys.argv[1:] if argv is None else argv
     flags = ["--data", *argv] if argv and argv[0][:1] != "-" else argv
-    return guard(lambda: run(parse(CaptionConfig, flags, description, program), make_teller))
+    return guard(lambda: run(parse(CaptionConfig, flags, __doc__, f"python -m {name} [PATH]"), make_teller))
 
 
 def run(config: CaptionConfig, make_teller: Maker) -> int:
     """Write the captions that are missing, each as soon as it is there. Returns 0, or 2 if any failed"""
-    findings = Findings()
+    findings, answers, written = Findings(), [], 0
     sets = find_sets(Path(config.data), config.grid and parse_grid(config.grid), findings)
     if not sets:
         raise ValueError(f"{config.data} holds no sets; it takes pictures, and a set.json that tells their grid")
     files = find_model(config.model)
     tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
     limit = model_defaults(files.flux.config).text_length or tokenizer.model_max_length
-    captioner = Captioner(make_teller(config, limit), lambda text: len(tokenizer(text, verbose=False).input_ids), limit)
-    wanted = [
-        (target, record) for target, record in sets.items() if config.overwrite or not has_caption(target, record)
-    ]
-    written, tokens_in, tokens_out, failed = 0, 0, 0, len(findings.broken)
-    bar = tqdm(total=len(wanted), desc="captions", unit="set", leave=False, disable=None)
-    tqdm.write("".join(f"failed: {plain(line)}\n" for line in findings.broken), sys.stderr, end="")
+    work = partial(
+        write_caption,
+        tell=make_teller(config, limit, answers),
+        count_tokens=lambda text: len(tokenizer(text, verbose=False).input_ids),
+        limit=limit,
+    )
+    todo = [(target, record) for target, record in sets.items() if config.overwrite or not has_caption(target, record)]
+    failed = findings.broken
     try:
-        for index, told in in_parallel(captioner, (record for _, record in wanted), config.at_once):
-            target, record = wanted[index]
-            if isinstance(told, EndpointError | OSError):
-                raise told
-            problem = told.problem or save(target, told.caption, config.overwrite)
-            tokens_in, tokens_out = tokens_in + told.tokens_in, tokens_out + told.tokens_out
-            written, failed = written + (not problem), failed + bool(problem)
-            if problem:
-                tqdm.write(f"failed: {plain(f'{record.name}: {problem}')}", sys.stderr)
-            bar.update()
+        with tqdm(total=len(todo), desc="captions", leave=False, disable=None) as bar:
+            for index, told in in_parallel(work, (record for _, record in todo), config.at_once):
+                bar.update()
+                try:
+                    if isinstance(told, Exception):
+                        raise told
+                    write_atomic(todo[index][0], told + "\n", config.overwrite)
+                    written += 1
+                except EndpointError:
+                    raise
+                except (ValueError, OSError) as error:
+                    failed.append(f"{todo[index][1].name}: {error}")
+                    bar.write(f"failed: {plain(failed[-1])}", sys.stderr)
     finally:
-        bar.close()
-        counts = f"{written} written, {len(sets) - len(wanted)} skipped, {failed} failed"
-        sys.stdout.write(f"captions: {counts}; {tokens_in} tokens read and {tokens_out} written by the captioner\n")
+        costs = sum(answer.tokens_in for answer in answers), sum(answer.tokens_out for answer in answers)
+        counts = f"{written} written, {len(sets) - len(todo)} skipped, {len(failed)} failed"
+        sys.stdout.write("captions: {}; {} tokens read and {} written\n".format(counts, *costs))
     return 2 if failed else 0
-
-
-def save(target: Path, caption: str, overwrite: bool) -> str:
-    """Write a caption. Returns why it could not be, or nothing"""
-    try:
-        write_atomic(target, caption + "\n", overwrite)
-    except FileExistsError:
-        return f"{target.name} was written meanwhile; it is left as it is"
-    except OSError as error:
-        return f"cannot write {target.name}: {error.strerror or error}; free space, or correct its permissions"
-    return ""
 
 
 if __name__ == "__main__":

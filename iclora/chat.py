@@ -7,17 +7,19 @@ does not do stands here: no redirect takes the key elsewhere, no answer is read 
 import base64
 import json
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
 from sampling.images import to_png
+
+from .cli import plain
 
 try:
     import httpx2  # the HTTP client of openai
@@ -27,9 +29,12 @@ except ImportError:
 
 KEYS = "ICLORA_API_KEY", "OPENAI_API_KEY"  # environment variables, the first that is set
 MAX_ANSWER = 4_000_000  # bytes of JSON
-MAX_SIDE = 1024  # pixels of the longer side of a picture that is sent
+FATAL = {  # what the next question would meet as well
+    **dict.fromkeys(range(300, 400), "it redirects, which is not followed; give the address that it leads to"),
+    **dict.fromkeys((401, 403), f"it refuses the key; set ${KEYS[0]}"),
+    404: "no such model, or the address does not end in /v1",
+}
 Message = tuple[str, str, tuple[Image.Image, ...]]  # role, text, pictures
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class EndpointError(ValueError):
@@ -59,25 +64,21 @@ class Chat:
     model: str
     timeout: float = 120
     attempts: int = 5
-    _key: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         if openai is None:
             raise ValueError("chat endpoints need the openai client; install it with `pip install 'openai>=3'`")
-        _check_address(self.endpoint)
+        if not _is_address(self.endpoint):  # which is not shown, as it may hold a key
+            raise ValueError(f"the endpoint is no address such as http://127.0.0.1:8000/v1; a key goes into ${KEYS[0]}")
         if not self.model.strip() or not self.model.isprintable():
             raise ValueError(f"{ascii(self.model[:40])} names no model; give a name from {self.endpoint}/models")
         self._key = next(filter(None, (os.environ.get(name, "").strip() for name in KEYS)), "")
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError(f"the key in ${KEYS[0]} or ${KEYS[1]} is none, as it holds odd characters; set it again")
         http = httpx2.Client(transport=Gate(self.timeout), timeout=self.timeout, trust_env=False)
-        self._client = openai.OpenAI(
-            base_url=self.endpoint,
-            api_key=self._key or "none",  # servers of one's own ask for none, the client insists
-            timeout=self.timeout,
-            max_retries=self.attempts - 1,
-            http_client=http,
-        )
+        settings = {"timeout": self.timeout, "max_retries": self.attempts - 1, "http_client": http}
+        # servers of one's own want no key, but the client does
+        self._client = openai.OpenAI(base_url=self.endpoint, api_key=self._key or "none", **settings)
 
     def ask(self, messages: Sequence[Message]) -> Answer:
         """Send a conversation and wait for what is said next.
@@ -87,53 +88,31 @@ class Chat:
         conversation = [{"role": role, "content": _content(text, pictures)} for role, text, pictures in messages]
         try:
             raw = self._client.chat.completions.with_raw_response.create(model=self.model, messages=conversation)
-        except openai.APITimeoutError:
-            seconds = f"{self.timeout:g} s, {self.attempts} times"
-            raise ValueError(f"{self.endpoint} did not answer within {seconds}; try again, or fewer at once") from None
-        except openai.APIConnectionError as error:
-            line = f"{self.endpoint} cannot be reached ({self._shown(error.__cause__)}); is it running?"
-            raise (EndpointError if isinstance(error.__cause__, httpx2.ConnectError) else ValueError)(line) from None
-        except openai.APIStatusError as error:
-            raise self._refusal(error.status_code, error.body) from None
+        except openai.APIError as error:
+            status, cause = getattr(error, "status_code", None), error.__cause__
+            kind = EndpointError if status in FATAL or isinstance(cause, httpx2.ConnectError) else ValueError
+            said = FATAL.get(status) or self._short(repr(cause) if cause else f"status {status}, {error.body}")
+            raise kind(f"{self.endpoint} failed, asked up to {self.attempts} times: {said}") from None
         return self._read(raw.http_response.content)
 
     def _read(self, content: bytes) -> Answer:
         """Take the text out of an answer. Errors: ValueError if it has none, or only the beginning of one"""
-        try:
+        with suppress(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             data = json.loads(content)
-            choice, usage = data["choices"][0], data.get("usage")
-            text, reason = choice["message"]["content"], choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            text = reason = usage = None
-        if not isinstance(text, str) or not text.strip():
-            shown = self._shown(content[:200].decode(errors="replace"))
-            raise ValueError(f"{self.endpoint} gave no answer of a chat model ({shown}); does its address end in /v1?")
-        if reason == "length":
-            raise ValueError(f"{self.endpoint} cut its answer off; let {self.model} write more tokens")
-        return Answer(self._without_key(text), _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+            choice, usage = data["choices"][0], data.get("usage") or {}
+            text = choice["message"]["content"].encode(errors="replace").decode()  # halves of characters become ?
+            tokens = [max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
+            if text.strip() and choice.get("finish_reason") != "length":
+                return Answer(self._without_key(text), *tokens)
+        said = self._short(content.decode(errors="replace"))
+        raise ValueError(f"{self.endpoint} gave no whole answer of a chat model; is its address right? It said {said}")
 
-    def _refusal(self, status: int, body: Any) -> ValueError:
-        """Put an HTTP status into words."""
-        fatal = {
-            401: f"refuses the key; set ${KEYS[0]}",
-            403: f"refuses the key; set ${KEYS[0]}",
-            404: f"has no such address, or no model {self.model}; addresses mostly end in /v1",
-        }
-        if 300 <= status < 400:
-            return EndpointError(f"{self.endpoint} redirects, which is not followed; give the address it leads to")
-        if status in fatal:
-            return EndpointError(f"{self.endpoint} {fatal[status]} (status {status})")
-        said = body.get("message") if isinstance(body, dict) else body
-        return ValueError(f"{self.endpoint} answered with status {status} ({self._shown(said)}); try again later")
-
-    def _shown(self, said: Any) -> str:
+    def _short(self, said: Any) -> str:
         """Make one short line of what a server said."""
-        line = " ".join(self._without_key(str(said)[:1000]).split())
-        return ascii(line)[1:-1][:120] or "nothing"
+        return plain(self._without_key(str(said)))[:120] or "nothing"
 
     def _without_key(self, text: str) -> str:
-        """Take out the key, which a server may repeat, and what is no UTF-8; shorter words than 8 are no secrets."""
-        text = text.encode(errors="replace").decode()
+        """Take out the key, which a server may repeat; what is shorter than 8 characters is no secret."""
         return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
 
 
@@ -152,25 +131,16 @@ class Gate:
         request.headers["Accept-Encoding"] = "identity"
         response = self.transport.handle_request(request)
         try:
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise ValueError(
-                    "the endpoint's answer is compressed, although it was not to be; is it another server?"
-                )
+            compressed = response.headers.get("Content-Encoding", "identity") != "identity"
             for chunk in response.stream:
                 body += chunk
-                if len(body) > MAX_ANSWER:
-                    raise ValueError(
-                        f"the endpoint's answer has more than {MAX_ANSWER // 10**6} MB; is it a chat model?"
-                    )
+                if compressed or len(body) > MAX_ANSWER:
+                    raise ValueError(f"an answer of the endpoint is compressed, or has over {MAX_ANSWER} bytes")
                 if time.monotonic() > end:  # a byte now and then would keep each single read in time
                     raise httpx2.ReadTimeout("the answer took too long", request=request)
         finally:
             response.close()
         return httpx2.Response(response.status_code, headers=response.headers, content=bytes(body))
-
-    def close(self) -> None:
-        """Close all connections."""
-        self.transport.close()
 
 
 def ask_all(chat: Chat, conversations: Iterable[Sequence[Message]], at_once: int) -> Iterator[tuple[int, Any]]:
@@ -178,62 +148,39 @@ def ask_all(chat: Chat, conversations: Iterable[Sequence[Message]], at_once: int
     return in_parallel(chat.ask, conversations, at_once)
 
 
-def in_parallel(
-    work: Callable[[Item], Result], items: Iterable[Item], at_once: int
-) -> Iterator[tuple[int, Result | ValueError | OSError]]:
+def in_parallel(work: Callable[[Any], Any], items: Iterable, at_once: int) -> Iterator[tuple[int, Any]]:
     """Do a few things at a time, each in a thread; an item is taken when there is room for it.
 
-    Yields the index of an item and its result, or why there is none, in the order in which they are done
+    Yields the index of an item, and its result or the ValueError or OSError that stands for one, when it is done
     Errors: whatever else the work raises, which is a bug
     """
-    done: queue.SimpleQueue = queue.SimpleQueue()
-    numbered, running = enumerate(items), 0
-
-    def run(index: int, item: Item) -> None:
-        try:
-            done.put((index, work(item)))
-        except BaseException as error:
-            done.put((index, error))
-
-    while True:
-        for index, item in islice(numbered, at_once - running):
-            threading.Thread(target=run, args=(index, item), daemon=True).start()  # Ctrl-C waits for none of them
-            running += 1
-        if not running:
-            return
-        index, result = done.get()
-        running -= 1
-        if isinstance(result, BaseException) and not isinstance(result, ValueError | OSError):
-            raise result
-        yield index, result
-
-
-def _check_address(endpoint: str) -> None:
-    """Refuse an address that cannot work. Errors: ValueError, which does not repeat what may be a secret"""
-    if "@" in endpoint or "?" in endpoint:
-        raise ValueError(f"the endpoint's address holds @ or ?, perhaps a key; that belongs into ${KEYS[0]}")
+    pool, numbered, running = ThreadPoolExecutor(at_once), enumerate(items), {}
     try:
+        while True:
+            running |= {pool.submit(work, item): index for index, item in islice(numbered, at_once - len(running))}
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                index, error = running.pop(done), done.exception()
+                if error and not isinstance(error, ValueError | OSError):
+                    raise error
+                yield index, error or done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # what is under way ends by itself
+
+
+def _is_address(endpoint: str) -> bool:
+    """Tell whether this is an http or https address of nothing but a host and a path."""
+    with suppress(httpx2.InvalidURL):
         url = httpx2.URL(endpoint)
-    except httpx2.InvalidURL:
-        url = httpx2.URL()
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(f"endpoint {ascii(endpoint[:80])} is no address; write http://HOST:PORT/v1, or https://...")
+        sound = url.scheme in ("http", "https") and url.host and (url.port or 1) < 65536
+        return bool(sound) and not set("@?#") & set(endpoint)
+    return False
 
 
 def _content(text: str, pictures: Sequence[Image.Image]) -> str | list[dict[str, Any]]:
     """Write a message as the protocol has it: the text alone, or pictures as data URLs and the text behind them."""
     if not pictures:
         return text
-    parts = []
-    for picture in pictures:
-        picture = picture.copy()
-        picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        url = "data:image/png;base64," + base64.b64encode(to_png(picture)).decode()
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    return [*parts, {"type": "text", "text": text}]
-
-
-def _count(usage: Any, name: str) -> int:
-    """Read a number of tokens, 0 for whatever is none."""
-    value = usage.get(name) if isinstance(usage, dict) else 0
-    return value if type(value) is int and 0 <= value < 10**9 else 0
+    urls = ["data:image/png;base64," + base64.b64encode(to_png(picture)).decode() for picture in pictures]
+    return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]

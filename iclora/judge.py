@@ -13,9 +13,9 @@ from .chat import Chat, Message
 
 LOOK = (
     "You see two pictures, which are meant to show the same main subject. Describe the first, then the second, and "
-    "what the main subject looks like in each. Then break the subject down into the parts by which it could be told from "
-    "others of its kind, such as head, body, clothing, material, colours and pattern. Text that is written on it is a "
-    "part of its own. List the parts. Do not judge yet how alike they are."
+    "what the main subject looks like in each. Then break the subject down into the parts by which it could be told "
+    "from others of its kind, such as head, body, clothing, material, colours and pattern. Text that is written on it "
+    "is a part of its own. List the parts. Do not judge yet how alike they are."
 )
 COMPARE = (
     "Now compare the subject of the first picture with that of the second, part by part and in detail. Count and "

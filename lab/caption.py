@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from iclora import caption
-from iclora.chat import Answer
 from iclora.prompts import markers_for
 from model.weights import find_model
 from sampling.images import fit, to_tensor
@@ -30,8 +29,8 @@ class ReaderTeller:
 
     def __call__(
         self, panels: Sequence[Image.Image], markers: Sequence[str], tag: str, refused: caption.Refused
-    ) -> Answer:
-        """Write a joint caption; it costs no tokens. Errors: ValueError if nobody is seen in a panel"""
+    ) -> str:
+        """Write a joint caption. Errors: ValueError if nobody is seen in a panel"""
         image = torch.cat([to_tensor(fit(panel, PANEL, PANEL)) for panel in panels])  # (panels, 3, 64, 64)
         readings = read(self.reader, image)
         if empty := [number for number, reading in enumerate(readings, start=1) if not reading.seen]:
@@ -39,7 +38,7 @@ class ReaderTeller:
         text = joint_caption(tuple(map(_panel, readings)), len(panels), 1)
         for ours, asked in zip(markers_for("image", len(panels), 1), markers, strict=False):
             text = text.replace(ours, asked)
-        return Answer(f"{tag} {text}".strip())
+        return f"{tag} {text}".strip()
 
 
 def _panel(reading: Reading) -> Panel:
@@ -49,13 +48,13 @@ def _panel(reading: Reading) -> Panel:
     return Panel(reading.scene, tuple(placed), 0)
 
 
-def make_teller(config: caption.CaptionConfig, limit: int) -> ReaderTeller:
-    """Load the reader that lies beside the model's files."""
+def make_teller(config: caption.CaptionConfig, limit: int, answers: list) -> ReaderTeller:
+    """Load the reader that lies beside the model's files; what it says costs nothing."""
     return ReaderTeller(load_reader(find_model(config.model).root / "truth" / "model.safetensors"))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return caption.main(argv, make_teller, "python -m lab.caption [PATH]", __doc__)
+    return caption.main(argv, make_teller, "lab.caption")
 
 
 if __name__ == "__main__":
