@@ -152,7 +152,7 @@ def in_parallel(work: Callable[[Any], Any], items: Iterable, at_once: int) -> It
     """Do a few things at a time, each in a thread; an item is taken when there is room for it.
 
     Yields the index of an item, and its result or the ValueError or OSError that stands for one, when it is done
-    Errors: whatever else the work raises, which is a bug
+    Errors: EndpointError, as the other items would meet it as well; whatever else the work raises, which is a bug
     """
     pool, numbered, running = ThreadPoolExecutor(at_once), enumerate(items), {}
     try:
@@ -162,7 +162,7 @@ def in_parallel(work: Callable[[Any], Any], items: Iterable, at_once: int) -> It
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 index, error = running.pop(done), done.exception()
-                if error and not isinstance(error, ValueError | OSError):
+                if isinstance(error, EndpointError) or error and not isinstance(error, ValueError | OSError):
                     raise error
                 yield index, error or done.result()
     finally:

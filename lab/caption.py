@@ -49,7 +49,7 @@ def _panel(reading: Reading) -> Panel:
 
 
 def make_teller(config: caption.CaptionConfig, limit: int, answers: list) -> ReaderTeller:
-    """Load the reader that lies beside the model's files; what it says costs nothing."""
+    """Load the reader that lies beside the model's files."""
     return ReaderTeller(load_reader(find_model(config.model).root / "truth" / "model.safetensors"))
 
 
