@@ -20,12 +20,13 @@ from model.checkpoint import write_atomic
 from model.text import load_tokenizer
 from model.weights import find_model
 from sampling.images import open_picture
+from sampling.latents import TOKEN
 
 from .chat import Answer, Chat, Message, in_parallel
 from .cli import guard, parse, plain
 from .config import check, model_defaults, option
 from .data import Example, choose_layout, read_panels
-from .layout import parse_grid
+from .layout import Layout, parse_grid
 from .prompts import clean, lint, markers_for
 from .records import PICTURES, Findings, Grid, Record, Settings, read_records, walk
 
@@ -66,20 +67,20 @@ def write_caption(target: Path, record: Record, tell: Teller, tokenizer: T5Token
     tokenizer: its model_max_length is the number of tokens that are read
     Errors: EndpointError as the teller's, else ValueError; OSError if the file cannot be written
     """
-    grid, tag = record.settings.grid, record.settings.tag
+    grid, tag, refused = record.settings.grid, record.settings.tag, []
     if grid is None:
         raise ValueError("nothing tells its grid; give --grid, or write a set.json into the folder")
+    Layout(*grid, TOKEN, TOKEN)  # refuses absurd grids
     example = Example(record.name, grid, "", record.files, tuple(open_picture(path).size for path in record.files), ())
     panels = read_panels(example, choose_layout(example, 1024, (0, 0)))  # pixels squared, at most
     markers = markers_for(record.settings.markers, *grid) if len(panels) > 1 else ()
-    refused: list[tuple[str, str]] = []
     while len(refused) < TRIES:
         caption = clean(tell(panels, markers, tag, refused))
         faults = lint(caption, *grid, record.settings.markers)
         if not caption.startswith(tag):
             faults.append(f"it does not begin with {tag}")
-        summary = caption.removeprefix(tag).partition((*markers, "\n")[0])[0]
-        if not faults and not (summary.strip() and all(marker in caption for marker in markers)):
+        told = caption.removeprefix(tag).partition((*markers, "\n")[0])[0].strip()  # before the first marker
+        if not faults and not (told and all(marker in caption for marker in markers)):
             faults.append(f"it needs a sentence about all panels, and behind it the markers {' '.join(markers)}")
         if (tokens := len(tokenizer(caption, verbose=False).input_ids)) > tokenizer.model_max_length:
             faults.append(f"it is {tokens} T5 tokens long, of which {tokenizer.model_max_length} are read; shorten it")
@@ -153,17 +154,16 @@ def chat_teller(config: CaptionConfig, limit: int, answers: list[Answer]) -> Tel
     return tell
 
 
-Maker = Callable[[CaptionConfig, int, list[Answer]], Teller]
-
-
-def main(argv: Sequence[str] | None = None, make_teller: Maker = chat_teller, name: str = "iclora.caption") -> int:
+def main(
+    argv: Sequence[str] | None = None, make_teller: Callable[..., Teller] = chat_teller, name: str = "iclora.caption"
+) -> int:
     """Caption sets. Returns the exit status: 0 done, 2 if any failed or for a mistake, 130 interrupted"""
     argv = sys.argv[1:] if argv is None else argv
     flags = ["--data", *argv] if argv and argv[0][:1] != "-" else argv
     return guard(lambda: run(parse(CaptionConfig, flags, __doc__, f"python -m {name} [PATH]"), make_teller))
 
 
-def run(config: CaptionConfig, make_teller: Maker) -> int:
+def run(config: CaptionConfig, make_teller: Callable[..., Teller]) -> int:
     """Write the captions that are missing, each as soon as it is there. Returns 0, or 2 if any failed"""
     findings, answers, done = Findings(), [], 0
     sets = find_sets(Path(config.data), config.grid and parse_grid(config.grid), findings)

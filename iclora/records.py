@@ -276,7 +276,7 @@ def _read_folder(folder: Path, files: Paths, settings: Settings, matches: Matche
             texts.setdefault(spelled(file.stem), []).append(file)
         elif not (file.suffix.lower() in PICTURES or forms.is_list(file) or file.name == SETTINGS):
             findings.notes.append(f"{file} is no picture or caption; passed over")
-    numbered = panels > 1 and stems == Counter(str(number) for number in range(1, panels + 1))
+    numbered = len(pictures) == panels > 1 and stems == Counter(str(number) for number in range(1, panels + 1))
     if settings.root or not numbered and not {"caption", "summary"} & (texts.keys() - stems.keys()):
         return _read_composites(pictures, texts, settings, matches, findings)
     if texts.keys() == stems.keys() and folder / SETTINGS in files:  # elsewhere it is meant so
