@@ -154,9 +154,7 @@ def chat_teller(config: CaptionConfig, limit: int, answers: list[Answer]) -> Tel
     return tell
 
 
-def main(
-    argv: Sequence[str] | None = None, make_teller: Callable[..., Teller] = chat_teller, name: str = "iclora.caption"
-) -> int:
+def main(argv: Sequence[str] | None = None, make_teller: Callable = chat_teller, name: str = "iclora.caption") -> int:
     """Caption sets. Returns the exit status: 0 done, 2 if any failed or for a mistake, 130 interrupted"""
     argv = sys.argv[1:] if argv is None else argv
     flags = ["--data", *argv] if argv and argv[0][:1] != "-" else argv
