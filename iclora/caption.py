@@ -99,7 +99,7 @@ def find_sets(root: Path, grid: Grid | None, findings: Findings) -> dict[Path, R
     """
     rows = [record for record in read_records(root, grid, Findings()) if not Path(record.name).exists()]
     listed, sets = {file.resolve() for record in rows for file in record.files}, {}
-    for folder, files, settings in walk(root, Settings(grid, forced=grid is not None), findings, {root.resolve()}):
+    for folder, files, settings in walk(root, Settings(grid, forced=grid is not None), findings, set()):
         pictures = [file for file in files if file.suffix.lower() in PICTURES and file.resolve() not in listed]
         pictures.sort(key=lambda file: (len(file.stem), file.stem))  # 2 before 10
         rows, cols = settings.grid or (1, 1)

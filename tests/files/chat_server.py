@@ -34,7 +34,7 @@ class Endpoint:
         with self.lock:
             reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
             self.asked.append(body)
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
             self.times.append(time.monotonic())
             self.busy += 1
             self.busiest = max(self.busy, self.busiest)

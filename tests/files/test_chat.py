@@ -71,7 +71,7 @@ def test_the_key_comes_from_the_environment(monkeypatch, variables, sent):
         monkeypatch.setenv(name, value)
     with serve("yes") as endpoint:
         Chat(endpoint.address, "seer").ask(HELLO)
-    assert endpoint.headers[0]["Authorization"] == f"Bearer {sent}"
+    assert endpoint.headers[0]["authorization"] == f"Bearer {sent}"
 
 
 @needs_openai
