@@ -8,7 +8,6 @@ python sample.py --config out/0001.json                     the same picture aga
 python sample.py --jobs jobs.jsonl                          many requests, the model loaded once
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def run(config: SampleConfig) -> None:
             for result in pipeline.run(plan, lambda done, total: bar.update()):
                 paths = save(result, record, folder)
                 for path in paths:
-                    say(os.fsencode(path).decode(errors="backslashreplace"))
+                    say(str(path))
                 sets[paths[0].stem] = result.composite
     if config.jobs is not None:
         say(str(save_sheet(sets, folder)))

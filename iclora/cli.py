@@ -79,13 +79,10 @@ def tell(line: str) -> None:
 
 
 def say(line: str) -> None:
-    """Print what was made, if there is room to: the files are there, whoever reads their names."""
+    """Print what was made; nobody need listen, and there need be no room, as the files are there."""
     try:
         print(line, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        tell(f"note: stdout cannot be written ({error.strerror}); {line}")
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -11,8 +11,9 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ENTERED, READING = 1449, 4767  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
+ENTERED, READING = 1465, 4554  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
 FORMS = ("model/lora_formats.py", "iclora/data_forms.py")  # files that the first command does not meet
+FACTORY = ("iclora/chat.py", "iclora/judge.py", "iclora/caption.py")
 OURS = {str(ROOT), *(str(ROOT / folder) for folder in ("model", "sampling", "iclora", "examples", "lab"))}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 TRACE = """
@@ -77,13 +78,18 @@ def count(names):
 def test_the_reading_matter_is_short_enough_to_read():
     paths = [path for folder in ("model", "sampling", "iclora") for path in (ROOT / folder).glob("*.py")]
     names = {str(path.relative_to(ROOT)) for path in [*paths, ROOT / "sample.py", ROOT / "train.py"]}
-    total, shown = count(names - set(FORMS))
+    total, shown = count(names - {*FORMS, *FACTORY})
     assert total <= READING, shown
 
 
 def test_what_reads_other_peoples_files_has_a_budget_of_its_own():
     total, shown = count(FORMS)
     assert total <= 900, shown
+
+
+def test_so_has_the_factory():
+    total, shown = count(FACTORY)
+    assert total <= 1300, shown
 
 
 def test_docstrings_comments_and_blank_lines_do_not_count():
