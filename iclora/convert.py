@@ -14,7 +14,16 @@ import torch
 
 from model.flux import Flux, FluxConfig
 from model.lora import shapes
-from model.lora_formats import DIALECTS, LoraFile, describe, read_deltas, read_lora, template, write_lora
+from model.lora_formats import (
+    DIALECTS,
+    LoraFile,
+    describe,
+    read_deltas,
+    read_lora,
+    refuse_factors,
+    template,
+    write_lora,
+)
 from model.weights import find_model
 
 from .cli import guard, parse, plain, say
@@ -34,6 +43,7 @@ WIDTHS = {
     "single_blocks.{}.linear1": ("in", "3D + M"),
     "single_blocks.{}.linear2": ("out", "D + M"),
 }
+WIDEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,6 @@ class ConvertConfig:
     """
 
     to: str | None = option(None, "the dialect to write", choices=DIALECTS)
-    skip_text_encoder: bool = option(False, "leave out what belongs to CLIP or T5, instead of refusing the file")
     model: str | None = option(
         None, "check against this model; without one, its widths are read off the LoRA", metavar="NAME|PATH"
     )
@@ -69,7 +78,8 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
         raise ValueError(f"{target} exists and is not overwritten; remove it or choose another name")
     if not os.path.isdir(os.path.dirname(target) or "."):
         raise ValueError(f"there is no folder {os.path.dirname(target)}; make it first")
-    file = read_lora(source, config.skip_text_encoder)
+    file = read_lora(source)
+    refuse_factors(file, "which no dialect that is written has a place for; use the file as it is")
     shape = find_model(config.model).flux.config if config.model else infer_config(file)
     with torch.device("meta"):
         known = shapes(Flux(shape))
@@ -77,7 +87,7 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
     stored = reduce(torch.promote_types, (half.dtype for delta in deltas for half in (delta.down, delta.up)))
     dtype = getattr(torch, config.dtype) if config.dtype else stored
     write_lora(deltas, known, target, config.to, file.metadata, dtype)
-    return f"{describe(file, deltas)}; wrote {target}"
+    return f"{describe(file)}; wrote {target}"
 
 
 def infer_config(file: LoraFile) -> FluxConfig:
@@ -92,6 +102,8 @@ def infer_config(file: LoraFile) -> FluxConfig:
         if number:
             block = pattern.partition(".")[0]
             depth[block] = max(depth[block], int(number) + 1)
+        if "down" not in entry.keys:  # a bias alone does not tell the inputs
+            continue
         inputs, outputs = (_width(file, entry.keys[half], axis) for half, axis in (("down", 1), ("up", 0)))
         side, other = WIDTHS.get(pattern, ("in", ""))
         hidden, rest = (inputs, outputs) if side == "in" else (outputs, inputs)
@@ -102,9 +114,11 @@ def infer_config(file: LoraFile) -> FluxConfig:
             size.setdefault("M", rest - hidden)
         elif other != "3D + M":
             size.setdefault(other, rest)
+    if "hidden" not in size:
+        raise ValueError(f"{file.path} has biases only, which do not tell the model's widths; name it with --model")
     hidden = size["hidden"]
     mlp = size.get("M", 4 * hidden)
-    if mlp < 1 or hidden < 1:
+    if not all(0 < width <= WIDEST for width in (mlp, *size.values())):
         raise ValueError(f"{file.path} has shapes that no FLUX.1 can have (width {hidden}, MLP {mlp})")
     text = size.get("vec", 768), size.get("context", 4096)
     return FluxConfig(64, 64, *text, hidden, mlp, 1, *depth.values(), axes_dim=(hidden,), guidance_embed=True)

@@ -54,7 +54,10 @@ WANTED = {
 # What a file is: the first row whose pattern is found in any tensor name. Keys of WANTED are called by their key.
 KINDS = (
     ("nunchaku (SVDQuant) weights", r"\.(qweight|wscales|smooth_factor)$"),
-    ("LoRA weights", r"lora_|\.lora\.|_lora\d?\.|lokr_|hada_|oft_blocks|dora_scale|\.diff(_b)?$|\.[ab][12]\.weight$"),
+    (
+        "LoRA weights",
+        r"lora_|\.lora\.|_lora[s\d]?\.|lokr_|hada_|oft_blocks|dora_scale|\.diff(_b)?$|\.[ab][12]\.weight$",
+    ),
     ("bitsandbytes nf4 or fp4 weights", r"\.quant_state\.bitsandbytes__|\.(absmax|quant_map)$"),
     ("scaled fp8 weights", r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale(_2)?|comfy_quant)$"),
     ("an all-in-one checkpoint", r"^(text_encoders|vae|first_stage_model|cond_stage_model|conditioner)\."),

@@ -19,17 +19,18 @@ from torch import Tensor, nn
 
 from . import lora_formats as formats
 from .lora_formats import Delta, LoraFile, LoraReport, Shapes, read_lora
+from .lora_kinds import Change, called, matrix, swap
 
 
 class Adapter(nn.Module):
-    """The change of some rows, scale * B (A x), and of their bias if it has one."""
+    """The change of some rows, scale * B (A x), and of their bias if it has one, which the scale does not concern."""
 
     def __init__(self, delta: Delta, weight: float = 1.0):
         super().__init__()
         self.rows, self.scale = delta.rows, delta.scale * weight
         self.down = nn.Parameter(delta.down)  # A (r, inputs)
         self.up = nn.Parameter(delta.up)  # B (rows, r)
-        self.bias = None if delta.bias is None else nn.Parameter(delta.bias)  # (rows,)
+        self.bias = None if delta.bias is None else nn.Parameter(weight * delta.bias)  # (rows,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute in the dtype of x; the parameters may be float32 beside a bfloat16 Linear.
@@ -38,8 +39,37 @@ class Adapter(nn.Module):
         Returns (..., rows)
         """
         hidden = self.scale * F.linear(x, self.down.to(x.dtype))
-        bias = None if self.bias is None else (self.scale * self.bias).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(hidden, self.up.to(x.dtype), bias)
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add scale * B A. weight: (rows, inputs) float32"""
+        weight.addmm_(self.up.float(), self.down.float(), alpha=self.scale)
+
+
+class DenseAdapter(nn.Module):
+    """The change of some rows by a whole matrix, such as LoKr's, which is made of its factors when it is needed."""
+
+    def __init__(self, change: Change, weight: float = 1.0):
+        super().__init__()
+        self.rows, self.scale, self.swapped = change.rows, change.scale * weight, change.swapped
+        self.factors = nn.ParameterDict(change.factors)
+        self.bias = None if change.bias is None else nn.Parameter(weight * change.bias)  # (rows,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute in the dtype of x, as Adapter.
+
+        x: (..., inputs)
+        Returns (..., rows)
+        """
+        weight = torch.zeros(self.rows.stop - self.rows.start, x.shape[-1], device=x.device)
+        self.add_to(weight)
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add scale * the matrix. weight: (rows, inputs) float32"""
+        made = matrix(self.factors)
+        weight.add_(swap(made) if self.swapped else made, alpha=self.scale)
 
 
 class LoraLinear(nn.Module):
@@ -74,9 +104,9 @@ class LoraLinear(nn.Module):
         """Give the base all changes, summed in float32 and cast once; its old tensors stay as they were."""
         weight, bias = (p.to(torch.float32, copy=True) for p in (self.base.weight, self.base.bias))
         for adapter in self.adapters:
-            weight[adapter.rows].addmm_(adapter.up.float(), adapter.down.float(), alpha=adapter.scale)
+            adapter.add_to(weight[adapter.rows])
             if adapter.bias is not None:
-                bias[adapter.rows] += adapter.scale * adapter.bias.float()
+                bias[adapter.rows] += adapter.bias.float()
         self.base.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
         self.base.bias = nn.Parameter(bias.to(self.base.bias.dtype), requires_grad=False)
         return self.base
@@ -176,12 +206,13 @@ def _choose(known: Shapes, targets: str) -> dict[str, dict[str, None]]:
     return chosen
 
 
-def _add(flux: nn.Module, delta: Delta, weight: float, train: bool) -> Adapter:
+def _add(flux: nn.Module, delta: Delta | Change, weight: float, train: bool) -> Adapter | DenseAdapter:
     """Wrap the Linear unless it is, and put one more adapter beside it, on the Linear's device."""
     linear = flux.get_submodule(delta.module)
     layer = linear if isinstance(linear, LoraLinear) else LoraLinear(linear)
     flux.set_submodule(delta.module, layer)
-    adapter = Adapter(delta, weight).to(layer.weight.device).requires_grad_(train)
+    adapter = (DenseAdapter if isinstance(delta, Change) else Adapter)(delta, weight)
+    adapter = adapter.to(layer.weight.device).requires_grad_(train)
     layer.adapters.append(adapter.float() if train else adapter)
     return adapter
 
@@ -214,10 +245,11 @@ def load_lora(flux: nn.Module, path: str | Path | LoraFile, strength: float = 1.
     if not math.isfinite(strength):
         raise ValueError(f"LoRA strength {strength} is no finite number; 1 is as trained")
     file = path if isinstance(path, LoraFile) else read_lora(path)
-    deltas = formats.read_deltas(file, shapes(flux))
-    for delta in deltas:
+    if train:
+        formats.refuse_factors(file, "which are not trained further; start from a plain LoRA")
+    for delta in formats.read_deltas(file, shapes(flux)):
         _add(flux, delta, strength, train)
-    return formats.describe(file, deltas)
+    return formats.describe(file)
 
 
 def save_lora(
@@ -229,12 +261,14 @@ def save_lora(
 ) -> None:
     """Save everything that is attached, at its strength, as one LoRA file.
 
-    dialect, metadata, Errors: see write_lora
+    dialect, metadata, Errors: see write_lora; ValueError for LoKr and the like, which no dialect has a place for
     dtype: of the tensors; bfloat16 is what other programs write, float32 keeps every bit for training further
     """
     deltas = []
     for name, layer in layers(flux).items():
         for a in layer.adapters:
+            if isinstance(a, DenseAdapter):
+                raise ValueError(f"{called(a.factors)} of {name} are no LoRA that can be saved; merge them instead")
             down, up, bias = (None if p is None else p.detach().cpu() for p in (a.down, a.up, a.bias))
             deltas.append(Delta(name, a.rows, down, up, a.scale, bias))
     formats.write_lora(deltas, shapes(flux), path, dialect, metadata or {}, dtype)

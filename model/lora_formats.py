@@ -1,6 +1,7 @@
-"""LoRA files <-> the matrices in them: three dialects written, every plain one read, everything else refused by name.
+"""LoRA files <-> the matrices in them: three dialects written, every one read, what is no sum refused by name.
 
-No network is needed, only the shapes of its Linears; the layers are in lora.py. Letter: r rank.
+No network is needed, only the shapes of its Linears; the layers are in lora.py, LoKr and LoHa in lora_kinds.py.
+Letter: r rank.
 A name holds at most one block number, written {} in the tables. Where the released model fuses several projections
 into one Linear and a dialect does not, the dialect's Linear stands for a part of the fused output's rows.
 Source: the conventions of diffusers and PEFT, kohya's sd-scripts, ai-toolkit, ComfyUI, OneTrainer, XLabs' x-flux
@@ -8,6 +9,7 @@ Source: the conventions of diffusers and PEFT, kohya's sd-scripts, ai-toolkit, C
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import FLOATS, WANTED, Stored, file_in, kind, read_header, read_json, save_safetensors
+from .lora_kinds import ALPHAS, CHANNELS, FACTOR, MOST, REFUSED, Change, called, header_alpha, other_model, outer, swap
 
 # diffusers' name -> the released name, and which part of its output
 DIFFUSERS = {
@@ -62,35 +65,29 @@ NAMES = {"diffusers": DIFFUSERS, "official": OFFICIAL, "xlabs": XLABS}
 UNDERSCORED = {name.replace(".", "_"): name for name in (*DIFFUSERS, *OFFICIAL)}  # looked up, never guessed
 # kohya's: those of blocks only, as diffusers drops the others without a word
 KOHYA = {f"lora_unet_{name}".replace(".", "_"): (name, "all") for name, _ in DIFFUSERS.values() if "_blocks." in name}
-NUMBER = re.compile(r"(?<=blocks[._])(0|[1-9]\d{0,3})(?=[._])")
+NUMBER = re.compile(r"(?<=blocks[._])(0|[1-9]\d?)(?=[._])")  # no FLUX.1 has a hundred blocks
 
 # What may stand before a name, and how the dialect is then called ("" as by the name); after _ come no dots
 PREFIXES = {"base_model.model.": "PEFT", "model.diffusion_model.": "ComfyUI", "diffusion_model.": "ComfyUI"}
 PREFIXES |= {"transformer.": "", "unet.": ""}
 PREFIXES |= {"lora_unet_": "kohya", "lora_transformer_": "OneTrainer", "lycoris_": "LyCORIS"}
 ROLES = re.compile(
-    r"\.(?:(?P<down>lora_A(\.default)?(\.weight)?|lora_down(\.weight)?|(lora\.|lora_linear_layer\.)?down\.weight)"
-    r"|(?P<up>lora_B(\.default)?(\.weight)?|lora_up(\.weight)?|(lora\.|lora_linear_layer\.)?up\.weight)"
-    r"|(?P<bias>lora_B(\.default)?\.bias)|(?P<alpha>alpha))$"
+    r"\.(?:(?P<down>lora_A(\.default(_\d)?)?(\.weight)?|lora_down(\.weight)?|(lora\.|lora_linear_layer\.)?down\.weight)"
+    r"|(?P<up>lora_B(\.default(_\d)?)?(\.weight)?|lora_up(\.weight)?|(lora\.|lora_linear_layer\.)?up\.weight)"
+    r"|(?P<bias>lora_B(\.default(_\d)?)?\.bias)|(?P<diff_b>diff_b)|(?P<alpha>alpha)"
+    r"|(?P<factor>diff|lokr_w[12](_[ab])?|hada_w[12]_[ab]))$"  # here the suffix is the role
 )
 TEXT_ENCODER = re.compile(
-    r"^(text_encoders?(_\d)?\.|lora_te\d?_|lycoris_text_|clip_[lg]\.|t5xxl\.|(base_model\.model\.)?text_model\.)"
+    r"^((base_model\.model\.|lora_|lycoris_|oft_)?(text_encoders?(_\d)?[._]|te\d?_|text_model[._]|clip_[lg][._]"
+    r"|t5(xxl)?[._]|encoder\.(layers|block)\.)|lycoris_text_|cond_stage_model\.|conditioner\.|bundle_emb\.)"
 )
+DIFF = re.compile(r"\.diff(_b)?$")
+READ = {*FLOATS, "F8_E4M3", "F8_E5M2"}
+INTEGER = re.compile(r"[IU](8|16|32|64)")
+NARROWED = {torch.float64: torch.float32}
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # PEFT's settings, and its exceptions from them
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways of PEFT's to start a LoRA
-REFUSED = (
-    ("DoRA magnitudes", r"dora_scale|lora_magnitude_vector"),
-    ("LoKr factors", r"lokr_"),
-    ("LoHa factors", r"hada_"),
-    ("OFT blocks", r"oft_blocks|\boft_|\.rescale$"),
-    ("GLoRA matrices", r"\.[ab][12]\.(weight|bias)$|\.bm\.weight$"),
-    ("whole weights to add", r"\.diff(_b)?$"),
-    ("whole weights to set", r"\.set_weight$"),
-    ("a change of shape", r"\.reshape_weight$"),
-    ("norms", r"\.[wb]_norm$|norm\.(query|key)_norm\.|\.norm_(added_)?[qk]\."),
-    ("a third matrix", r"lora_mid"),
-    ("IA3 vectors", r"\.on_input$"),
-)
+MAX_PATTERNS, MAX_WILD = 1000, 100  # and of those with a *; no trainer writes more, and all are tried for every Linear
 
 # The dialects that are written: what they call the Linears and the halves
 DIALECTS = {
@@ -99,12 +96,12 @@ DIALECTS = {
     "xlabs": (XLABS, "down", "up"),
 }
 Shapes = dict[str, tuple[int, int]]  # outputs and inputs of every Linear, by released name
-STALE = ("format", "lora_adapter_metadata", "ss_network_dim", "ss_network_alpha", "sshs_")  # true of the old file only
+STALE = ("format", "lora_adapter_metadata", "ss_network_dim", "sshs_", *ALPHAS)  # true of the old file only
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A low-rank change of some rows of one Linear's output, scale * (up (down x) + bias)."""
+    """A low-rank change of some rows of one Linear's output, scale * (up (down x)) + bias."""
 
     module: str  # the released name
     rows: slice
@@ -122,7 +119,8 @@ class Entry:
     part: str  # see slice_of
     name: str  # the dialect's, with dots and without prefix
     dialect: str
-    keys: dict[str, str] = field(default_factory=dict)  # by role: down, up, alpha, bias
+    keys: dict[str, str] = field(default_factory=dict)  # by role: down, up, bias, diff_b, and those of factors
+    scale: float = 1.0  # alpha / r
 
 
 @dataclass(frozen=True)
@@ -132,9 +130,10 @@ class LoraFile:
     path: Path
     tensors: dict[str, Stored]
     entries: list[Entry]
-    settings: dict  # PEFT's r, lora_alpha, ...; empty if the file has none
     metadata: dict[str, str]
     skipped: tuple[str, ...]  # keys of text encoders
+    notes: tuple[str, ...] = ()  # what else is to be known
+    model: str = ""  # another one, which the header says it is for
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,14 @@ class LoraReport:
     scales: tuple[float, ...]
     metadata: dict[str, str]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        ranks, scales = "-".join(map(str, self.ranks)), "-".join(f"{scale:.4g}" for scale in self.scales)
-        skipped = f", {len(self.skipped)} of text encoders skipped" if self.skipped else ""
-        what = f"{self.modules} modules, rank {ranks}, scale {scales}, 0 keys unused{skipped}"
-        return f"{Path(self.path).name}: {self.dialect} names, {what}"
+        scales = "-".join(f"{scale:.4g}" for scale in self.scales)
+        ranks = ["rank " + "-".join(map(str, self.ranks))] if self.ranks else []
+        skipped = [f"{len(self.skipped)} of text encoders skipped"] if self.skipped else []
+        what = [f"{self.modules} modules", *ranks, f"scale {scales}", "0 keys unused", *skipped, *self.notes]
+        return f"{Path(self.path).name}: {self.dialect} names, {', '.join(what)}"
 
 
 # names
@@ -197,11 +198,6 @@ def slice_of(part: str, shape: tuple[int, int]) -> slice:
     return slice(starts.get(part, 0), stops.get(part, outputs))
 
 
-def swap(halves: Tensor) -> Tensor:
-    """Exchange the two halves of the rows."""
-    return torch.cat(halves.chunk(2)[::-1])
-
-
 # reading
 
 
@@ -217,52 +213,103 @@ def lora_file(path: str | Path) -> Path:
     return file
 
 
-def read_lora(path: str | Path, skip_text_encoder: bool = False) -> LoraFile:
-    """Read the header of a LoRA in any dialect and find out where each adapter belongs.
+def read_lora(path: str | Path) -> LoraFile:
+    """Read the header of a LoRA in any dialect, find out where each adapter belongs and how it is scaled.
+
+    What belongs to text encoders is left out, and so are zeros to add and alphas of nothing.
 
     path: a safetensors file, or a folder as PEFT saves it (adapter_model.safetensors, adapter_config.json)
-    skip_text_encoder: leave out what belongs to CLIP or T5, instead of refusing the file
-    Errors: ValueError that names the key, for whatever is damaged, no LoRA, no plain LoRA or not for FLUX.1
+    Errors: ValueError that names the key, for whatever is damaged, no LoRA, not only added to weights or not for FLUX.1
     """
     path = lora_file(path)
-    tensors, metadata = read_header(path)
-    if (holds := kind(tensors)) != "LoRA weights":
+    stored, metadata = read_header(path)
+    if (holds := kind(stored)) != "LoRA weights":
         what = WANTED[holds][0] if holds in WANTED else holds
         raise ValueError(f"{path} holds {what}, not a LoRA for FLUX.1; give a LoRA here and a model to --model")
-    skipped = tuple(filter(TEXT_ENCODER.search, tensors))
-    if skipped and not skip_text_encoder:
-        raise ValueError(
-            f"{path} has {len(skipped)} keys of text encoders ({skipped[0]}, ...), which are not applied here; skip "
-            "them with `python -m iclora.convert` (--skip-text-encoder)"
-        )
-    tensors = {key: stored for key, stored in tensors.items() if not TEXT_ENCODER.search(key)}
+    skipped = tuple(filter(TEXT_ENCODER.search, stored))
+    tensors = {key: tensor for key, tensor in stored.items() if not TEXT_ENCODER.search(key)}
+    settings = _settings(path, metadata)
+    model = other_model(metadata | settings)
+    notes = [f"its header says it is for {model}"] if model else []
+    with safe_open(path, framework="pt") as data:
+        zeros = {key for key, tensor in tensors.items() if DIFF.search(key) and _is_zero(path, data, key, tensor)}
+        notes += [f"{len(zeros)} tensors of zeros ignored"] if zeros else []
+        entries = _entries(path, {key: tensor for key, tensor in tensors.items() if key not in zeros}, model)
+        lone = [entry.keys["alpha"] for entry in entries if entry.keys.keys() == {"alpha"}]
+        notes += [f"{len(lone)} alphas without matrices ignored ({lone[0]})"] if lone else []
+        entries = [entry for entry in entries if entry.keys.keys() != {"alpha"}]
+        if not entries:
+            only = f", only {len(skipped)} keys of text encoders ({skipped[0]})" if skipped else ""
+            raise ValueError(f"{path} has no adapter for the FLUX.1 transformer{only}")
+        alphas = {e.keys["alpha"]: _alpha(path, data, tensors, e.keys["alpha"]) for e in entries if "alpha" in e.keys}
+    usual = None if alphas or settings else header_alpha(path, metadata)
+    notes += [f"alpha {usual:g} of its header followed"] if usual else []
+    for number, entry in enumerate(entries):
+        alpha = alphas.get(entry.keys.get("alpha"), usual)
+        entries[number] = replace(entry, scale=_scale(path, entry, tensors, settings, alpha))
+    return LoraFile(path, tensors, entries, metadata, skipped, tuple(notes), model)
+
+
+def _entries(path: Path, tensors: dict[str, Stored], model: str) -> list[Entry]:
+    """Sort tensors by where they belong. model: see LoraFile. Errors: ValueError for those that are not understood"""
     for what, pattern in REFUSED:
         if key := next(filter(re.compile(pattern).search, tensors), None):
             raise ValueError(f"{path} has {what} ({key}), so it is no plain LoRA and is not applied")
     entries: dict[tuple[str, str], Entry] = {}
-    for key in tensors:
-        role = ROLES.search(key)
-        entry = locate(key[: role.start()]) if role else None
+    for key, stored in tensors.items():
+        match = ROLES.search(key)
+        entry = locate(key[: match.start()]) if match else None
         if entry is None:
-            raise ValueError(f"{path} has {key}, which belongs to no Linear of FLUX.1; is it a LoRA of another model?")
+            whose = f"its header says it is for {model}" if model else "is it a LoRA of another model?"
+            raise ValueError(f"{path} has {key}, which belongs to no Linear of FLUX.1; {whose}")
+        role = match["factor"] or match.lastgroup
         keys = entries.setdefault((entry.module, entry.part), entry).keys
-        if other := keys.get(role.lastgroup):
-            raise ValueError(f"{path} has both {other} and {key}, which mean the same; remove one")
-        keys[role.lastgroup] = key
+        if role in keys:
+            raise ValueError(f"{path} has both {keys[role]} and {key}, which mean the same; remove one")
+        keys[role] = key
+        if 0 in stored.shape:
+            raise ValueError(f"{path} has {key} of shape {stored.shape}, so of rank 0")
+        if stored.dtype not in READ and (role != "alpha" or not INTEGER.fullmatch(stored.dtype)):
+            raise ValueError(f"{path} has {key} in {stored.dtype}; a LoRA must be in floats")
     for entry in entries.values():
+        if "down" in entry.keys and (mixed := _factors(entry.keys)) and "diff" not in mixed:
+            raise ValueError(f"{path} has both {entry.keys['down']} and {next(iter(mixed.values()))}; it is damaged")
         for half, other in (("down", "lora_A"), ("up", "lora_B")):
-            if half not in entry.keys:
+            if half not in entry.keys and entry.keys.keys() & {"down", "up", "bias"}:
                 key = next(iter(entry.keys.values()))
                 raise ValueError(f"{path} has {key} without its {other} ({half}) half; it is damaged")
-    if not entries:
-        raise ValueError(f"{path} has no adapter for the FLUX.1 transformer")
-    return LoraFile(path, tensors, list(entries.values()), _settings(path, metadata), metadata, skipped)
+    return list(entries.values())
+
+
+def _read(path: Path, data: safe_open, key: str) -> Tensor:
+    """Read a tensor: fp8 as bfloat16, which holds it exactly; float64 as float32, in which all is summed.
+
+    Errors: ValueError for values that are not finite, or too large to be weights
+    """
+    tensor = data.get_tensor(key)
+    tensor = tensor.bfloat16() if tensor.element_size() == 1 else tensor.to(NARROWED.get(tensor.dtype, tensor.dtype))
+    low, high = map(float, tensor.aminmax())
+    if not -MOST < low <= high < MOST:
+        raise ValueError(f"{path} has values in {key} that are not finite or beyond {MOST:g}; it is damaged")
+    return tensor
+
+
+def _is_zero(path: Path, data: safe_open, key: str, stored: Stored) -> bool:
+    """Say if a tensor that can be read is zero everywhere."""
+    return stored.dtype in READ and 0 not in stored.shape and not _read(path, data, key).any()
+
+
+def _alpha(path: Path, data: safe_open, tensors: dict[str, Stored], key: str) -> float:
+    """Read an alpha, of any type. Errors: ValueError if it is not one number"""
+    if tensors[key].shape not in ((), (1,)):
+        raise ValueError(f"{path} has {key} of shape {tensors[key].shape}; an alpha is one number")
+    return float(data.get_tensor(key).double())
 
 
 def _settings(path: Path, metadata: dict[str, str]) -> dict:
     """PEFT's configuration, from the header or from the file beside. Errors: ValueError if it is damaged or DoRA"""
     config = path.with_name("adapter_config.json")
-    if path.name == "adapter_model.safetensors" and config.is_file():
+    if path.name == "adapter_model.safetensors" and config.exists():
         settings = read_json(config)
     elif "lora_adapter_metadata" in metadata:
         try:
@@ -273,13 +320,19 @@ def _settings(path: Path, metadata: dict[str, str]) -> dict:
     else:
         return {}
     odd = [name for name in ("use_dora", "use_qalora") if settings.get(name)]
-    odd += [f"peft_type {settings['peft_type']}"] if settings.get("peft_type", "LORA") != "LORA" else []
+    peft, init = (_short(settings.get(name)) for name in ("peft_type", "init_lora_weights"))
+    odd += [f"peft_type {peft}"] if peft not in ("LORA", "None") else []
     if odd:
         raise ValueError(f"{path} is configured with {odd[0]}, so it is no plain LoRA and is not applied")
-    if (init := str(settings.get("init_lora_weights")).lower()).startswith(CHANGES_BASE):
-        base = f"a base that {init} changed, which the file does not hold"
+    if init.lower().startswith(CHANGES_BASE):
+        base = f"a base that {init.lower()} changed, which the file does not hold"
         raise ValueError(f"{path} was trained beside {base}; convert it to a plain LoRA in PEFT")
     return settings and settings | {name: _globs(path, settings, name) for name in PATTERNS.values()}
+
+
+def _short(value: object) -> str:
+    """Show a value of a file in a message, however long or deep it is."""
+    return str(value)[:40] if isinstance(value, str | int | float | None) else f"of {type(value).__name__}"
 
 
 def _globs(path: Path, settings: dict, name: str) -> dict[str, object]:
@@ -288,22 +341,34 @@ def _globs(path: Path, settings: dict, name: str) -> dict[str, object]:
     if not isinstance(patterns, dict):
         raise ValueError(f"{path} has a damaged rank_pattern or alpha_pattern in its PEFT configuration")
     for pattern, value in patterns.items():
-        glob = pattern.removesuffix("$").replace(r"\.", ".").replace(".*", "*")
-        if not re.fullmatch(r"\^?[\w.*-]+", glob):
+        glob = pattern[:201].removesuffix("$").replace(r"\.", ".").replace(".*", "*")
+        if len(pattern) > 200 or not re.fullmatch(r"\^?[\w.*-]+", glob):
             raise ValueError(f"{path} has {pattern[:80]!r} in its {name}, no valid pattern; names, with .* too, are")
         globs.setdefault(glob, value)
+    if len(globs) > MAX_PATTERNS or sum("*" in glob for glob in globs) > MAX_WILD:
+        raise ValueError(f"{path} has {len(globs)} patterns in its {name}, more than any trainer writes; it is damaged")
     return globs
 
 
-def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> float:
-    """alpha / rank: alpha from the adapter's own tensor, else PEFT's configuration, else equal to the rank.
+def _scale(path: Path, entry: Entry, tensors: dict[str, Stored], settings: dict, alpha: float | None) -> float:
+    """alpha / r: alpha from the adapter's own tensor, PEFT's configuration or the header, else equal to the rank.
 
-    Errors: ValueError if both are there, or the configuration does not fit
+    Errors: ValueError if the tensor and a configuration are there, one does not fit, or an alpha is absurd
     """
-    key, settings = entry.keys["down"], file.settings
+    key, shapes = next(iter(entry.keys.values())), {role: tensors[key].shape for role, key in entry.keys.items()}
+    if "down" in shapes:
+        rank = (shapes["down"] or (0,))[0]
+    else:
+        rank = outer(path, entry.keys, _factors(shapes))[1] if called(shapes) else None
+    if rank == 0:
+        raise ValueError(f"{path} has {key} of shape (), so of rank 0")
     if alpha is not None and settings:
-        raise ValueError(f"{file.path} has {entry.keys['alpha']} and a PEFT configuration; nobody knows which counts")
+        raise ValueError(f"{path} has {entry.keys['alpha']} and a PEFT configuration; nobody knows which counts")
+    if rank is None:  # nothing is low-rank, so alpha means nothing, and some trainers write an absurd one
+        return 1.0
     if not settings:
+        if alpha is not None and not abs(alpha) < MOST:
+            raise ValueError(f"{path} has {entry.keys.get('alpha', 'a header')} of {alpha:g}, no alpha; it is damaged")
         return 1.0 if alpha is None else alpha / rank
     words = entry.name.split(".")
     names = {"^" + entry.name, *(".".join(words[i:]) for i in range(len(words)))}  # a pattern means one of these
@@ -311,11 +376,23 @@ def _scale(file: LoraFile, entry: Entry, rank: int, alpha: float | None) -> floa
         globs = settings[patterns]  # the first that matches counts
         match = next((g for g in globs if g in names or "*" in g and any(fnmatchcase(n, g) for n in names)), None)
         value = settings.get(setting) if match is None else globs[match]
-        if not isinstance(value, int | float) or not 0 < value < 1e6:
-            raise ValueError(f"{file.path} gives {entry.name} the {setting} {str(value)[:40]}, no positive number")
+        if not isinstance(value, int | float) or not 0 < value < MOST:
+            raise ValueError(f"{path} gives {entry.name} the {setting} {_short(value)}, no positive number")
         if setting == "r" and value != rank:
-            raise ValueError(f"{file.path} says rank {value} for {entry.name}, but {key} has rank {rank}")
+            raise ValueError(f"{path} says rank {value} for {entry.name}, but {key} has rank {rank}")
     return value / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _factors(roles: dict) -> dict:
+    """Pick the factors of a whole matrix."""
+    return {role: value for role, value in roles.items() if FACTOR.match(role)}
+
+
+def refuse_factors(file: LoraFile, why: str) -> None:
+    """Refuse a file with changes that are no products of two thin matrices. Errors: ValueError, with the reason"""
+    for entry in file.entries:
+        if what := called(entry.keys):
+            raise ValueError(f"{file.path} has {what} ({next(iter(_factors(entry.keys).values()))}), {why}")
 
 
 def check_shapes(file: LoraFile, shapes: Shapes) -> list[slice]:
@@ -323,32 +400,33 @@ def check_shapes(file: LoraFile, shapes: Shapes) -> list[slice]:
 
     shapes: outputs and inputs of every Linear, by released name
     Returns the rows that each entry changes
-    Errors: ValueError that names the key, for blocks the model lacks, wrong shapes and odd dtypes
+    Errors: ValueError that names the key, for blocks the model lacks and wrong shapes
     """
-    slices = []
+    slices, header = [], f"; its header says it is for {file.model}" if file.model else ""
     for entry in file.entries:
-        key, shape = entry.keys["down"], file.tensors[entry.keys["down"]].shape
         if entry.module not in shapes:
-            raise ValueError(f"{file.path} has {key}, but this model has no {entry.module}; it is for another")
-        if not shape or not shape[0]:
-            raise ValueError(f"{file.path} has {key} of shape {shape}, so of rank 0")
-        _scale(file, entry, shape[0], None)  # refuses settings that do not fit
+            key = next(iter(entry.keys.values()))
+            raise ValueError(f"{file.path} has {key}, but this model has no {entry.module}; it is for another{header}")
         rows = slice_of(entry.part, shapes[entry.module])
-        outputs, rank = rows.stop - rows.start, shape[0]
-        wanted = {"down": (rank, shapes[entry.module][1]), "up": (outputs, rank), "bias": (outputs,), "alpha": ()}
-        for role, key in entry.keys.items():
-            shape, dtype = file.tensors[key].shape, file.tensors[key].dtype
-            if shape != wanted[role] and (role, shape) != ("alpha", (1,)):
-                right = wanted[role] or "one number"
-                raise ValueError(f"{file.path} has {key} of shape {shape}; {entry.module} of this model needs {right}")
-            if dtype not in FLOATS:
-                raise ValueError(f"{file.path} has {key} in {dtype}; a LoRA must be in floats of 16 bits or more")
+        stored = {role: file.tensors[key].shape for role, key in entry.keys.items()}
+        (outputs, inputs), rank = (rows.stop - rows.start, shapes[entry.module][1]), stored.get("down", (0,))[0]
+        wanted = {"down": (rank, inputs), "up": (outputs, rank), "bias": (outputs,), "diff_b": (outputs,)}
+        if factors := _factors(entry.keys):
+            role, stored["factors"] = next(iter(factors)), outer(file.path, factors, _factors(stored))[0]
+            entry, wanted["factors"] = replace(entry, keys=entry.keys | {"factors": factors[role]}), (outputs, inputs)
+        for role in stored.keys() & wanted.keys():
+            if stored[role] != wanted[role]:
+                key, shape = entry.keys[role], stored[role]
+                if entry.module == "img_in" and shape[-1] in CHANNELS:
+                    header = f"; it is for {CHANNELS[shape[-1]]}"
+                needs = f"{entry.module} of this model needs {wanted[role]}"
+                raise ValueError(f"{file.path} has {key} of shape {shape}; {needs}{header}")
         slices.append(rows)
     return slices
 
 
-def read_deltas(file: LoraFile, shapes: Shapes) -> list[Delta]:
-    """Read the tensors, in the dtype of the file, and check them against the model.
+def read_deltas(file: LoraFile, shapes: Shapes) -> list[Delta | Change]:
+    """Read the tensors, in the dtype of the file as far as that is computed with, and check them against the model.
 
     shapes: outputs and inputs of every Linear, by released name
     Errors: ValueError that names the key, for what check_shapes refuses and values that are not finite
@@ -356,24 +434,36 @@ def read_deltas(file: LoraFile, shapes: Shapes) -> list[Delta]:
     slices, deltas = check_shapes(file, shapes), []
     with safe_open(file.path, framework="pt") as data:
         for entry, rows in zip(file.entries, slices, strict=True):
-            tensors = {role: data.get_tensor(key) for role, key in entry.keys.items()}
-            for role, tensor in tensors.items():
-                if not tensor.isfinite().all():
-                    raise ValueError(f"{file.path} has values in {entry.keys[role]} that are not finite")
-            alpha = float(tensors.pop("alpha")) if "alpha" in tensors else None
-            if entry.part == "swapped":
-                tensors = {role: tensor if role == "down" else swap(tensor) for role, tensor in tensors.items()}
-            scale = _scale(file, entry, len(tensors["down"]), alpha)
-            deltas.append(Delta(entry.module, rows, **tensors, scale=scale))
+            swapped = entry.part == "swapped"
+            tensors = {role: _read(file.path, data, key) for role, key in entry.keys.items() if role != "alpha"}
+            biases = [entry.scale * tensors["bias"].float()] if "bias" in tensors else []
+            biases += [tensors["diff_b"].float()] if "diff_b" in tensors else []
+            bias = sum(biases) if biases else None
+            bias = swap(bias) if swapped and biases else bias
+            if factors := _factors(tensors):
+                scale = 1.0 if "diff" in factors else entry.scale
+                deltas.append(Change(entry.module, rows, factors, scale, bias, swapped))
+                bias = None
+            if "down" in tensors:
+                up = swap(tensors["up"]) if swapped else tensors["up"]
+                deltas.append(Delta(entry.module, rows, tensors["down"], up, entry.scale, bias))
+            elif not factors:  # a bias alone, beside matrices of rank 1 that say nothing
+                down, up = (
+                    tensors["diff_b"].new_zeros(1, shapes[entry.module][1]),
+                    tensors["diff_b"].new_zeros(len(bias), 1),
+                )
+                deltas.append(Delta(entry.module, rows, down, up, entry.scale, bias))
     return deltas
 
 
-def describe(file: LoraFile, deltas: list[Delta]) -> LoraReport:
+def describe(file: LoraFile) -> LoraReport:
     """Sum up what was read."""
-    ranks = tuple(sorted({len(delta.down) for delta in deltas}))
-    scales = tuple(sorted({delta.scale for delta in deltas}))
+    ranks = tuple(sorted({file.tensors[entry.keys["down"]].shape[0] for entry in file.entries if "down" in entry.keys}))
+    scales = tuple(sorted({entry.scale for entry in file.entries}))
     dialect = " and ".join(sorted({entry.dialect for entry in file.entries}))
-    return LoraReport(str(file.path), dialect, len(deltas), ranks, scales, file.metadata, file.skipped)
+    kinds = Counter(filter(None, (called(entry.keys) for entry in file.entries)))
+    notes = (*(f"{count} of them {what}" for what, count in kinds.items()), *file.notes)
+    return LoraReport(str(file.path), dialect, len(file.entries), ranks, scales, file.metadata, file.skipped, notes)
 
 
 # writing
@@ -447,7 +537,7 @@ def _join(deltas: list[Delta], rows: slice, fold: bool) -> Delta:
     A down that comes twice, as where a fused adapter was split, is used once; a rank that changes none of these
     rows, as in a block-sparse up, is dropped. So converting to and fro does not raise the rank.
 
-    fold: the scale into the up and the bias; it is also done where scales differ
+    fold: the scale into the up; it is also done where scales differ
     """
     scale = 1.0 if fold or len({delta.scale for delta in deltas}) > 1 else deltas[0].scale
     pairs: dict[bytes, tuple[Tensor, Tensor]] = {}
@@ -459,7 +549,7 @@ def _join(deltas: list[Delta], rows: slice, fold: bool) -> Delta:
         key = down.numpy().tobytes()
         pairs[key] = (down, up + pairs[key][1] if key in pairs else up)
         if delta.bias is not None:
-            bias = F.pad(factor * delta.bias.float(), edges) + (0 if bias is None else bias)
+            bias = F.pad(delta.bias.float(), edges) + (0 if bias is None else bias)
     down, up = torch.cat([down for down, _ in pairs.values()]), torch.cat([up for _, up in pairs.values()], dim=1)
     if (used := up.any(dim=0)).any():  # else it is fresh and keeps its rank
         down, up = down[used], up[:, used]

@@ -24,7 +24,7 @@ FLAGS = {
     "--decay --ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing "
     "--no-checkpointing --seed --device --dtype --tensorboard --out --config",
     "data": "--data --grid --panel-size --ref-size --model",
-    "convert": "--to --skip-text-encoder --model --dtype",
+    "convert": "--to --model --dtype",
 }
 CHOICES = {
     "sample": ["d,h,w,o", "sample,mean", "joint,alone", "tokens,uno-release", "crop,pad,stretch", "auto,cpu,cuda,mps",

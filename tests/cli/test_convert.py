@@ -143,11 +143,10 @@ def test_the_header_goes_along_without_what_became_untrue(tmp_path):
         assert file.metadata() == {"format": "pt", "trigger": "x"}
 
 
-def test_text_encoders_are_left_out_on_request(tmp_path, capsys):
+def test_text_encoders_are_left_out_with_a_word(tmp_path, capsys):
     source, key = tmp_path / "te.safetensors", "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"
     save_file(load_file(FILES / "kohya.safetensors") | {key: torch.zeros(4, 4)}, source)
-    assert "--skip-text-encoder" in refused(capsys, source, tmp_path / "a", "--to", "kohya")
-    path = convert(source, tmp_path / "a", "--to", "kohya", "--skip-text-encoder")
+    path = convert(source, tmp_path / "a", "--to", "kohya")
     assert "1 of text encoders skipped" in capsys.readouterr().out
     assert far(output(path), EXPECTED["kohya"]) < WHOLE
 
@@ -186,4 +185,4 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(tmp_path, capsys, argv, mes
 def test_it_runs_as_a_module_and_explains_itself(tmp_path):
     done = subprocess.run([sys.executable, "-m", "iclora.convert", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("usage: python -m iclora.convert IN OUT [-h]")
-    assert done.returncode == 0 and "--skip-text-encoder" in done.stdout and "IN OUT --to kohya" in done.stdout
+    assert done.returncode == 0 and "--dtype" in done.stdout and "IN OUT --to kohya" in done.stdout

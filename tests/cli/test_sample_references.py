@@ -329,7 +329,7 @@ def of_rank(rank, path="dit_lora.safetensors", dialect="xlabs", **metadata):
     shapes = {"down": (rank, 3072), "up": (9216, rank)}
     tensors = {half: Stored(Path(path), "BF16", shape) for half, shape in shapes.items()}
     entry = Entry("double_blocks.0.img_attn.qkv", "all", "x", dialect, {half: half for half in shapes})
-    return LoraFile(Path(path), tensors, [entry], {}, {f"iclora.{k}": v for k, v in metadata.items()}, ())
+    return LoraFile(Path(path), tensors, [entry], {f"iclora.{k}": v for k, v in metadata.items()}, ())
 
 
 def test_unos_release_is_sampled_as_its_own_sampler_does_and_flags_win():

@@ -206,8 +206,8 @@ def test_gradients_of_adapters_that_overlap_are_those_of_the_formula():
         assert torch.autograd.gradcheck(lambda x, *parameters: layer(x), (x, *layer.adapters.parameters()))
         want = layer.base(x)
         for adapter in layer.adapters:
-            change = x @ adapter.down.T @ adapter.up.T + (0 if adapter.bias is None else adapter.bias)
-            want = want + 0.75 * torch.nn.functional.pad(change, (adapter.rows.start, 5 - adapter.rows.stop))
+            change = 0.75 * x @ adapter.down.T @ adapter.up.T + (0 if adapter.bias is None else adapter.bias)
+            want = want + torch.nn.functional.pad(change, (adapter.rows.start, 5 - adapter.rows.stop))
         assert torch.allclose(layer(x), want)
 
 

@@ -32,7 +32,19 @@ from lora_cases import (
 from model.checkpoint import Stored
 from model.flux import Flux, FluxConfig
 from model.lora import attach, detach, load_lora, merge, save_lora, trainable
-from model.lora_formats import DIFFUSERS, Delta, locate, lora_file, names_in, read_lora, slice_of, swap, write_lora
+from model.lora_formats import (
+    DIFFUSERS,
+    OFFICIAL,
+    TEXT_ENCODER,
+    Delta,
+    locate,
+    lora_file,
+    names_in,
+    read_lora,
+    slice_of,
+    swap,
+    write_lora,
+)
 
 
 @pytest.fixture
@@ -234,12 +246,13 @@ def test_the_bias_of_an_adapter_is_scaled_and_swapped_like_its_rows(flux, tmp_pa
 
 def test_reading_takes_time_linear_in_the_number_of_keys(monkeypatch):
     names = [f"lora_te1_text_model_{i}.alpha" for i in range(50_000)]
-    names += [f"{TO_Q.replace('0', str(i))}.lora_{half}.weight" for i in range(5_000) for half in "AB"]
+    modules = [name.format(i) for name in DIFFUSERS if "{}" in name for i in range(100)]
+    names += [f"transformer.{module}.lora_{half}.weight" for module in modules for half in "AB"]
     tensors = dict.fromkeys(names, Stored(PLAIN, "F32", (1, 1)))
     monkeypatch.setattr(formats, "read_header", lambda path: (tensors, {}))
     start = time.perf_counter()
-    file = read_lora(PLAIN, skip_text_encoder=True)
-    assert len(file.skipped) == 50_000 and len(file.entries) == 5_000
+    file = read_lora(PLAIN)
+    assert len(file.skipped) == 50_000 and len(file.entries) == len(modules) == 2_000
     assert time.perf_counter() - start < 4, "half a second; looking through a list for every key took 20"
 
 
@@ -274,25 +287,22 @@ def test_messages_are_one_line(flux, tmp_path):
 
 ODD = (
     (f"{TO_Q}.dora_scale", "DoRA magnitudes"),
-    (f"{TO_Q}.lokr_w1", "LoKr factors"),
-    (f"{TO_Q}.hada_w1_a", "LoHa factors"),
+    (f"{TO_Q}.lokr_w1", r"lora_A.weight and .*lokr_w1; it is damaged"),
+    (f"{TO_Q}.lokr_t2", "LoKr's form for convolutions"),
+    (f"{TO_Q}.hada_t1", "LoHa's form for convolutions"),
     ("oft_unet_double_blocks_0_img_mod_lin.oft_blocks", "OFT blocks"),
     (f"{TO_Q}.a1.weight", "GLoRA matrices"),
-    (f"{TO_Q}.diff", "whole weights to add"),
-    (f"{TO_Q}.diff_b", "whole weights to add"),
     (f"{TO_Q}.set_weight", "whole weights to set"),
     (f"{TO_Q}.reshape_weight", "a change of shape"),
-    ("single_blocks.0.norm.key_norm.scale", "norms"),
+    ("single_blocks.0.norm.key_norm.scale", r"norms of a control LoRA \(FLUX.1 Canny or Depth\)"),
+    ("transformer_blocks.0.attn.processor.q_loras.0.down.weight", "matrices of EasyControl"),
     (f"{TO_Q}.w_norm", "norms"),
     (f"{TO_Q}.lora_mid.weight", "a third matrix"),
     ("transformer.transformer_blocks.0.attn.to_z.lora_A.weight", "belongs to no Linear of FLUX.1"),
     ("transformer.transformer_blocks.00.attn.to_q.lora_A.weight", "belongs to no Linear"),
     (f"{TO_Q}.lora_C.weight", "belongs to no Linear"),
     ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "belongs to no Linear"),
-    ("lora_unet_txt_in.alpha", r"has lora_unet_txt_in.alpha without its lora_A \(down\) half"),
     ("diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight", "which mean the same"),
-    ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "1 keys of text encoders"),
-    ("text_encoder_2.encoder.block.0.lora_A.weight", "1 keys of text encoders"),
 )
 
 
@@ -315,7 +325,8 @@ def test_bad_tensors_are_refused_by_name(flux, tmp_path):
         (torch.zeros(4, 64, 1, 1), r"of shape \(4, 64, 1, 1\)"),
         (torch.zeros(5, 64), up),
         (torch.zeros(4, 64, dtype=torch.int8), "lora_A.weight in I8"),
-        (torch.zeros(4, 64).to(torch.float8_e4m3fn), "fp8|F8_E4M3"),
+        (torch.full((4, 64), 1e20), "not finite or beyond 1e\\+06"),
+        (torch.full((4, 64), 1e300, dtype=torch.float64), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             load_lora(flux, changed(tmp_path, **{f"{TO_Q}.lora_A.weight".replace(".", "__"): tensor}))
@@ -323,7 +334,8 @@ def test_bad_tensors_are_refused_by_name(flux, tmp_path):
 
 
 def test_a_bad_alpha_is_refused(flux, tmp_path):
-    for alpha in (torch.zeros(4), torch.tensor(math.nan), torch.tensor(2)):
+    bad = (math.nan, math.inf, -math.inf, 1e38, 1e300, 10**15)
+    for alpha in (torch.zeros(4), torch.tensor(True), *(torch.tensor(a, dtype=torch.float64) for a in bad)):
         with pytest.raises(ValueError, match="to_q.alpha"):
             load_lora(flux, changed(tmp_path, **{f"{TO_Q}.alpha".replace(".", "__"): alpha}))
 
@@ -353,21 +365,39 @@ def test_missing_damaged_and_pickled_files_are_refused(flux, tmp_path):
         load_lora(flux, tmp_path / "old.bin")
 
 
-def test_text_encoder_parts_are_left_out_only_on_request(flux, tmp_path):
-    key = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-    more = {f"{key}__{half}__weight": torch.zeros(4, 4) for half in ("lora_down", "lora_up")}
-    path = changed(tmp_path, **more)
-    with pytest.raises(ValueError, match=f"2 keys of text encoders \\({key}.*--skip-text-encoder"):
-        load_lora(flux, path)
-    report = load_lora(flux, read_lora(path, skip_text_encoder=True))
-    assert len(report.skipped) == 2 and str(report).endswith("0 keys unused, 2 of text encoders skipped")
-    assert far(run(flux), EXPECTED["ai_toolkit_blocks"]) < WHOLE
+def test_text_encoders_are_left_out_in_every_spelling(flux, tmp_path):
+    for number, key in enumerate(
+        (
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_q.alpha",
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_up.weight",
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.dora_scale",
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+            "text_encoder_2.encoder.block.0.lora_A.weight",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.diff",
+            "text_model.encoder.layers.0.mlp.fc1.lora_up.weight",
+            "base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+            "lycoris_text_model_encoder_layers_0_mlp_fc1.lokr_w1",
+            "bundle_emb.my word.clip_l",
+            "bundle_emb.my word.t5",
+        )
+    ):
+        report = load_lora(flux, changed(tmp_path, **{key.replace(".", "__"): torch.ones(4, 4)}))
+        assert report.skipped == (key,) and str(report).endswith("0 keys unused, 1 of text encoders skipped")
+        if number in (0, 12):
+            assert far(run(flux), EXPECTED["ai_toolkit_blocks"]) < WHOLE
+        detach(flux)
+    names = [name.format(0) for name in (*DIFFUSERS, *OFFICIAL)]
+    for prefix in ("", "transformer.", "base_model.model.", "lora_unet_", "lora_transformer_", "lycoris_"):
+        assert not [n for n in names if TEXT_ENCODER.search(prefix + n)], "no Linear is taken for a text encoder's"
+        assert not [n for n in names if TEXT_ENCODER.search((prefix + n).replace(".", "_"))]
 
 
 def test_a_file_for_text_encoders_alone_is_refused(tmp_path):
     save_file({"text_encoder.text_model.x.lora_A.weight": torch.zeros(4, 4)}, tmp_path / "te.safetensors")
-    with pytest.raises(ValueError, match="no adapter for the FLUX.1 transformer"):
-        read_lora(tmp_path / "te.safetensors", skip_text_encoder=True)
+    with pytest.raises(ValueError, match="no adapter for the FLUX.1 transformer, only 1 keys of text encoders"):
+        read_lora(tmp_path / "te.safetensors")
 
 
 # writing
