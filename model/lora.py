@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import lora_formats as formats
 from .lora_formats import Delta, LoraFile, LoraReport, Shapes, read_lora
-from .lora_kinds import Change, called, matrix, swap
+from .lora_kinds import Change, DenseAdapter, called
 
 
 class Adapter(nn.Module):
@@ -45,31 +45,6 @@ class Adapter(nn.Module):
     def add_to(self, weight: Tensor) -> None:
         """Add scale * B A. weight: (rows, inputs) float32"""
         weight.addmm_(self.up.float(), self.down.float(), alpha=self.scale)
-
-
-class DenseAdapter(nn.Module):
-    """The change of some rows by a whole matrix, such as LoKr's, which is made of its factors when it is needed."""
-
-    def __init__(self, change: Change, weight: float = 1.0):
-        super().__init__()
-        self.rows, self.scale, self.swapped = change.rows, change.scale * weight, change.swapped
-        self.factors = nn.ParameterDict(change.factors)
-        self.bias = None if change.bias is None else nn.Parameter(weight * change.bias)  # (rows,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute in the dtype of x, as Adapter.
-
-        x: (..., inputs)
-        Returns (..., rows)
-        """
-        weight = torch.zeros(self.rows.stop - self.rows.start, x.shape[-1], device=x.device)
-        self.add_to(weight)
-        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def add_to(self, weight: Tensor) -> None:
-        """Add scale * the matrix. weight: (rows, inputs) float32"""
-        made = matrix(self.factors)
-        weight.add_(swap(made) if self.swapped else made, alpha=self.scale)
 
 
 class LoraLinear(nn.Module):

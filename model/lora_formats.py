@@ -411,15 +411,16 @@ def check_shapes(file: LoraFile, shapes: Shapes) -> list[slice]:
         stored = {role: file.tensors[key].shape for role, key in entry.keys.items()}
         (outputs, inputs), rank = (rows.stop - rows.start, shapes[entry.module][1]), stored.get("down", (0,))[0]
         wanted = {"down": (rank, inputs), "up": (outputs, rank), "bias": (outputs,), "diff_b": (outputs,)}
+        sizes = {entry.keys[role]: (stored[role], size) for role, size in wanted.items() if role in stored}
         if factors := _factors(entry.keys):
-            role, stored["factors"] = next(iter(factors)), outer(file.path, factors, _factors(stored))[0]
-            entry, wanted["factors"] = replace(entry, keys=entry.keys | {"factors": factors[role]}), (outputs, inputs)
-        for role in stored.keys() & wanted.keys():
-            if stored[role] != wanted[role]:
-                key, shape = entry.keys[role], stored[role]
-                if entry.module == "img_in" and shape[-1] in CHANNELS:
-                    header = f"; it is for {CHANNELS[shape[-1]]}"
-                needs = f"{entry.module} of this model needs {wanted[role]}"
+            key = next(iter(factors.values()))
+            key = key if "diff" in factors else f"a product of {key}"
+            sizes[key] = outer(file.path, factors, _factors(stored))[0], (outputs, inputs)
+        for key, (shape, size) in sizes.items():
+            if shape != size:
+                if entry.module == "img_in" and size[-1] == inputs and shape[-1:] in CHANNELS:
+                    header = f"; it is for {CHANNELS[shape[-1:]]}"
+                needs = f"{entry.module} of this model needs {size}"
                 raise ValueError(f"{file.path} has {key} of shape {shape}; {needs}{header}")
         slices.append(rows)
     return slices

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 MOST = 1e6  # of an alpha and of any value: no training gives more, and products of four stay in float32
 
@@ -34,7 +35,7 @@ REFUSED = (
     ("matrices of OminiControl, for its condition's tokens only", r"omini"),
 )
 # Inputs of img_in in other models of FLUX.1
-CHANNELS = {128: "FLUX.1 Canny or Depth, a control LoRA", 384: "FLUX.1 Fill"}
+CHANNELS = {(128,): "FLUX.1 Canny or Depth, a control LoRA", (384,): "FLUX.1 Fill"}
 
 # Where a header names the model, and the part of the text that does
 BASES = {"ss_base_model_version": -1, "modelspec.architecture": 0, "base_model": -1, "base_model_name_or_path": -1}
@@ -128,6 +129,31 @@ def outer(path: Path, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, .
         key, sizes = next(iter(keys.values())), ", ".join(map(str, shapes.values()))
         raise ValueError(f"{path} has {key} and other factors of shapes {sizes}, which make no matrix; it is damaged")
     return made, next(iter(ranks), None)
+
+
+class DenseAdapter(nn.Module):
+    """The change of some rows by a whole matrix, such as LoKr's, which is made of its factors when it is needed."""
+
+    def __init__(self, change: Change, weight: float = 1.0):
+        super().__init__()
+        self.rows, self.scale, self.swapped = change.rows, change.scale * weight, change.swapped
+        self.factors = nn.ParameterDict(change.factors)
+        self.bias = None if change.bias is None else nn.Parameter(weight * change.bias)  # (rows,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute in the dtype of x, as Adapter.
+
+        x: (..., inputs)
+        Returns (..., rows)
+        """
+        weight = torch.zeros(self.rows.stop - self.rows.start, x.shape[-1], device=x.device)
+        self.add_to(weight)
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add scale * the matrix. weight: (rows, inputs) float32"""
+        made = matrix(self.factors)
+        weight.add_(swap(made) if self.swapped else made, alpha=self.scale)
 
 
 def header_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:

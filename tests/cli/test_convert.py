@@ -151,6 +151,53 @@ def test_text_encoders_are_left_out_with_a_word(tmp_path, capsys):
     assert far(output(path), EXPECTED["kohya"]) < WHOLE
 
 
+def test_biases_to_add_stay_unscaled_and_kohya_has_no_place_for_them(tmp_path, capsys):
+    tensors, name = load_file(FILES / "kohya.safetensors"), "lora_unet_double_blocks_0_img_attn_proj"
+    bias = torch.randn(64)
+    save_file(tensors | {f"{name}.diff_b": bias}, tmp_path / "bias.safetensors")
+    path = convert(tmp_path / "bias.safetensors", tmp_path / "a", "--to", "diffusers", "--dtype", "float32")
+    assert far(output(path), output(tmp_path / "bias.safetensors")) < WHOLE
+    assert torch.equal(load_file(path)["transformer.transformer_blocks.0.attn.to_out.0.lora_B.bias"], bias)
+    capsys.readouterr()
+    line = refused(capsys, tmp_path / "bias.safetensors", tmp_path / "b", "--to", "kohya")
+    assert "no place for rows 0 to 64 of double_blocks.0.img_attn.proj with a bias" in line
+    save_file({f"{name}.diff_b": bias}, tmp_path / "alone.safetensors")
+    line = refused(capsys, tmp_path / "alone.safetensors", tmp_path / "c", "--to", "diffusers")
+    assert "has biases only, which do not tell the model's widths; name it with --model" in line
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"lokr_w1": (4, 4), "lokr_w2": (16, 16)}, "LoKr factors (lora_unet_double_blocks_0_img_attn_proj.lokr_w1)"),
+        ({f"hada_w{i}_{h}": s for i in "12" for h, s in (("a", (64, 2)), ("b", (2, 64)))}, "LoHa factors"),
+        ({"diff": (64, 64)}, "whole weights to add"),
+    ],
+)
+def test_factors_of_whole_weights_are_refused_by_name(tmp_path, capsys, factors, message):
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    save_file({f"{name}.{key}": torch.ones(size) for key, size in factors.items()}, tmp_path / "f.safetensors")
+    line = refused(capsys, tmp_path / "f.safetensors", tmp_path / "a", "--to", "diffusers")
+    assert message in line and "which no dialect that is written has a place for; use the file as it is" in line
+
+
+def test_fp8_is_written_as_bfloat16(tmp_path):
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    halves = {"lora_down": torch.randn(2, 64), "lora_up": torch.randn(64, 2)}
+    tensors = {f"{name}.{half}.weight": tensor.to(torch.float8_e4m3fn) for half, tensor in halves.items()}
+    save_file(tensors, tmp_path / "f.safetensors")
+    written = load_file(convert(tmp_path / "f.safetensors", tmp_path / "a", "--to", "kohya"))
+    assert written.pop(f"{name}.alpha") == 2
+    assert all(torch.equal(written[key], tensor.bfloat16()) for key, tensor in tensors.items()) and len(written) == 2
+
+
+def test_widths_that_no_model_has_are_refused(tmp_path, capsys):
+    wide = {"txt_in.lora_A.weight": torch.zeros(1, 8), "txt_in.lora_B.weight": torch.zeros(2**20 + 1, 1)}
+    save_file(wide, tmp_path / "w.safetensors")
+    line = refused(capsys, tmp_path / "w.safetensors", tmp_path / "a", "--to", "diffusers")
+    assert "has shapes that no FLUX.1 can have (width 1048577" in line
+
+
 KOHYA = FILES / "kohya.safetensors"
 
 
