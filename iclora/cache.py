@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.autoencoder import AutoEncoder
-from model.checkpoint import open_checkpoint, read_header, save_safetensors
+from model.checkpoint import read_header, save_safetensors
 from model.text import TextEncoders
-from model.weights import ModelFiles
+from model.weights import ModelFiles, open_checkpoint
 from sampling.images import open_picture, to_tensor
 from sampling.latents import pack
 

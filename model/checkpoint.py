@@ -1,6 +1,6 @@
 """Checkpoints on disk: read the header of a safetensors file, say what it holds, map its tensors; write files whole.
 
-Nothing is ever unpickled, and every header is read once: it is carried in a Checkpoint.
+Nothing is ever unpickled, and every header is read once: it is carried in a Checkpoint, which weights.py opens.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,31 +23,37 @@ from .flux import FluxConfig
 from .infer import infer_autoencoder_config, infer_flux_config
 
 PREFIX = "model.diffusion_model."  # on every name in some repackaged files
-MAX_JSON = 100_000_000  # bytes
+MAX_JSON = 16_000_000  # bytes, of headers too; parsed, they take 27 times as much
 MAX_HASHED = 10**9  # bytes; of larger files, name and size stand for the content
+NAME = re.compile(r"[a-z]\w*(\.\w+)+")  # of a tensor, in a message
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# What can be wanted: how a message calls it, what to use instead of a wrong file, the file's name in a folder.
+# What can be wanted: how a message calls it, what to use instead of a wrong file, its names in a folder, best first.
 WANTED = {
     "transformer": (
         "a FLUX.1 transformer",
         "use the bfloat16 flux1-*.safetensors from the root of the FLUX.1 repository",
-        "flux1-*.safetensors",
+        (
+            "flux1-*.safetensors",
+            "transformer/*.safetensors.index.json",
+            "transformer/diffusion_pytorch_model.safetensors",
+            "diffusion_pytorch_model.safetensors",
+        ),
     ),
     "autoencoder": (
         "a FLUX.1 autoencoder",
         "use the ae.safetensors from the root of the FLUX.1 repository",
-        "ae.safetensors",
+        ("ae.safetensors", "vae/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"),
     ),
     "t5": (
         "a T5 text encoder",
         "use the text_encoder_2/ folder of the FLUX.1 repository or t5xxl_fp16.safetensors",
-        "model.safetensors",
+        ("model.safetensors", "*.safetensors"),
     ),
     "clip": (
         "a CLIP text encoder",
         "use the text_encoder/ folder of the FLUX.1 repository or clip_l.safetensors",
-        "model.safetensors",
+        ("model.safetensors", "*.safetensors"),
     ),
 }
 
@@ -59,7 +65,9 @@ KINDS = (
         r"lora_|\.lora\.|_lora[s\d]?\.|lokr_|hada_|oft_blocks|dora_scale|\.diff(_b)?$|\.[ab][12]\.weight$",
     ),
     ("bitsandbytes nf4 or fp4 weights", r"\.quant_state\.bitsandbytes__|\.(absmax|quant_map)$"),
-    ("scaled fp8 weights", r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale(_2)?|comfy_quant)$"),
+    ("bitsandbytes or quanto int8 weights", r"\.(SCB|_data|_scale)$"),
+    ("nvfp4 weights", r"\.weight_scale_2$"),
+    ("scaled fp8 weights", r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$"),
     ("an all-in-one checkpoint", r"^(text_encoders|vae|first_stage_model|cond_stage_model|conditioner)\."),
     ("a FLUX.2 transformer", r"double_stream_modulation_img\."),
     ("a Chroma transformer", r"^distilled_guidance_layer\."),
@@ -90,6 +98,11 @@ class Stored:
     path: Path
     dtype: str  # the format's name, e.g. BF16
     shape: tuple[int, ...]
+    key: str = ""  # its name there
+
+    def read(self, file: safe_open, dtype: torch.dtype) -> Tensor:
+        """Map it from its file, which is open, or cast it if it has another type."""
+        return file.get_tensor(self.key).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -99,12 +112,9 @@ class Checkpoint:
     path: Path  # the file, or the index JSON of shards
     kind: str  # a key of WANTED
     tensors: dict[str, Stored]  # by the name that the network has for it
-    prefix: str  # before each of these names in the file
-
-    @property
-    def paths(self) -> list[Path]:
-        """List the files."""
-        return list(dict.fromkeys(stored.path for stored in self.tensors.values()))
+    paths: list[Path]  # the files
+    spell: Callable[[str], str] = str  # a name of the network -> what the file calls it
+    parts: Collection[str] = ()  # what else an all-in-one file holds, as keys of WANTED
 
     @cached_property
     def config(self) -> FluxConfig | AutoEncoderConfig:
@@ -113,14 +123,24 @@ class Checkpoint:
         try:
             return infer({key: stored.shape for key, stored in self.tensors.items()})
         except ValueError as error:
-            raise ValueError(f"{self.path} {error}") from None
+            raise self.error(str(error)) from None
 
-    def read(self, keys: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Map tensors into memory, privately: writing to one changes this process's copy, never the file."""
-        for path in dict.fromkeys(self.tensors[key].path for key in keys):
-            with safe_open(path, framework="pt") as file:
-                for key in (key for key in keys if self.tensors[key].path == path):
-                    yield key, file.get_tensor(self.prefix + key)
+    def read(self, keys: Collection[str], dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Map tensors that have the type into memory, privately: writing to one leaves the file alone; cast the others.
+
+        Errors: KeyError for what is no float
+        """
+        tensors, ready = {}, [key for key in keys if FLOATS[self.tensors[key].dtype] is dtype]
+        for group in [ready, *([key] for key in sorted({*keys} - {*ready}))]:  # one by one, as mapped pages count too
+            for path in dict.fromkeys(self.tensors[key].path for key in group):
+                with safe_open(path, framework="pt") as file:
+                    for key in (key for key in group if self.tensors[key].path == path):
+                        tensors[key] = self.tensors[key].read(file, dtype).to(device)
+        return tensors
+
+    def error(self, text: str) -> ValueError:
+        """Say what is wrong with names as the file has them."""
+        return ValueError(f"{self.path} {NAME.sub(lambda name: self.spell(name[0]), text)}")
 
 
 def kind(tensors: dict[str, Stored]) -> str:
@@ -133,43 +153,38 @@ def kind(tensors: dict[str, Stored]) -> str:
     return "no network that is known here"
 
 
-def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
-    """Read the header of one file, or of all shards, and refuse by name whatever is not wanted.
+def files_named(folder: Path, pattern: str) -> list[Path]:
+    """List the files of a name in a folder; .sft is another word for .safetensors."""
+    return sorted({*folder.glob(pattern), *folder.glob(pattern.replace(".safetensors", ".sft"))})
 
-    path: a safetensors file, an index JSON of shards, or a folder with one of them
-    wanted: a key of WANTED
-    Errors: ValueError if nothing is there, a file is damaged, or it holds something else
+
+def file_in(folder: Path, *patterns: str) -> Path | None:
+    """Find the index JSON in a folder, else the one file that has the first of these names that any has, else nothing.
+
+    Errors: ValueError if several have it
     """
-    path = Path(path)
-    what, instead, pattern = WANTED[wanted]
-    file = file_in(path, pattern) if path.is_dir() else path
-    if file is None:
-        raise ValueError(f"{path} has no {pattern} and no index JSON of shards; {instead}")
-    if not file.is_file():
-        raise ValueError(f"{file} is no file; {instead}")
-    tensors: dict[str, Stored] = {}
-    for shard in _shards(file) if file.suffix == ".json" else [file]:
-        more, _ = read_header(shard)
-        if double := tensors.keys() & more.keys():
-            raise ValueError(f"{shard} repeats tensors of another shard ({_some(double)}); download the shards again")
-        tensors |= more
-    if (holds := kind(tensors)) != wanted:
-        advice = "pass it with --lora" if holds == "LoRA weights" else instead
-        raise ValueError(f"{file} holds {WANTED[holds][0] if holds in WANTED else holds}, not {what}; {advice}")
-    prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
-    return Checkpoint(file, wanted, {key.removeprefix(prefix): stored for key, stored in tensors.items()}, prefix)
-
-
-def file_in(folder: Path, pattern: str) -> Path | None:
-    """Find the index JSON in a folder, else the one file of that name, else nothing.
-
-    Errors: ValueError if there are several
-    """
-    files = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob(pattern))
+    patterns = ("*.safetensors.index.json", *patterns)
+    files = next(filter(None, (files_named(folder, pattern) for pattern in patterns)), [])
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
         raise ValueError(f"{folder} has {len(files)} candidates ({names}); give the path of one of them")
     return files[0] if files else None
+
+
+def read_headers(path: Path) -> tuple[dict[str, Stored], dict[str, str], list[Path]]:
+    """Read what a file holds, or all shards that an index JSON names.
+
+    Returns the tensors by name, the metadata, the files
+    Errors: ValueError if one is not there, or repeats tensors
+    """
+    paths = _shards(path) if path.suffix == ".json" else [path]
+    tensors, metadata = read_header(paths[0])
+    for shard in paths[1:]:
+        more, _ = read_header(shard)
+        if double := tensors.keys() & more.keys():
+            raise ValueError(f"{shard} repeats tensors of another shard ({some(double)}); download the shards again")
+        tensors |= more
+    return tensors, metadata, paths
 
 
 def _shards(path: Path) -> list[Path]:
@@ -194,9 +209,12 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     if not path.is_file():  # a pipe would never end
         raise ValueError(f"{path} cannot be read (it is no file); name one that is")
     try:
+        with open(path, "rb") as file:
+            if int.from_bytes(file.read(8), "little") > MAX_JSON:
+                raise SafetensorError
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
-            tensors = {key: Stored(path, s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+            tensors = {key: Stored(path, s.get_dtype(), tuple(s.get_shape()), key) for key, s in slices.items()}
             return tensors, file.metadata() or {}
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
@@ -237,15 +255,15 @@ def mismatch(checkpoint: Checkpoint, module: nn.Module) -> ValueError:
     wrong = [f"{k} {stored[k].shape}, not {expected[k]}" for k in sorted(both) if stored[k].shape != expected[k]]
     odd = [f"{key} {stored[key].dtype}" for key in sorted(both) if stored[key].dtype not in FLOATS]
     problems = [
-        f"lacks {len(missing)} of {len(expected)} tensors ({_some(missing)})" if missing else "",
-        f"has {len(extra)} unexpected tensors ({_some(extra)})" if extra else "",
-        f"has {len(wrong)} tensors of the wrong shape ({_some(wrong)})" if wrong else "",
-        f"has {len(odd)} tensors that are no floats of 16 bits or more ({_some(odd)})" if odd else "",
+        f"lacks {len(missing)} of {len(expected)} tensors ({some(missing)})" if missing else "",
+        f"has {len(extra)} unexpected tensors ({some(extra)})" if extra else "",
+        f"has {len(wrong)} tensors of the wrong shape ({some(wrong)})" if wrong else "",
+        f"has {len(odd)} tensors that are no floats of 16 bits or more ({some(odd)})" if odd else "",
     ]
-    return ValueError(f"{checkpoint.path} {'; '.join(filter(None, problems))}")
+    return checkpoint.error("; ".join(filter(None, problems)))
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import FLOATS, open_checkpoint, read_json
+from .checkpoint import FLOATS, MAX_JSON, read_json
 from .flux import FluxConfig
-from .weights import ModelFiles
+from .weights import ModelFiles, open_checkpoint
 
 UNLIMITED = 1_000_000  # a tokenizer without a limit says 1e30
-TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.jinja")
 WORDS = 6  # shown of what a prompt loses
 EXTRAS = {  # parts of whole models that the encoders do not have
     "t5": r"^(decoder|lm_head)\.",
@@ -176,39 +176,35 @@ def _load(network: type, config: type, path: Path, kind: str, dtype: torch.dtype
 
     Errors: ValueError in one line
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     checkpoint = open_checkpoint(path, kind)  # says by name what is damaged, quantised or something else
-    for key, tensor in checkpoint.tensors.items():
-        if tensor.dtype not in FLOATS and not re.search(EXTRAS[kind], key.removeprefix("text_model.")):
-            raise ValueError(f"{checkpoint.path} has {key} as {tensor.dtype}, which is no float of 16 bits or more")
+    keys = [key for key in checkpoint.tensors if not re.search(EXTRAS[kind], key.removeprefix("text_model."))]
+    for key in keys:
+        if (dtype_there := checkpoint.tensors[key].dtype) not in FLOATS:
+            raise ValueError(f"{checkpoint.path} has {key} as {dtype_there}, which is no float of 16 bits or more")
     settings = path / "config.json"  # beside a single file there is none
     values = read_json(settings) if os.path.lexists(settings) else KNOWN[kind]
     try:
-        config = config.from_dict(values)
-        config = getattr(config, "text_config", config)  # of a whole CLIP
-        source = {"pretrained_model_name_or_path": path, "local_files_only": True, "use_safetensors": True}
-        if not path.is_dir():
-            source = {"pretrained_model_name_or_path": None, "state_dict": dict(checkpoint.read(checkpoint.tensors))}
+        config = config.from_dict(values.get("text_config", values))  # of a whole CLIP, its part
+        source = {"pretrained_model_name_or_path": None, "state_dict": checkpoint.read(keys, dtype)}
         module, report = network.from_pretrained(**source, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:  # of many kinds, for settings and shapes that do not fit
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{checkpoint.path} does not load ({reason}); download its folder again") from None
-    missing, extra = sorted(report["missing_keys"]), report["unexpected_keys"]
-    extra = sorted(key for key in extra if not re.search(EXTRAS[kind], key.removeprefix("text_model.")))
-    for keys, problem in ((missing, "lacks"), (extra, "has the unexpected")):
-        if keys:
-            raise ValueError(f"{checkpoint.path} {problem} {', '.join(keys[:3])} ({len(keys)} tensors)")
+    for problem, found in (("lacks", report["missing_keys"]), ("has the unexpected", report["unexpected_keys"])):
+        if found:
+            raise ValueError(f"{checkpoint.path} {problem} {', '.join(sorted(found)[:3])} ({len(found)} tensors)")
     return module.requires_grad_(False).eval()
 
 
 def load_tokenizer(kind: type, folder: Path):
     """Read a tokenizer; transformers would make up a vocabulary where files are odd, and take any limit."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     files = [path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))]
-    if odd := [path for path in files if not path.is_file()]:
-        raise ValueError(f"{odd[0]} is no file; download the folder {folder.name}/ again")
+    if odd := [path for path in files if not path.is_file() or path.stat().st_size > MAX_JSON]:
+        raise ValueError(f"{odd[0]} is no file of at most 16 MB; download the folder {folder.name}/ again")
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
@@ -220,5 +216,9 @@ def load_tokenizer(kind: type, folder: Path):
 
 
 def _unreadable(folder: str | Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:120]
-    return f"the tokenizer in {folder} cannot be read ({reason}); download the folder again"
+    """Say that a tokenizer cannot be read, and why; for a lone spiece.model, transformers would lead astray."""
+    reason, advice = " ".join(str(error).split())[:120], "download the folder again"
+    if not (Path(folder) / "tokenizer.json").exists() and (Path(folder) / "spiece.model").exists():
+        reason = "its spiece.model is damaged, or sentencepiece or protobuf is not installed"
+        advice = "pip install sentencepiece protobuf, or download tokenizer.json beside it"
+    return f"the tokenizer in {folder} cannot be read ({reason}); {advice}"

@@ -1,11 +1,12 @@
 """From a model's name to its networks: find -> recognise -> configuration from tensor shapes -> strict load.
 
 Data is mapped into memory, not copied, where the file already has the wanted dtype; else each tensor is cast by itself,
-so there are never two full copies. What a checkpoint is stands in checkpoint.py; the text encoders are in text.py.
+so there are never two full copies. What a checkpoint is stands in checkpoint.py, other forms of one in
+checkpoint_forms.py; the text encoders are in text.py.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from .autoencoder import AutoEncoder
-from .checkpoint import FLOATS, Checkpoint, file_in, mismatch, open_checkpoint
+from .checkpoint import PREFIX, WANTED, Checkpoint, file_in, files_named, kind, mismatch, read_headers
+from .checkpoint_forms import hub_snapshot, open_form
 from .flux import Flux
 
 PARTS = {
@@ -24,6 +26,7 @@ PARTS = {
     "clip_tokenizer": "tokenizer/",
     "t5_tokenizer": "tokenizer_2/",
 }
+TOKENIZERS = {"tokenizer/", "tokenizer_2/"}
 DOWNLOAD = "hf download black-forest-labs/{} --exclude 'transformer/*' --exclude 'vae/*' --local-dir weights/{}"
 
 
@@ -53,30 +56,35 @@ def find_model(name: str) -> ModelFiles:
     if place is None:
         looked = f"models found: {', '.join(_models()) or 'none'}; looked in {', '.join(map(str, _places()))}"
         raise ValueError(f"there is no model {name[:80]!r} ({looked}); {_advice(name)}")
+    place = hub_snapshot(place) if (place / "snapshots").is_dir() else place
     root = place if place.is_dir() else place.parent
     files = {
-        "flux": file_in(place, PARTS["flux"]) if place.is_dir() else place,
-        "autoencoder": _first(root, "ae.safetensors"),
+        "flux": file_in(place, *WANTED["transformer"][2]) if place.is_dir() else place,
+        "autoencoder": _first(root, *WANTED["autoencoder"][2]),
         "clip": _first(root, "text_encoder/*.safetensors", "clip_l.safetensors"),
         "t5": _first(root, "text_encoder_2/*.safetensors", "t5xxl_fp16.safetensors", "t5xxl*.safetensors"),
         "clip_tokenizer": _first(root, "tokenizer/tokenizer.json", "tokenizer/vocab.json"),
         "t5_tokenizer": _first(root, "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model"),
     }
-    missing = [PARTS[part] for part, path in files.items() if path is None]
     for part, wanted in (("flux", "transformer"), ("autoencoder", "autoencoder")):
         if files[part] is not None:  # what is there is refused before what is missing is told
             files[part] = open_checkpoint(files[part], wanted)
-    if missing:
-        raise ValueError(f"{root} lacks {', '.join(missing)}; {_advice(name)}")
+            files |= dict.fromkeys(files[part].parts, files[part].path)
+    if missing := [PARTS[part] for part, path in files.items() if path is None]:
+        raise ValueError(f"{root} lacks {', '.join(missing)}; {_advice(name, root, missing)}")
     for part in ("clip", "t5", "clip_tokenizer", "t5_tokenizer"):
         if files[part].parent != root:
             files[part] = files[part].parent
     return ModelFiles(**files, root=root, name=root.resolve().name if place.is_dir() else place.stem)
 
 
-def _advice(name: str) -> str:
+def _advice(name: str, root: Path | None = None, missing: Iterable[str] = ()) -> str:
     which = ("FLUX.1-schnell", "flux-schnell") if "schnell" in name.lower() else ("FLUX.1-dev", "flux-dev")
-    return f"a model folder holds {', '.join(PARTS.values())}; to get one: {DOWNLOAD.format(*which)}"
+    if missing and {*missing} <= TOKENIZERS:
+        return f"to get them: hf download black-forest-labs/{which[0]} --include 'tokenizer*' --local-dir {root}"
+    pickles = sorted(root.glob("text_encoder*/*.bin"))[:1] if root else ()
+    advice = "".join(f"{path} is a pickle, which is never unpickled; " for path in pickles)
+    return f"{advice}a model folder holds {', '.join(PARTS.values())}; to get one: {DOWNLOAD.format(*which)}"
 
 
 def _places() -> list[Path]:
@@ -97,12 +105,13 @@ def _locate(name: str) -> Path | None:
 
 
 def _models() -> list[str]:
-    patterns = (f"*/{PARTS['flux']}", "*/*.safetensors.index.json")
-    return sorted({path.parent.name for place in _places() for pattern in patterns for path in place.glob(pattern)})
+    patterns = ("*.safetensors.index.json", *WANTED["transformer"][2])
+    folders = (folder for place in _places() for folder in place.glob("*/"))
+    return sorted({folder.name for folder in folders if any(files_named(folder, pattern) for pattern in patterns)})
 
 
 def _first(root: Path, *patterns: str) -> Path | None:
-    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
+    return next((path for pattern in patterns for path in files_named(root, pattern)), None)
 
 
 def examples_folder() -> Path:
@@ -119,13 +128,34 @@ def weight_files(files: ModelFiles) -> list[Path]:
     return list(dict.fromkeys(files.flux.paths + files.autoencoder.paths + text))
 
 
+def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
+    """Read the header of one file, or of all shards, and refuse by name whatever is not wanted.
+
+    path: a safetensors file of any form, an index JSON of shards, or a folder with one of them
+    wanted: a key of WANTED
+    Errors: ValueError if nothing is there, a file is damaged, or it holds something else
+    """
+    path = Path(path)
+    _, instead, names = WANTED[wanted]
+    file = file_in(path, *names) if path.is_dir() else path
+    if file is None:
+        raise ValueError(f"{path} has no {names[0]} and no index JSON of shards; {instead}")
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; {instead}")
+    tensors, metadata, paths = read_headers(file)
+    if kind(tensors) != wanted:
+        return open_form(Checkpoint(file, wanted, tensors, paths), metadata)
+    prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
+    return Checkpoint(file, wanted, {key.removeprefix(prefix): stored for key, stored in tensors.items()}, paths)
+
+
 def load_flux(
     path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> Flux:
     """Load a FLUX.1 transformer of any depth and width, frozen and in eval mode.
 
-    path: a file with the official names (or these behind model.diffusion_model.), an index JSON of such shards,
-        a folder with one of them (flux1-*.safetensors), or what find_model opened
+    path: a file with the official names or in a form of checkpoint_forms.py, an index JSON of such shards, a folder
+        with one of them (flux1-*.safetensors, transformer/), or what find_model opened
     dtype: of the parameters; a file that has it already is mapped, not copied, on the CPU
     Errors: ValueError for anything else, saying what it is and what to use instead
     """
@@ -137,7 +167,8 @@ def load_autoencoder(
 ) -> AutoEncoder:
     """Load a FLUX.1 autoencoder, frozen and in eval mode.
 
-    path: a file with the official names, a folder with ae.safetensors, or what find_model opened
+    path: a file with the official or diffusers' names, a folder with one (ae.safetensors, vae/), or what find_model
+        opened
     Errors: ValueError for anything else, saying what it is and what to use instead
     """
     return _load(AutoEncoder, path, "autoencoder", device, dtype)
@@ -150,15 +181,8 @@ def _load(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
     with torch.device("meta"):
         module = network(checkpoint.config)
-    tensors = {}
     try:
-        ready = [key for key, stored in checkpoint.tensors.items() if FLOATS[stored.dtype] is dtype]
-        to_cast = [[key] for key in sorted(checkpoint.tensors.keys() - ready)]  # one by one, as mapped pages count too
-        for keys in [ready, *to_cast]:
-            for key, tensor in checkpoint.read(keys):
-                tensors[key] = tensor.to(device, dtype)  # as it is, if nothing changes
-                del tensor
-        module.load_state_dict(tensors, strict=True, assign=True)
+        module.load_state_dict(checkpoint.read(checkpoint.tensors, dtype, device), strict=True, assign=True)
     except (KeyError, RuntimeError):  # of tensors that are no floats; that are missing, unexpected or misshapen
         raise mismatch(checkpoint, module) from None
     return module.requires_grad_(False).eval()

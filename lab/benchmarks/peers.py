@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from iclora.loader import Batch
 from iclora.training import flow_loss
 from model import lora
-from model.checkpoint import open_checkpoint
 from model.flux import Flux, FluxConfig
 from model.lora_formats import names_in, slice_of, swap, template
 from model.position import grid_ids
-from model.weights import load_flux
+from model.weights import load_flux, open_checkpoint
 
 BUNDLED = Path(__file__).parents[2] / "weights" / "tiny" / "flux1-tiny.safetensors"
 

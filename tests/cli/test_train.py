@@ -589,7 +589,7 @@ def test_every_shard_of_a_model_and_the_settings_beside_a_lora_count(world, whol
     shutil.copy(whole / "lora.safetensors", tmp_path / "lora" / "adapter_model.safetensors")
 
     def contents():
-        sharded = replace(files_of_model, flux=model.checkpoint.open_checkpoint(index, "transformer"))
+        sharded = replace(files_of_model, flux=model.weights.open_checkpoint(index, "transformer"))
         return fingerprints([], sharded, read_lora(tmp_path / "lora"))
 
     first = contents()
