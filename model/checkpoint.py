@@ -24,8 +24,9 @@ from .infer import infer_autoencoder_config, infer_flux_config
 
 PREFIX = "model.diffusion_model."  # on every name in some repackaged files
 MAX_JSON = 16_000_000  # bytes, of headers too; parsed, they take 27 times as much
+MAX_TENSORS = 20_000  # an all-in-one checkpoint in fp8 has 4,000
 MAX_HASHED = 10**9  # bytes; of larger files, name and size stand for the content
-NAME = re.compile(r"[a-z]\w*(\.\w+)+")  # of a tensor, in a message
+NAME = re.compile(r"\b[a-z]\w*(\.\w+)+")  # of a tensor, in a message
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # What can be wanted: how a message calls it, what to use instead of a wrong file, its names in a folder, best first.
@@ -214,6 +215,8 @@ def read_header(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 raise SafetensorError
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
+            if len(slices) > MAX_TENSORS:
+                raise SafetensorError
             tensors = {key: Stored(path, s.get_dtype(), tuple(s.get_shape()), key) for key, s in slices.items()}
             return tensors, file.metadata() or {}
     except OSError as error:
@@ -265,7 +268,7 @@ def mismatch(checkpoint: Checkpoint, module: nn.Module) -> ValueError:
 
 def some(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(name[:100] for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def fingerprint(paths: Iterable[str | Path], dated: bool = False) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .autoencoder import AutoEncoder
-from .checkpoint import PREFIX, WANTED, Checkpoint, file_in, files_named, kind, mismatch, read_headers
+from .checkpoint import FLOATS, PREFIX, WANTED, Checkpoint, file_in, files_named, kind, mismatch, read_headers
 from .checkpoint_forms import hub_snapshot, open_form
 from .flux import Flux
 
@@ -137,16 +137,13 @@ def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
     """
     path = Path(path)
     _, instead, names = WANTED[wanted]
-    file = file_in(path, *names) if path.is_dir() else path
-    if file is None:
-        raise ValueError(f"{path} has no {names[0]} and no index JSON of shards; {instead}")
+    file = (file_in(path, *names) or path / names[0]) if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file} is no file; {instead}")
     tensors, metadata, paths = read_headers(file)
-    if kind(tensors) != wanted:
-        return open_form(Checkpoint(file, wanted, tensors, paths), metadata)
-    prefix = PREFIX if all(key.startswith(PREFIX) for key in tensors) else ""
-    return Checkpoint(file, wanted, {key.removeprefix(prefix): stored for key, stored in tensors.items()}, paths)
+    checkpoint = Checkpoint(file, wanted, tensors, paths)
+    official = kind(tensors) == wanted and not any(key.startswith(PREFIX) for key in tensors)
+    return checkpoint if official else open_form(checkpoint, metadata)
 
 
 def load_flux(
@@ -181,8 +178,8 @@ def _load(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
     with torch.device("meta"):
         module = network(checkpoint.config)
-    try:
-        module.load_state_dict(checkpoint.read(checkpoint.tensors, dtype, device), strict=True, assign=True)
-    except (KeyError, RuntimeError):  # of tensors that are no floats; that are missing, unexpected or misshapen
-        raise mismatch(checkpoint, module) from None
+    shapes = {key: (stored.shape, stored.dtype in FLOATS) for key, stored in checkpoint.tensors.items()}
+    if shapes != {key: (tensor.shape, True) for key, tensor in module.state_dict().items()}:
+        raise mismatch(checkpoint, module)  # before anything is read
+    module.load_state_dict(checkpoint.read(checkpoint.tensors, dtype, device), strict=True, assign=True)
     return module.requires_grad_(False).eval()

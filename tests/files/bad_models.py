@@ -248,8 +248,10 @@ def tensors() -> Iterator[Case]:
             def change(content: dict[str, Tensor], key: str = wanted[i % len(wanted)], convert=convert) -> None:
                 content[find(content, key)] = convert(content[find(content, key)])
 
-            yield Case(f"{name} whose {wanted[i % len(wanted)][-28:]} has {what}", with_tensors(name, change))
-        yield Case(f"{name} of fp8", with_tensors(name, each(lambda tensor: tensor.to(torch.float8_e5m2))))
+            made = with_tensors(name, change)
+            yield Case(f"{name} whose {wanted[i % len(wanted)][-28:]} has {what}", made, doubtful=what == "fp8")
+        fp8 = with_tensors(name, each(lambda tensor: tensor.to(torch.float8_e5m2)))
+        yield Case(f"{name} of fp8", fp8, doubtful=True)
         yield Case(f"{name} without names", with_tensors(name, lambda c: {str(i): t for i, t in enumerate(c.values())}))
         added = with_tensors(name, lambda content: content.update({"more\x1b[31m\n": torch.ones(1)}))
         yield Case(f"{name} with a tensor more", added)

@@ -1,8 +1,12 @@
 """Text encoders from every layout, on tiny random ones made here."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,7 @@ from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import ModelFiles, find_model
 
 PROMPTS = ["a red fox sits on a hill", ""]
+ROOT = Path(__file__).resolve().parents[2]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -180,14 +185,14 @@ def test_names_with_a_foreign_prefix_are_refused_not_ignored(of_kind, kind):
         use()
 
 
-def test_fp8_t5_is_refused_by_name(copy):
+def test_t5_in_other_quantisation_is_refused_by_name(copy):
     path = copy / "text_encoder_2" / "model.safetensors"
     tensors = load_file(path)
-    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}, path)
-    with pytest.raises(ValueError, match="holds fp8 weights, not a T5 text encoder; use .*t5xxl_fp16.safetensors"):
+    save_file(tensors | {"shared.weight.absmax": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="holds bitsandbytes nf4 .*, not a T5 text encoder; use .*t5xxl_fp16.safeten"):
         encode(copy)
-    save_file(tensors | {"scaled_fp8": torch.zeros(0)}, path)
-    with pytest.raises(ValueError, match="holds scaled fp8 weights"):
+    save_file({key: tensor.to(torch.int8) for key, tensor in tensors.items()}, path)
+    with pytest.raises(ValueError, match="as I8, which is no float of 16 bits or more"):
         encode(copy)
 
 
@@ -241,6 +246,43 @@ def test_a_damaged_tokenizer_is_one_line(copy, file):
     with pytest.raises(ValueError, match="the tokenizer in .*tokenizer.* cannot be read") as error:
         encode(copy)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(5000), b"\xff\x00junk" * 300])
+def test_a_lone_damaged_spiece_model_is_one_line_that_says_what_is_missing(copy, content, capfd):
+    (copy / "tokenizer_2" / "tokenizer.json").unlink()
+    (copy / "tokenizer_2" / "spiece.model").write_bytes(content)
+    with pytest.raises(
+        ValueError, match="tokenizer_2 cannot be read .*; pip install sentencepiece protobuf, or"
+    ) as error:
+        encode(copy)
+    assert "tiktoken" not in str(error.value) and "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])
+def test_what_a_lone_spiece_model_needs_is_named_where_it_is_not_installed(copy, module):
+    for name in ("spiece.model", "tokenizer_config.json"):
+        shutil.copy(ROOT / "weights" / "tiny" / "tokenizer_2" / name, copy / "tokenizer_2")
+    (copy / "tokenizer_2" / "tokenizer.json").unlink()
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from transformers.models.t5.tokenization_t5 import T5Tokenizer\n"
+        "from pathlib import Path; from model.text import load_tokenizer\n"
+        "try: load_tokenizer(T5Tokenizer, Path(sys.argv[1]))\n"
+        "except ValueError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(copy / "tokenizer_2")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "pip install sentencepiece protobuf" in done.stdout and "tiktoken" not in done.stdout
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json", "spiece.model"])
+def test_a_pipe_among_the_tokenizers_files_does_not_hang(copy, name):
+    os.mkfifo(copy / "tokenizer_2" / name)
+    with pytest.raises(ValueError, match=f"{name} is no file of at most 16 MB; download the folder tokenizer_2/ again"):
+        encode(copy)
 
 
 def test_loading_asks_nothing_of_the_network_and_prints_nothing(hub, monkeypatch, capfd):
