@@ -104,8 +104,9 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "stages": Row(
         "Are two references followed after both stages?",
-        Headline("two", "stages I and II", "all right", none="all right, no references"),
-        paper="UNO, table 2: DINO 54.2, CLIP-I 73.3",
+        Headline("two", "stages I and II", "look", none="look, no references"),
+        answer="Mostly; after stage I alone they are not.",
+        paper="UNO, table 2: DINO 54.2, CLIP-I 73.3; not comparable",
     ),
     "offsets": Row(
         "Does it matter where references stand?",
