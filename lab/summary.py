@@ -79,6 +79,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "condition": Row(
         "Are given panels better noised along (SDEdit) or clean?",
         Headline("walk", "clean", "first panel given", against="SDEdit"),
+        answer="No difference was seen.",
         paper="In-Context LoRA: SDEdit, which loses identity; no figures",
     ),
     "text": Row(
@@ -93,8 +94,9 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "knowledge": Row(
         "Does a LoRA preserve what the base knows?",
-        Headline("one subject, 2x2", "LoRA of all tasks", "same subject", against="base"),
-        paper="In-Context LoRA: it does; no figures",
+        Headline("one subject, 2x2", "LoRA of walk", "same subject", against="base"),
+        answer="UNO's does; of twenty sets hardly any.",
+        paper="In-Context LoRA: it does; no figures; does not agree",
     ),
     "bundled": Row(
         "Does the bundled LoRA walk?",
