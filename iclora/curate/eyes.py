@@ -1,0 +1,150 @@
+"""What looks at pictures: DINOv2, CLIP as a judge and OWLv2 as a detector, through transformers from local folders."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Model, Owlv2ForObjectDetection
+from transformers.utils import logging
+
+from model.checkpoint import fingerprint, read_header, read_json
+from model.text import load_tokenizer
+from sampling.images import GREY, to_tensor
+
+from ..judge import Verdict
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SURE = 0.2  # OWLv2's score from which a thing counts as found
+
+
+class Locator(Protocol):
+    """Finds what words name in a picture."""
+
+    def __call__(self, picture: Image.Image, words: str) -> Box | None: ...
+
+
+def load_local(kind: type, folder: Path, device: str) -> nn.Module:
+    """Load a model from a folder, in float32; transformers only reports what is missing: here that is an error.
+
+    Errors: ValueError in one line
+    """
+    path, settings = folder / "model.safetensors", folder / "config.json"
+    for file in (path, settings):
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}, so it is no folder of a {kind.__name__}; download it whole")
+    read_header(path)  # refuses a damaged file by name
+    expected, stored = kind.config_class.model_type, read_json(settings).get("model_type")
+    if stored != expected:
+        raise ValueError(f"{folder} holds a model of type {stored!r:.40}, not {expected}; give another folder")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        module, report = kind.from_pretrained(folder, dtype=torch.float32, **options)
+    except Exception as error:  # of many kinds, for settings and shapes that do not fit
+        raise ValueError(f"{path} does not load ({' '.join(str(error).split())[:160]}); download it again") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path} lacks {', '.join(missing[:3])} ({len(missing)} tensors); download it again")
+    return module.requires_grad_(False).eval().to(device)
+
+
+def load_processor(folder: Path):
+    """Load how a model wants its pictures. Errors: ValueError in one line"""
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{folder} has no preprocessor_config.json that can be used ({reason})") from None
+
+
+def mark(folder: Path) -> str:
+    """Name a model folder by its content, for the catalogue."""
+    file = folder / "model.safetensors"
+    return f"{folder.name} {fingerprint([file])[:8]}" if file.is_file() else folder.name
+
+
+class Dino:
+    """DINOv2: how alike two pictures are."""
+
+    def __init__(self, folder: Path, device: str):
+        self.model, self.processor, self.device = (
+            load_local(Dinov2Model, folder, device),
+            load_processor(folder),
+            device,
+        )
+
+    @torch.inference_mode()
+    def __call__(self, first: Image.Image, second: Image.Image) -> float:
+        """Return the cosine of two pictures' class tokens."""
+        image = self.processor([first, second], return_tensors="pt").pixel_values.to(self.device)  # (2, 3, h, w)
+        features = F.normalize(self.model(pixel_values=image).pooler_output, dim=-1)
+        return float(features[0] @ features[1])
+
+
+class ClipJudge:
+    """CLIP as a judge that needs no endpoint: it reads every part in both pictures, and compares what it reads.
+
+    parts: by name, the options of each: texts whose mean stands for one option
+    tokenizer: its folder, where that of the model has none
+    """
+
+    def __init__(self, folder: Path, tokenizer: Path, parts: Mapping[str, Sequence[Sequence[str]]], device: str):
+        self.model, self.processor, self.device = load_local(CLIPModel, folder, device), load_processor(folder), device
+        tokenizer = folder if any(folder.glob("tokenizer*.json")) else tokenizer
+        self.tokenizer = load_tokenizer(CLIPTokenizer, tokenizer)
+        self.parts = {
+            name: F.normalize(torch.stack([self.read(texts).mean(dim=0) for texts in options]), dim=-1)
+            for name, options in parts.items()
+        }
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """Return features of texts at length 1: (N, D)."""
+        ids = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").input_ids
+        hidden = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
+        return F.normalize(self.model.text_projection(hidden), dim=-1)
+
+    @torch.inference_mode()
+    def __call__(self, first: Image.Image, second: Image.Image) -> Verdict:
+        """Score each part by how much the two readings of it overlap, as probabilities of its options: 0 to 4."""
+        image = self.processor([first, second], return_tensors="pt").pixel_values.to(self.device)  # (2, 3, h, w)
+        hidden = self.model.vision_model(pixel_values=image).pooler_output
+        features = self.model.logit_scale.exp() * F.normalize(self.model.visual_projection(hidden), dim=-1)
+        readings = {
+            name: (features @ options.T).softmax(dim=-1) for name, options in self.parts.items()
+        }  # (2, options)
+        parts = {name: round(4 * float((p[0] * p[1]).sqrt().sum())) for name, p in readings.items()}
+        return Verdict(parts, sum(parts.values()) / len(parts))
+
+
+class Owl:
+    """OWLv2: finds what words name."""
+
+    def __init__(self, folder: Path, device: str):
+        self.model, self.device = load_local(Owlv2ForObjectDetection, folder, device), device
+        self.tokenizer = load_tokenizer(CLIPTokenizer, folder)
+        self.side = self.model.config.vision_config.image_size
+
+    @torch.inference_mode()
+    def __call__(self, picture: Image.Image, words: str) -> Box | None:
+        """Return the box of what is most likely what the words name, if it is likely enough."""
+        longest = max(picture.size)
+        square = Image.new("RGB", (longest, longest), GREY)
+        square.paste(picture)  # grey is added below or on the right, as OWLv2 knows it
+        square = square.resize((self.side, self.side), Image.Resampling.BILINEAR)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        image = (((to_tensor(square) + 1) / 2 - mean) / std).to(self.device)  # (1, 3, side, side)
+        length = self.model.config.text_config.max_position_embeddings
+        padded = {"padding": "max_length", "max_length": length, "truncation": True}
+        text = self.tokenizer([f"a photo of a {words}"], **padded, return_tensors="pt").to(self.device)
+        output = self.model(text.input_ids, image, text.attention_mask)
+        scores = output.logits[0, :, 0].sigmoid()  # (boxes,)
+        if scores.max() < SURE:
+            return None
+        x, y, width, height = (longest * output.pred_boxes[0, scores.argmax()]).tolist()
+        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
