@@ -3,7 +3,7 @@
 python -m iclora.curate --out runs/factory --count 40                  diptychs, cut and filtered: pairs.json
 python -m iclora.curate --out runs/factory --dino 0.8                  other thresholds; scores are kept
 python -m iclora.curate --out runs/factory --where "dino > 0.7 and judge >= 3"
-python -m iclora.curate --out runs/factory --lora runs/uno-1/lora.safetensors --detector YOURS     stage II: pairs-2.json
+python -m iclora.curate --out runs/factory --lora YOURS.safetensors --detector YOURS     stage II: pairs-2.json
 torchrun --nproc-per-node 8 -m iclora.curate ...                       items are shared among processes
 """
 

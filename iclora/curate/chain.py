@@ -6,52 +6,58 @@ goes on where it was. What is random of an item comes from the seed, its number 
 
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from ..checkpoint import only_run
+from ..cli import check_folder
 from ..plan import Note
 from ..training import PATIENCE, lost_process_is_one_line
-from .catalogue import NAME, STAGES, Catalogue, data_of, passed, reader, selected
-from .options import CHAIN, CurateConfig, Tools
+from .catalogue import NAME, STAGES, Catalogue, crops_of, passed, reader, selected
+from .options import CHAIN, CurateConfig
 from .page import write_page
-from .stages import EXPORTS, FOLDERS, Workshop
+from .stages import EXPORTS, FOLDERS, NamedJudge, NamedLocator, Workshop
 
 
-def curate(config: CurateConfig, note: Note, tools: Tools = Tools()) -> None:
+def curate(
+    config: CurateConfig, note: Note, judge: NamedJudge | None = None, locator: NamedLocator | None = None
+) -> None:
     """Run the stages that are asked for, and write the summary page.
 
     Under torchrun every process takes its share of the items, and the first one does what concerns all.
 
     note: is called with what a user should know, in one line
+    judge, locator: instead of what the options say
     Errors: ValueError in one line for whatever cannot work; what was finished is kept
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    workshop = Workshop(config, tools, note)
+    check_folder(Path(config.out))
+    workshop = Workshop(config, note, judge, locator)
     path = workshop.out / NAME
-    with only_run(workshop.out) if rank == 0 else nullcontext(), lost_process_is_one_line(), whole(path):
+    with only_run(workshop.out) if rank == 0 else nullcontext(), lost_process_is_one_line():
         if world_size > 1:
             if workshop.device == "cuda":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        if rank == 0:
-            start(workshop, path)
-        for stage in (stage for stage in CHAIN if stage in config.chosen):
+        try:
             if rank == 0:
-                prepare(workshop, stage, path)
-            if stage != "taxonomy" and stage not in EXPORTS:
-                run_share(workshop, stage, path, rank, world_size)
-        if rank == 0:
-            with closing(reader(path)) as db:
-                write_page(workshop.out, db, {stage: config.bar(stage) for stage in STAGES})
-            note(f"what was kept and dropped: {workshop.out / 'index.html'}")
-        if world_size > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+                start(workshop, path)
+            for stage in filter(config.chosen.__contains__, CHAIN):
+                if rank == 0:
+                    prepare(workshop, stage, path)
+                if stage != "taxonomy" and stage not in EXPORTS:
+                    run_share(workshop, stage, path, rank, world_size)
+            if rank == 0:
+                with closing(reader(path)) as db:
+                    write_page(workshop.out, db, {stage: config.bar(stage) for stage in STAGES})
+                note(f"what was kept and dropped: {workshop.out / 'index.html'}")
+        except sqlite3.Error as error:
+            advice = "free space if there is none; else put a whole copy of the file there, or give another --out"
+            raise ValueError(f"{path}: {error}; {advice}") from None
+        meet(world_size)
 
 
 def start(workshop: Workshop, path: Path) -> None:
@@ -60,13 +66,13 @@ def start(workshop: Workshop, path: Path) -> None:
         for folder in FOLDERS:
             (workshop.out / folder).mkdir(exist_ok=True)
         for left in workshop.out.glob("**/.*.tmp"):
-            left.unlink(missing_ok=True)
+            left.unlink()
         catalogue.merge_parts()
         if workshop.config.redo:
             catalogue.forget(CHAIN[CHAIN.index(workshop.config.redo) :])
-    if workshop.config.where is not None:
-        with closing(reader(path)) as db:
-            selected(db, "export", workshop.config.where)
+        if workshop.config.where is not None:
+            with closing(reader(path)) as db:
+                selected(db, "export", workshop.config.where)
 
 
 def prepare(workshop: Workshop, stage: str, path: Path) -> None:
@@ -78,7 +84,7 @@ def prepare(workshop: Workshop, stage: str, path: Path) -> None:
         elif stage in EXPORTS:
             workshop.export(stage, catalogue)
         else:
-            catalogue.judge_again(stage, workshop.config.bar(stage))
+            catalogue.hold_again(stage, workshop.config.bar(stage))
 
 
 def run_share(workshop: Workshop, stage: str, path: Path, rank: int, world_size: int) -> None:
@@ -89,14 +95,14 @@ def run_share(workshop: Workshop, stage: str, path: Path, rank: int, world_size:
     """
     meet(world_size)
     with closing(reader(path, shared=False)) as db:
-        items, boxes = passed(db, stage, rank, world_size), data_of(db, "find")
+        items, crops = passed(db, stage, rank, world_size), crops_of(db)
     meet(world_size)
     if items:
         with closing(Catalogue(path.with_name(f"part-{rank}.sqlite") if rank else path)) as catalogue:
-            for item, outcome in tqdm(workshop.work(stage, items, boxes), stage, len(items), unit="item", disable=None):
+            for item, outcome in tqdm(workshop.work(stage, items, crops), stage, len(items), unit="item", disable=None):
                 catalogue.record(item.id, stage, outcome, workshop.config.bar(stage))
     meet(world_size)
-    if world_size > 1 and rank == 0:
+    if rank == 0:
         with closing(Catalogue(path)) as catalogue:
             catalogue.merge_parts()
 
@@ -105,13 +111,3 @@ def meet(world_size: int) -> None:
     """Wait until all processes are here."""
     if world_size > 1:
         torch.distributed.barrier()
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises into one line. Errors: ValueError"""
-    try:
-        yield
-    except sqlite3.Error as error:
-        advice = "free space if there is none; else put a whole copy of the file there, or give another --out"
-        raise ValueError(f"{path}: {error}; {advice}") from None

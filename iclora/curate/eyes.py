@@ -1,6 +1,6 @@
 """What looks at pictures: DINOv2, CLIP as a judge and OWLv2 as a detector, through transformers from local folders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Model, Owlv2ForObjectDetection
 from transformers.utils import logging
 
-from model.checkpoint import fingerprint, read_header, read_json
+from model.checkpoint import fingerprint, read_header
 from model.text import load_tokenizer
 from sampling.images import GREY, to_tensor
 
@@ -28,38 +28,34 @@ class Locator(Protocol):
     def __call__(self, picture: Image.Image, words: str) -> Box | None: ...
 
 
-def load_local(kind: type, folder: Path, device: str) -> nn.Module:
-    """Load a model from a folder, in float32; transformers only reports what is missing: here that is an error.
+def load_local(kind: type, folder: Path, device: str) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Load a model from a folder, in float32, and how it wants its pictures.
+
+    Transformers only reports what is missing: here that is an error.
 
     Errors: ValueError in one line
     """
-    path, settings = folder / "model.safetensors", folder / "config.json"
-    for file in (path, settings):
-        if not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}, so it is no folder of a {kind.__name__}; download it whole")
+    path = folder / "model.safetensors"
+    if not path.is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a {kind.__name__} with config.json and {path.name}; name another")
     read_header(path)  # refuses a damaged file by name
-    expected, stored = kind.config_class.model_type, read_json(settings).get("model_type")
-    if stored != expected:
-        raise ValueError(f"{folder} holds a model of type {stored!r:.40}, not {expected}; give another folder")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
-        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        module, report = kind.from_pretrained(folder, dtype=torch.float32, **options)
+        model, report = kind.from_pretrained(folder, **options)
+        # OWLv2's own preparation needs scipy
+        processor = kind is not Owlv2ForObjectDetection and AutoImageProcessor.from_pretrained(folder, backend="pil")
     except Exception as error:  # of many kinds, for settings and shapes that do not fit
-        raise ValueError(f"{path} does not load ({' '.join(str(error).split())[:160]}); download it again") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{path} lacks {', '.join(missing[:3])} ({len(missing)} tensors); download it again")
-    return module.requires_grad_(False).eval().to(device)
-
-
-def load_processor(folder: Path):
-    """Load how a model wants its pictures. Errors: ValueError in one line"""
-    try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-    except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} has no preprocessor_config.json that can be used ({reason})") from None
+        raise ValueError(f"{folder} does not load as {kind.__name__} ({reason}); download it again") from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path} lacks {', '.join(missing[:3])} ({len(missing)} tensors); is it a {kind.__name__}?")
+
+    def see(*pictures: Image.Image) -> Tensor:
+        return processor(list(pictures), return_tensors="pt").pixel_values.to(device)  # (B, 3, h, w)
+
+    return model.requires_grad_(False).eval().to(device), see
 
 
 def mark(folder: Path) -> str:
@@ -72,17 +68,12 @@ class Dino:
     """DINOv2: how alike two pictures are."""
 
     def __init__(self, folder: Path, device: str):
-        self.model, self.processor, self.device = (
-            load_local(Dinov2Model, folder, device),
-            load_processor(folder),
-            device,
-        )
+        self.model, self.see = load_local(Dinov2Model, folder, device)
 
     @torch.inference_mode()
     def __call__(self, first: Image.Image, second: Image.Image) -> float:
         """Return the cosine of two pictures' class tokens."""
-        image = self.processor([first, second], return_tensors="pt").pixel_values.to(self.device)  # (2, 3, h, w)
-        features = F.normalize(self.model(pixel_values=image).pooler_output, dim=-1)
+        features = F.normalize(self.model(pixel_values=self.see(first, second)).pooler_output, dim=-1)
         return float(features[0] @ features[1])
 
 
@@ -94,9 +85,11 @@ class ClipJudge:
     """
 
     def __init__(self, folder: Path, tokenizer: Path, parts: Mapping[str, Sequence[Sequence[str]]], device: str):
-        self.model, self.processor, self.device = load_local(CLIPModel, folder, device), load_processor(folder), device
+        self.model, self.see = load_local(CLIPModel, folder, device)
         tokenizer = folder if any(folder.glob("tokenizer*.json")) else tokenizer
         self.tokenizer = load_tokenizer(CLIPTokenizer, tokenizer)
+        if not parts:
+            raise ValueError("the word lists have no parts for CLIP to read; add some, or give --judge an endpoint")
         self.parts = {
             name: F.normalize(torch.stack([self.read(texts).mean(dim=0) for texts in options]), dim=-1)
             for name, options in parts.items()
@@ -106,19 +99,18 @@ class ClipJudge:
     def read(self, texts: Sequence[str]) -> Tensor:
         """Return features of texts at length 1: (N, D)."""
         ids = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").input_ids
-        hidden = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
+        hidden = self.model.text_model(input_ids=ids.to(self.model.device)).pooler_output
         return F.normalize(self.model.text_projection(hidden), dim=-1)
 
     @torch.inference_mode()
     def __call__(self, first: Image.Image, second: Image.Image) -> Verdict:
         """Score each part by how much the two readings of it overlap, as probabilities of its options: 0 to 4."""
-        image = self.processor([first, second], return_tensors="pt").pixel_values.to(self.device)  # (2, 3, h, w)
-        hidden = self.model.vision_model(pixel_values=image).pooler_output
+        hidden = self.model.vision_model(pixel_values=self.see(first, second)).pooler_output
         features = self.model.logit_scale.exp() * F.normalize(self.model.visual_projection(hidden), dim=-1)
-        readings = {
-            name: (features @ options.T).softmax(dim=-1) for name, options in self.parts.items()
-        }  # (2, options)
-        parts = {name: round(4 * float((p[0] * p[1]).sqrt().sum())) for name, p in readings.items()}
+        features = [(features @ options.T).softmax(dim=-1) for options in self.parts.values()]  # (2, options) each
+        parts = {
+            name: round(4 * float(p.prod(dim=0).sqrt().sum())) for name, p in zip(self.parts, features, strict=True)
+        }
         return Verdict(parts, sum(parts.values()) / len(parts))
 
 
@@ -126,7 +118,7 @@ class Owl:
     """OWLv2: finds what words name."""
 
     def __init__(self, folder: Path, device: str):
-        self.model, self.device = load_local(Owlv2ForObjectDetection, folder, device), device
+        self.model, _ = load_local(Owlv2ForObjectDetection, folder, device)
         self.tokenizer = load_tokenizer(CLIPTokenizer, folder)
         self.side = self.model.config.vision_config.image_size
 
@@ -138,10 +130,10 @@ class Owl:
         square.paste(picture)  # grey is added below or on the right, as OWLv2 knows it
         square = square.resize((self.side, self.side), Image.Resampling.BILINEAR)
         mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        image = (((to_tensor(square) + 1) / 2 - mean) / std).to(self.device)  # (1, 3, side, side)
+        image = (((to_tensor(square) + 1) / 2 - mean) / std).to(self.model.device)  # (1, 3, side, side)
         length = self.model.config.text_config.max_position_embeddings
         padded = {"padding": "max_length", "max_length": length, "truncation": True}
-        text = self.tokenizer([f"a photo of a {words}"], **padded, return_tensors="pt").to(self.device)
+        text = self.tokenizer([f"a photo of a {words}"], **padded, return_tensors="pt").to(self.model.device)
         output = self.model(text.input_ids, image, text.attention_mask)
         scores = output.logits[0, :, 0].sigmoid()  # (boxes,)
         if scores.max() < SURE:

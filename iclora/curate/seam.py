@@ -35,8 +35,6 @@ def cut(composite: Image.Image, grid: str, seam: int, size: tuple[int, int]) -> 
     size: width and height of a panel in pixels
     """
     width, height = composite.size
-    boxes = ((0, 0, seam, height), (seam, 0, width, height))
-    if grid == "2x1":
-        boxes = ((0, 0, width, seam), (0, seam, width, height))
-    first, second = (fit(composite.crop(box), *size) for box in boxes)
-    return first, second
+    edge = (seam, height) if grid == "1x2" else (width, seam)
+    start = (seam, 0) if grid == "1x2" else (0, seam)
+    return fit(composite.crop((0, 0, *edge)), *size), fit(composite.crop((*start, width, height)), *size)

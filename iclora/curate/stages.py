@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from sampling.images import fit, open_picture, to_png
 
 from ..chat import Chat, EndpointError, in_parallel
 from ..config import model_defaults
-from ..judge import ChatJudge, Judge, Verdict
+from ..judge import ChatJudge, Judge
 from ..layout import parse_size
 from ..pipeline import Pipeline
 from ..plan import Note, make_plan, parse_lora
-from .catalogue import Catalogue, Item, Outcome, data_of, passed, reader, selected
+from .catalogue import Catalogue, Item, Outcome, crops_of, passed, reader, selected
 from .eyes import Box, ClipJudge, Dino, Locator, Owl, mark
-from .options import CurateConfig, Tools
+from .options import CurateConfig
 from .seam import cut, find_seam
 from .taxonomy import HERE, alone, judge_texts, make_item, read_words
 
@@ -31,8 +32,9 @@ EXPORTS = {"export": "pairs.json", "export2": "pairs-2.json"}  # one reference; 
 FOLDERS = ("diptychs", "pairs", "crops", "redrawn")
 READ_AT_ONCE = 64  # captions, before the transformer works on them
 FAILURES = 5  # of a judge, one after the other, that end a run
+NamedJudge, NamedLocator = tuple[str, Judge], tuple[str, Locator]  # as the catalogue notes them
 Works = Iterator[tuple[Item, Outcome]]
-Names = list[tuple[str, str]]  # pictures to compare, each two by the names of their files
+Crops = dict[int, list[dict[str, Any]]]  # by item; empty where a stage has no use for them
 
 
 class Workshop:
@@ -41,51 +43,37 @@ class Workshop:
     Errors: ValueError if the model or the words cannot be used
     """
 
-    def __init__(self, config: CurateConfig, tools: Tools, note: Note):
-        self.config, self.tools, self.out = config, tools, Path(config.out)
-        self.files, said = find_model(config.model), set()
+    def __init__(self, config: CurateConfig, note: Note, judge: NamedJudge | None, locator: NamedLocator | None):
+        self.config, self.out, self.files = config, Path(config.out), find_model(config.model)
+        self.note = lru_cache(note)  # tells each line once, not for every picture
         tiny = model_defaults(self.files.flux.config).name == "tiny"
         self.words_path = Path(config.words) if config.words else HERE / f"words{'-tiny' * tiny}.json"
         self.words = read_words(self.words_path)
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = auto if config.device == "auto" else config.device
-        self.note = lambda line: line in said or (said.add(line), note(line))  # each line once, not for every picture
-        self.steps: dict[str, Callable[[Sequence[Item], dict[int, Any]], Works]] = {
-            "diptych": self.diptych,
-            "split": self.split,
-            "dino": self.dino,
-            "judge": self.judge,
-            "find": self.find,
-            "redraw": self.redraw,
-        }
+        self.dino_folder = Path(config.dino_model or self.files.root / "dinov2")
+        self.judge_name, self.load_judge = (judge[0], lambda: judge[1]) if judge else self.choose_judge()
+        self.locator_name, self.load_locator = (locator[0], lambda: locator[1]) if locator else self.choose_locator()
 
     def settings(self, stage: str) -> dict[str, str]:
         """Say what makes a stage's results, besides what the stages before it have made."""
-        config = self.config
-        drawn = {"model": f"{self.files.name} {fingerprint(weight_files(self.files))[:8]}", "steps": str(config.steps)}
-        match stage.rstrip("2"):
-            case "taxonomy":
-                words = hashlib.sha256(json.dumps(self.words, sort_keys=True).encode()).hexdigest()[:8]
-                writer = config.writer_model if config.writer else "none"
-                return {"seed": str(config.seed), "words": f"{self.words_path.name} {words}", "writer": writer}
-            case "diptych":
-                return drawn
-            case "dino":
-                return {"dino-model": mark(self.dino_folder)}
-            case "judge":
-                return {"judge": self.make_judge()[0]}
-            case "find":
-                return {"detector": self.make_locator()[0]}
-            case "redraw":
-                lora, strength = parse_lora(config.lora)
-                return drawn | {"lora": f"{lora.name} {fingerprint([lora])[:8]}, {strength:g}"}
-        return {}
+        config, drawn = self.config, {"model": f"{self.files.name} {fingerprint(weight_files(self.files))[:8]}"}
+        drawn["steps"] = str(config.steps)
+        lora, strength = parse_lora(config.lora) if config.lora else (None, 1)
+        words = hashlib.sha256(json.dumps(self.words, sort_keys=True).encode()).hexdigest()[:8]
+        words = {"seed": str(config.seed), "words": f"{self.words_path.name} {words}"}
+        return {
+            "taxonomy": words | {"writer": config.writer_model if config.writer else "none"},
+            "diptych": drawn,
+            "dino": {"dino-model": mark(self.dino_folder)},
+            "judge": {"judge": self.judge_name},
+            "find": {"detector": self.locator_name},
+            "redraw": drawn | {"lora": lora and f"{lora.name} {fingerprint([lora])[:8]}, {strength:g}"},
+        }.get(stage.rstrip("2"), {})
 
-    def work(self, stage: str, items: Sequence[Item], boxes: dict[int, Any]) -> Works:
-        """Give what a stage makes of items, one by one. boxes: what find noted, by item"""
-        return self.steps[stage.rstrip("2")](items, boxes if stage.endswith("2") or stage == "redraw" else {})
-
-    # files of items, by names that UNO's JSON has
+    def work(self, stage: str, items: Sequence[Item], crops: Crops) -> Works:
+        """Give what a stage makes of items, one by one. crops: what find has cut out"""
+        return getattr(self, stage.rstrip("2"))(items, crops if stage in ("redraw", "dino2", "judge2") else {})
 
     def save(self, picture: Image.Image, name: str) -> None:
         write_atomic(self.out / name, to_png(picture))
@@ -93,197 +81,165 @@ class Workshop:
     def open(self, name: str) -> Image.Image:
         return open_picture(self.out / name)
 
-    # words
+    # stage I
 
     def taxonomy(self, catalogue: Catalogue) -> None:
         """Decide what the items show that are not there yet."""
-        write, chat = None, self.config.writer and Chat(self.config.writer, self.config.writer_model)
-        if chat:
+        chat = self.config.writer and Chat(self.config.writer, self.config.writer_model)
 
-            def write(request: str) -> str:
-                if (text := catalogue.written(request)) is None:
-                    catalogue.keep_writing(request, text := chat.ask([("user", request, ())]).text)
-                return text
+        def write(request: str) -> str:
+            if (text := catalogue.noted("taxonomy", request)) is None:
+                catalogue.note("taxonomy", request, text := chat.ask([("user", request, ())]).text)
+            return text
 
         (last,) = catalogue.db.execute("SELECT coalesce(max(id), 0) FROM items").fetchone()
-        catalogue.add(
-            make_item(id_, self.config.seed, self.words, write) for id_ in range(last + 1, self.config.count + 1)
-        )
-
-    # pictures
+        new, seed = range(last + 1, self.config.count + 1), self.config.seed
+        catalogue.add([make_item(number, seed, self.words, write if chat else None) for number in new])
 
     def draw(self, loras: Sequence[str], requests: Sequence[dict[str, Any]]) -> Iterator[Image.Image]:
-        """Make pictures. requests: options of sample.py; pictures of references by their names in the folder"""
+        """Make pictures. requests: options of sample.py, references by their names in the folder"""
         pipeline = Pipeline.load(self.config.model, loras, self.device, self.config.dtype)
         pipeline.note = self.note
         for first in range(0, len(requests), READ_AT_ONCE):
             plans = []
             for request in requests[first : first + READ_AT_ONCE]:
                 refs = tuple(self.open(name) for name in request.get("ref", ()))
-                options = {"steps": self.config.steps, **request, "ref": refs}
-                plans.append(make_plan(replace(pipeline.config, **options), self.note))
+                config = replace(pipeline.config, steps=self.config.steps, **{**request, "ref": refs})
+                plans.append(make_plan(config, self.note))
             pipeline.read_captions(plans)
             for plan in plans:
-                (result,) = pipeline.run(plan)
-                yield result.composite
+                yield from (result.composite for result in pipeline.run(plan))
             pipeline.texts.clear()  # 4 MB a caption for FLUX.1-dev
 
-    def diptych(self, items: Sequence[Item], _: dict[int, Any]) -> Works:
+    def diptych(self, items: Sequence[Item], _: Crops) -> Works:
         """Let the model draw both pictures of a pair as one."""
-        requests = [
-            {"grid": item.grid, "panel_size": item.size, "prompt": item.caption, "seed": self.seed(item, "diptych")}
-            for item in items
+        options = [
+            {"grid": i.grid, "panel_size": i.size, "prompt": i.caption, "seed": self.seed(i, "diptych")} for i in items
         ]
-        for item, picture in zip(items, self.draw((), requests), strict=True):
+        for item, picture in zip(items, self.draw((), options), strict=True):
             self.save(picture, f"diptychs/{item.id:08d}.png")
             yield item, Outcome()
 
-    def split(self, items: Sequence[Item], _: dict[int, Any]) -> Works:
+    def split(self, items: Sequence[Item], _: Crops) -> Works:
         """Cut diptychs at their seams; weak ones too, so that another --seam may keep them."""
         for item in items:
             composite = self.open(f"diptychs/{item.id:08d}.png")
             seam, share = find_seam(composite, item.grid)
             for number, panel in enumerate(cut(composite, item.grid, seam, parse_size(item.size)), start=1):
-                self.save(panel, panel_name(item, number))
+                self.save(panel, name("pairs", item, number))
             yield item, Outcome(share, data={"at": seam})
 
-    # comparisons
-
-    @property
-    def dino_folder(self) -> Path:
-        return Path(self.config.dino_model or self.files.root / "dinov2")
-
-    def dino(self, items: Sequence[Item], boxes: dict[int, Any]) -> Works:
+    def dino(self, items: Sequence[Item], crops: Crops) -> Works:
         """Compare pictures by the features of DINOv2; of several comparisons the worst counts."""
         look = Dino(self.dino_folder, self.device)
         for item in items:
-            cosines = [look(self.open(first), self.open(second)) for first, second in comparisons(item, boxes)]
-            yield item, Outcome(min(cosines))
+            yield item, Outcome(min(look(*map(self.open, names)) for names in comparisons(item, crops)))
 
-    def judge(self, items: Sequence[Item], boxes: dict[int, Any]) -> Works:
+    def judge(self, items: Sequence[Item], crops: Crops) -> Works:
         """Let the judge compare pictures part by part; of several comparisons the worst counts.
 
         Errors: ValueError if the endpoint does not answer, or fails again and again; what it did not judge is left
         """
-        compare = self.make_judge()[1]()
+        compare, failed = self.load_judge(), []
 
-        def work(item: Item) -> list[Verdict]:
-            return [compare(self.open(first), self.open(second)) for first, second in comparisons(item, boxes)]
-
-        failed: list[tuple[Item, Outcome]] = []
-        at_once = self.config.at_once if isinstance(compare, ChatJudge) else 1
-        for index, verdicts in in_parallel(work, items, at_once):
-            if isinstance(verdicts, EndpointError | OSError):
-                raise verdicts
-            if isinstance(verdicts, ValueError):
-                failed.append((items[index], Outcome(None, f"the judge failed: {verdicts}")))
-                if len(failed) == FAILURES:
-                    raise ValueError(f"{FAILURES} pairs after each other could not be judged; the last: {verdicts}")
-                continue
-            yield from failed
-            failed.clear()
+        def work(item: Item) -> Outcome:
+            verdicts = [compare(*map(self.open, names)) for names in comparisons(item, crops)]
             data = {"parts": [verdict.parts for verdict in verdicts], "said": [verdict.said for verdict in verdicts]}
-            yield items[index], Outcome(min(verdict.score for verdict in verdicts), data=data)
+            return Outcome(min(verdict.score for verdict in verdicts), data=data)
+
+        at_once = self.config.at_once if isinstance(compare, ChatJudge) else 1
+        for index, outcome in in_parallel(work, items, at_once):
+            if isinstance(outcome, Outcome):
+                yield from [*failed, (items[index], outcome)]
+                failed.clear()
+            elif isinstance(outcome, EndpointError | OSError):
+                raise outcome
+            else:
+                failed.append((items[index], Outcome(against=f"the judge failed: {outcome}")))
+            if len(failed) == FAILURES:
+                raise ValueError(f"{FAILURES} pairs after each other could not be judged; the last: {outcome}")
         yield from failed
 
-    def make_judge(self) -> tuple[str, Callable[[], Judge]]:
-        """Name the judge, and give what loads it. Errors: ValueError if there is none"""
-        config, tokenizer = self.config, self.files.clip_tokenizer
-        if self.tools.judge:
-            return self.tools.judge[0], lambda: self.tools.judge[1]
-        if config.judge and "://" in config.judge:
-            return config.judge_model, lambda: ChatJudge(Chat(config.judge, config.judge_model))
-        folder = Path(config.judge or self.files.root / "clip")
-        if not folder.is_dir():
-            raise ValueError(f"there is no judge in {folder}; give --judge, an endpoint or the folder of a CLIP")
+    def choose_judge(self) -> tuple[str, Callable[[], Judge]]:
+        """Name the judge that the options ask for, and give what loads it."""
+        address, model = self.config.judge or "", self.config.judge_model
+        if "://" in address:
+            return model, lambda: ChatJudge(Chat(address, model))
+        folder, tokenizer = Path(address or self.files.root / "clip"), self.files.clip_tokenizer
         return mark(folder), lambda: ClipJudge(folder, tokenizer, judge_texts(self.words), self.device)
 
     # stage II
 
-    def find(self, items: Sequence[Item], _: dict[int, Any]) -> Works:
+    def find(self, items: Sequence[Item], _: Crops) -> Works:
         """Cut the second subject out of the target, and the first one too where its own picture shows both."""
-        locate = self.make_locator()[1]()
+        locate = self.load_locator()
         for item in items:
             if not item.second:
-                yield item, Outcome(None, "it shows one subject only")
+                yield item, Outcome(against="it shows one subject only")
                 continue
-            reference, target = (self.open(panel_name(item, number)) for number in (1, 2))
+            reference, target = (self.open(name("pairs", item, number)) for number in (1, 2))
             both = locate(reference, item.second) is not None
             wanted = [(item.subject, item.scene1)] * both + [(item.second, item.scene3)]
             boxes = [locate(target, subject) for subject, _ in wanted]
-            if missing := [subject for (subject, _), box in zip(wanted, boxes, strict=True) if box is None]:
-                yield item, Outcome(None, f"no {missing[0]} is found in the target")
+            if None in boxes:
+                yield item, Outcome(against=f"no {wanted[boxes.index(None)][0]} is found in the target")
                 continue
             for number, box in enumerate(boxes, start=1):
-                self.save(crop(target, box), f"crops/{item.id:08d}-{number}.png")
-            rows = [
-                {"subject": subject, "scene": scene, "box": [round(edge, 1) for edge in box]}
-                for (subject, scene), box in zip(wanted, boxes, strict=True)
-            ]
-            yield item, Outcome(data={"crops": rows})
+                self.save(crop(target, box), name("crops", item, number))
+            yield item, Outcome(data={"crops": [{"subject": subject, "scene": scene} for subject, scene in wanted]})
 
-    def make_locator(self) -> tuple[str, Callable[[], Locator]]:
-        """Name the detector, and give what loads it. Errors: ValueError if there is none"""
-        if self.tools.locate:
-            return self.tools.locate[0], lambda: self.tools.locate[1]
-        if not self.config.detector:
-            raise ValueError("find needs something that finds subjects; give --detector, the folder of an OWLv2")
-        folder = Path(self.config.detector)
+    def choose_locator(self) -> tuple[str, Callable[[], Locator]]:
+        """Name the detector that the options ask for, and give what loads it."""
+        folder = Path(self.config.detector or self.files.root / "owlv2")
         return mark(folder), lambda: Owl(folder, self.device)
 
-    def redraw(self, items: Sequence[Item], boxes: dict[int, Any]) -> Works:
+    def redraw(self, items: Sequence[Item], crops: Crops) -> Works:
         """Draw what was cut out again, in another scene, so that a reference is no piece of its target."""
-        crops = [(item, number, row) for item in items for number, row in enumerate(boxes[item.id]["crops"], start=1)]
-        requests = [
-            {
-                "ref": [f"crops/{item.id:08d}-{number}.png"],
-                "prompt": alone(row["subject"], row["scene"], self.words),
-                "panel_size": item.size,
-                "seed": self.seed(item, f"redraw {number}"),
-            }
-            for item, number, row in crops
-        ]
-        for (item, number, _), picture in zip(crops, self.draw((self.config.lora,), requests), strict=True):
-            self.save(picture, f"redrawn/{item.id:08d}-{number}.png")
-            if number == len(boxes[item.id]["crops"]):
+        options, last = [], []
+        for item in items:
+            for number, row in enumerate(crops[item.id], start=1):
+                prompt, seed = alone(row["subject"], row["scene"], self.words), self.seed(item, f"redraw {number}")
+                ref = [name("crops", item, number)]
+                options.append({"ref": ref, "prompt": prompt, "panel_size": item.size, "seed": seed})
+                last.append((item, number, number == len(crops[item.id])))
+        for (item, number, done), picture in zip(last, self.draw((self.config.lora,), options), strict=True):
+            self.save(picture, name("redrawn", item, number))
+            if done:
                 yield item, Outcome()
 
     # the result
 
     def export(self, stage: str, catalogue: Catalogue) -> None:
         """Write the pairs that are kept, or that --where selects, as UNO's JSON, which train.py reads."""
-        where = self.config.where
+        where, rows, path = self.config.where, [], self.out / EXPORTS[stage]
         with closing(reader(catalogue.path)) as db:
             items = passed(db, stage, anew=True) if where is None else selected(db, stage, where)
-            boxes = data_of(db, "find")
-        rows = []
+            crops = crops_of(db) if stage == "export2" else {}
         for item in items:
-            references = [panel_name(item, 1)]
-            if stage == "export2":
-                redrawn = [f"redrawn/{item.id:08d}-{n}.png" for n in range(1, 1 + len(boxes[item.id]["crops"]))]
-                references = redrawn if len(redrawn) > 1 else [*references, *redrawn]
-            rows.append({"prompt": item.prompt, "image_paths": references, "image_tgt_path": panel_name(item, 2)})
-        write_atomic(self.out / EXPORTS[stage], json.dumps(rows, indent=1) + "\n")
-        catalogue.note_export(stage, items, "kept by all stages" if where is None else f"selected by {where}")
-        self.note(f"{len(rows)} pairs: {self.out / EXPORTS[stage]}")
+            redrawn = [name("redrawn", item, number) for number in range(1, 1 + len(crops.get(item.id, ())))]
+            references = redrawn if len(redrawn) > 1 else [name("pairs", item, 1), *redrawn]
+            rows.append({"prompt": item.prompt, "image_paths": references, "image_tgt_path": name("pairs", item, 2)})
+        write_atomic(path, json.dumps(rows, indent=1) + "\n")
+        catalogue.export(stage, items, "kept by all stages" if where is None else f"selected by {where}")
+        self.note(f"{len(rows)} pairs: {path}")
 
     def seed(self, item: Item, purpose: str) -> int:
         """Draw the seed of a picture."""
-        text = f"{self.config.seed} {item.id} {purpose}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        digest = hashlib.sha256(f"{self.config.seed} {item.id} {purpose}".encode()).digest()
+        return int.from_bytes(digest[:7])
 
 
-def panel_name(item: Item, number: int) -> str:
-    """Name the file of a panel: 1 is the reference, 2 the target."""
-    return f"pairs/{item.id:08d}-{number}.png"
+def name(folder: str, item: Item, number: int) -> str:
+    """Name a file as UNO's JSON has it; in pairs 1 is the reference and 2 the target."""
+    return f"{folder}/{item.id:08d}-{number}.png"
 
 
-def comparisons(item: Item, boxes: dict[int, Any]) -> Names:
+def comparisons(item: Item, crops: Crops) -> list[tuple[str, str]]:
     """Name what is to show the same subject: both panels, or every crop and what was drawn from it."""
-    if not boxes:
-        return [(panel_name(item, 1), panel_name(item, 2))]
-    numbers = range(1, 1 + len(boxes[item.id]["crops"]))
-    return [(f"crops/{item.id:08d}-{n}.png", f"redrawn/{item.id:08d}-{n}.png") for n in numbers]
+    if not crops:
+        return [(name("pairs", item, 1), name("pairs", item, 2))]
+    numbers = range(1, 1 + len(crops[item.id]))
+    return [(name("crops", item, number), name("redrawn", item, number)) for number in numbers]
 
 
 def crop(picture: Image.Image, box: Box) -> Image.Image:

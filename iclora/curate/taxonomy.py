@@ -6,11 +6,13 @@ Words come from lists, or a language model writes subjects and scenes for the cl
   scenes     with their preposition; slots: name -> words that a {name} stands for
   templates  of diptychs: grid, caption, prompt of the second panel, and perhaps "alone", of a single subject
   alone      a prompt for one subject in a scene; sizes: of panels
+  moods      mood -> what a language model is told of it; ask: what it is asked for subjects and scenes
   parts      for CLIP as a judge: part -> options; {class} stands for every class in turn
 """
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +26,22 @@ from .catalogue import Item
 
 Writer = Callable[[str], str]  # what is asked -> what a language model writes
 HERE = Path(__file__).parent
-NEEDED = {"classes": dict, "subjects": dict, "scenes": list, "templates": list, "alone": str, "sizes": list}
 SLOT = re.compile(r"\{(\w+?)(\d*)\}")
-SUBJECTS, SCENES, WORDS, LONGEST = 50, 8, 12, 300  # asked of a language model; words of a subject, characters of a line
-MOODS = {
-    "creative": "anything that can be imagined, however strange",
-    "realistic": "things that exist or could exist",
-    "text-decorated": "each with a short text written on it, which you quote",
-}
-ASK_SUBJECTS = (
-    "List {count} different subjects of the class '{class}' for pictures, {mood}. Say what each looks like in at most "
-    "{words} words, without an article in front and without a place. For people vary age, profession and clothing. "
-    "Write one a line and nothing else: no numbers, no repeats."
-)
-ASK_SCENES = (
-    "List {count} different scenes in which a picture could show this: {subject}. The first half are rich in detail, "
-    "the others are empty, such as a plain studio. Write each as a phrase that begins with a preposition, in at most "
-    "30 words, without the subject itself. Write one a line and nothing else: no numbers, no repeats."
-)
+SUBJECTS, SCENES = 50, 8  # asked of a language model
+WORDS, LONGEST = 12, 60  # of a subject, of a scene
 
 
 def read_words(path: Path) -> dict[str, Any]:
     """Read a list of words. Errors: ValueError naming the file and what is wrong with it"""
     words = read_json(path)
-    if wrong := [name for name, kind in NEEDED.items() if not isinstance(words.get(name), kind) or not words[name]]:
-        raise ValueError(f"{path} has no {wrong[0]} of the right form; see {HERE.name}/words.json for an example")
     try:
-        for id_ in range(2 * len(words["templates"])):
-            make_item(id_, 0, words)
-        for size, template in ((size, template) for size in words["sizes"] for template in words["templates"]):
-            parse_size(size), parse_grid(template["grid"])
-        judge_texts(words)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no list of words: {error!r:.80}; see {HERE.name}/words.json") from None
+        for number in range(50):
+            make_item(number, 0, words)
+        for size, template in product(words["sizes"], words["templates"]):
+            parse_size(size), parse_grid(template["grid"]), make_item(0, 0, words | {"templates": [template]})
+        alone("cat", "on a beach", words), judge_texts(words)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no list of words ({error!r:.80}); {HERE.name}/words.json is an example") from None
     return words
 
 
@@ -91,7 +76,7 @@ def make_item(id_: int, seed: int, words: Mapping[str, Any], write: Writer | Non
         second = make_subject(rng, mood, *_pick(rng, others), words, write)
     scenes = words["scenes"]
     if write:
-        scenes = _lines(write(ASK_SCENES.format(count=SCENES, subject=subject)), LONGEST) or scenes
+        scenes = _lines(write(words["ask"]["scenes"].format(count=SCENES, subject=subject)), LONGEST) or scenes
     scene1, scene2, scene3 = (scenes[place % len(scenes)] for place in rng.permutation(max(3, len(scenes)))[:3])
     known = {"subject": subject, "second": second, "scene1": scene1, "scene2": scene2}
     caption, prompt = (_fill(template[text], rng, words, known) for text in ("caption", "prompt"))
@@ -104,8 +89,8 @@ def make_subject(
 ) -> str:
     """Choose a subject of a class: one that a language model wrote, else one by a pattern of the lists."""
     if write:
-        asked = {"count": SUBJECTS, "class": category, "mood": MOODS.get(mood, mood), "words": WORDS}
-        if written := _lines(write(ASK_SUBJECTS.format(**asked)), LONGEST, WORDS):
+        asked = {"count": SUBJECTS, "class": category, "mood": words["moods"][mood], "words": WORDS}
+        if written := _lines(write(words["ask"]["subjects"].format(**asked)), WORDS):
             return _pick(rng, written)
     return _fill(_pick(rng, words["subjects"][mood][kind]), rng, words, {"class": category})
 
@@ -131,11 +116,13 @@ def _fill(text: str, rng: np.random.Generator, words: Mapping[str, Any], known: 
     return clean(SLOT.sub(word, text))
 
 
-def _lines(text: str, longest: int, words: int = 60) -> list[str]:
-    """Take the lines of what was written that can be used, each once, without numbers, bullets and full stops."""
-    lines = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s*|\s*\.?\s*$", "", line) for line in text.splitlines()]
-    fine = [line for line in lines if 0 < len(line) <= longest and line.isprintable() and len(line.split()) <= words]
-    return [line for line in dict.fromkeys(fine) if "{" not in line]
+def _lines(text: str, longest: int) -> list[str]:
+    """Take the lines of what was written that can be used, each once, without numbers, bullets and full stops.
+
+    longest: words of a line
+    """
+    lines = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s*|\s*\.?\s*$", "", line)[:300] for line in text.splitlines()]
+    return [line for line in dict.fromkeys(lines) if line.isprintable() and 0 < len(line.split()) <= longest]
 
 
 def _pick(rng: np.random.Generator, options: Any) -> Any:
