@@ -27,7 +27,7 @@ CROP, GROUND = 40, 62  # a crop's side, and where it ends in a panel: its subjec
 
 @dataclass(frozen=True)
 class TruthJudge:
-    """Judges whether two pictures show the same subjects, by what the reader sees: 4 for a trait that agrees, else 0."""
+    """Judges whether two pictures show the same subjects: 4 for a trait that the reader sees in both, else 0."""
 
     reader: Reader
 

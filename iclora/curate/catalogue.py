@@ -96,14 +96,14 @@ class Catalogue:
         score, data = outcome.score, json.dumps(dict(outcome.data), sort_keys=True)
         score = None if score is None else round(score, 4)
         against = (not outcome.against, outcome.against)
-        verdict = against if score is None or bar is None else hold(stage, score, bar)
+        verdict = against if score is None or bar is None else hold(score, bar)
         self.write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?)", [(item, stage, score, *verdict, data)])
 
     def hold_again(self, stage: str, bar: float | None) -> None:
         """Hold the scores of a stage against a bar."""
         if bar is not None:
             query = "SELECT item, score FROM results WHERE stage = ? AND score IS NOT NULL"
-            rows = [(*hold(stage, score, bar), item, stage) for item, score in self.db.execute(query, [stage])]
+            rows = [(*hold(score, bar), item, stage) for item, score in self.db.execute(query, [stage])]
             self.write("UPDATE results SET kept = ?, reason = ? WHERE item = ? AND stage = ?", rows)
 
     def export(self, stage: str, items: Iterable[Item], reason: str) -> None:
@@ -147,9 +147,9 @@ class Catalogue:
             part.unlink()
 
 
-def hold(stage: str, score: float, bar: float) -> tuple[bool, str]:
+def hold(score: float, bar: float) -> tuple[bool, str]:
     """Say whether a score is high enough, and why."""
-    return score >= bar, f"{SCORES[stage]} is {'at least' if score >= bar else 'below'} {bar:g}"
+    return score >= bar, f"{'at least' if score >= bar else 'below'} {bar:g}"
 
 
 def reader(path: Path, shared: bool = True) -> sqlite3.Connection:

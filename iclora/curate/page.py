@@ -94,7 +94,8 @@ def _sheet(folder: Path, rows: Sequence[sqlite3.Row]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for place, row in enumerate(rows):
         left, top = place % COLUMNS * wide, place // COLUMNS * high
-        pen.text((left + 2, top), f"{row['id']}: {_scores(row)}", fill="black")
+        scores = " ".join(f"{row[name]:.2f}" for name in SCORES.values() if row[name] is not None)
+        pen.text((left + 2, top), f"{row['id']}: {scores}", fill="black")
         for number, path in enumerate(_pictures(folder, row["id"])[:2]):
             sheet.paste(fit(open_picture(path), SIDE, SIDE, "pad"), (left + number * SIDE, top + LABEL))
     return sheet

@@ -40,7 +40,7 @@ def read_words(path: Path) -> dict[str, Any]:
         for size, template in product(words["sizes"], words["templates"]):
             parse_size(size), parse_grid(template["grid"]), make_item(0, 0, words | {"templates": [template]})
         alone("cat", "on a beach", words), judge_texts(words)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is no list of words ({error!r:.80}); {HERE.name}/words.json is an example") from None
     return words
 
