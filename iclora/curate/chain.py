@@ -22,9 +22,7 @@ from .page import write_page
 from .stages import EXPORTS, FOLDERS, NamedJudge, NamedLocator, Workshop
 
 
-def curate(
-    config: CurateConfig, note: Note, judge: NamedJudge | None = None, locator: NamedLocator | None = None
-) -> None:
+def curate(config: CurateConfig, note: Note, judge: NamedJudge = None, locator: NamedLocator = None) -> None:
     """Run the stages that are asked for, and write the summary page.
 
     Under torchrun every process takes its share of the items, and the first one does what concerns all.

@@ -44,10 +44,8 @@ def _stages(db: sqlite3.Connection) -> str:
     lines = ["<table><tr><th>stage<th>came in<th>kept<th>dropped because"]
     for stage in STAGES:
         count, kept = db.execute("SELECT count(*), total(kept) FROM results WHERE stage = ?", [stage]).fetchone()
-        dropped = (
-            "SELECT reason, count(*) FROM results WHERE stage = ? AND NOT kept GROUP BY reason ORDER BY 2 DESC LIMIT 5"
-        )
-        reasons = "; ".join(f"{reason} ({times})" for reason, times in db.execute(dropped, [stage]))
+        query = "SELECT reason, count(*) FROM results WHERE stage = ? AND NOT kept GROUP BY 1 ORDER BY 2 DESC LIMIT 5"
+        reasons = "; ".join(f"{reason} ({times})" for reason, times in db.execute(query, [stage]))
         share = f" ({kept / count:.0%})" if count and not stage.startswith("export") else ""
         lines.append(f"<tr><td>{stage}<td>{count}<td>{kept:.0f}{share}<td>{escape(reasons)}")
     return "\n".join(lines) + "</table>"

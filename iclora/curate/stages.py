@@ -32,7 +32,7 @@ EXPORTS = {"export": "pairs.json", "export2": "pairs-2.json"}  # one reference; 
 FOLDERS = ("diptychs", "pairs", "crops", "redrawn")
 READ_AT_ONCE = 64  # captions, before the transformer works on them
 FAILURES = 5  # of a judge, one after the other, that end a run
-NamedJudge, NamedLocator = tuple[str, Judge], tuple[str, Locator]  # as the catalogue notes them
+NamedJudge, NamedLocator = tuple[str, Judge] | None, tuple[str, Locator] | None  # as the catalogue notes them
 Works = Iterator[tuple[Item, Outcome]]
 Crops = dict[int, list[dict[str, Any]]]  # by item; empty where a stage has no use for them
 
@@ -43,7 +43,7 @@ class Workshop:
     Errors: ValueError if the model or the words cannot be used
     """
 
-    def __init__(self, config: CurateConfig, note: Note, judge: NamedJudge | None, locator: NamedLocator | None):
+    def __init__(self, config: CurateConfig, note: Note, judge: NamedJudge, locator: NamedLocator):
         self.config, self.out, self.files = config, Path(config.out), find_model(config.model)
         self.note = lru_cache(note)  # tells each line once, not for every picture
         tiny = model_defaults(self.files.flux.config).name == "tiny"
@@ -113,9 +113,9 @@ class Workshop:
 
     def diptych(self, items: Sequence[Item], _: Crops) -> Works:
         """Let the model draw both pictures of a pair as one."""
-        options = [
-            {"grid": i.grid, "panel_size": i.size, "prompt": i.caption, "seed": self.seed(i, "diptych")} for i in items
-        ]
+        seeds = [self.seed(item, "diptych") for item in items]
+        words = [{"grid": item.grid, "panel_size": item.size, "prompt": item.caption} for item in items]
+        options = [{**each, "seed": seed} for each, seed in zip(words, seeds, strict=True)]
         for item, picture in zip(items, self.draw((), options), strict=True):
             self.save(picture, f"diptychs/{item.id:08d}.png")
             yield item, Outcome()
@@ -225,8 +225,7 @@ class Workshop:
 
     def seed(self, item: Item, purpose: str) -> int:
         """Draw the seed of a picture."""
-        digest = hashlib.sha256(f"{self.config.seed} {item.id} {purpose}".encode()).digest()
-        return int.from_bytes(digest[:7])
+        return int.from_bytes(hashlib.sha256(f"{self.config.seed} {item.id} {purpose}".encode()).digest()[:7])
 
 
 def name(folder: str, item: Item, number: int) -> str:

@@ -48,12 +48,9 @@ def read_words(path: Path) -> dict[str, Any]:
 def judge_texts(words: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """Write out the texts of every part's options, for CLIP as a judge."""
     classes = [name for names in words["classes"].values() for name in names]
+    parts = words.get("parts", {}).items()
     return {
-        part: [
-            [option.replace("{class}", name) for name in classes] if "{class}" in option else [option]
-            for option in options
-        ]
-        for part, options in words.get("parts", {}).items()
+        part: [list({o.replace("{class}", name): 0 for name in classes}) for o in options] for part, options in parts
     }
 
 

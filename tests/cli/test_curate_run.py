@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from lab.world import random_set
 
 ROOT = Path(__file__).parents[2]
 LORA = ROOT / "weights" / "tiny" / "loras" / "uno.safetensors"
-COUNT = 8
+COUNT = 14
 KILLS = int(os.environ.get("KILLS", 8))
 
 
@@ -46,13 +47,13 @@ def pretend(self, loras, requests):
 
 
 def judge(first, second):
-    """Half of the pairs are alike, by their pixels."""
-    score = 4 if np.asarray(first)[0, 0].sum() % 2 else 2
+    """Three pairs of five are alike, by chance."""
+    score = 4 if zlib.crc32(first.tobytes()) % 5 > 1 else 2
     return Verdict({"all": score}, score)
 
 
 def locate(picture, words):
-    return None if np.asarray(picture)[1, 1].sum() % 4 == 0 else (10.0, 10.0, 40.0, 50.0)
+    return None if zlib.crc32(picture.tobytes() + words.encode()) % 3 == 0 else (10.0, 10.0, 40.0, 50.0)
 
 
 @pytest.fixture
@@ -187,17 +188,17 @@ def test_a_stage_is_forgotten_with_all_behind_it(tmp_path, drawn):
 
 
 def test_killed_between_any_two_rows_it_ends_in_the_same_catalogue(tmp_path, drawn, monkeypatch):
-    run(tmp_path / "whole", lora=str(LORA), count=4)
+    run(tmp_path / "whole", lora=str(LORA), count=5)
     record = Catalogue.record
 
     rows = len(query(tmp_path / "whole", "SELECT * FROM results WHERE stage NOT LIKE 'export%'"))
-    for last in range(0, rows, 3):
+    for last in range(0, rows, 5):
         monkeypatch.setattr(Catalogue, "record", dying(record, last))
         with pytest.raises(Killed):
-            run(tmp_path / str(last), lora=str(LORA), count=4)
+            run(tmp_path / str(last), lora=str(LORA), count=5)
         monkeypatch.setattr(Catalogue, "record", record)
         (tmp_path / str(last) / "pairs" / ".00000001-1.png.abcd.tmp").write_bytes(b"half")
-        run(tmp_path / str(last), lora=str(LORA), count=4)
+        run(tmp_path / str(last), lora=str(LORA), count=5)
         assert content(tmp_path / str(last)) == content(tmp_path / "whole")
 
 

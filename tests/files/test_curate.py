@@ -18,8 +18,10 @@ from iclora.curate.page import write_page
 from iclora.curate.seam import cut, find_seam
 from iclora.curate.stages import crop
 from iclora.curate.taxonomy import HERE, alone, judge_texts, make_item, read_words
-from lab.eyes import dino_features, load_eyes
-from lab.world import draw, random_set
+from lab.curate import TruthJudge, WorldLocator
+from lab.eyes import dino_features, load_eyes, twin, with_subject
+from lab.truth import load_reader
+from lab.world import SHAPES, box, draw, random_set
 from model.weights import find_model
 from sampling.images import to_tensor
 
@@ -74,10 +76,11 @@ def test_all_classes_come_before_one_comes_again_and_three_moods_come(name):
 
 
 def test_a_second_subject_is_of_another_class_and_the_tiny_model_has_pairs_without_one():
-    items = [make_item(number, 0, read_words(WORDS["words-tiny"])) for number in range(100)]
+    tiny, full = (read_words(WORDS[name]) for name in ("words-tiny", "words"))
+    items = [make_item(number, 0, tiny) for number in range(100)]
     second = [one for one in items if one.second]
     assert 20 < len(second) < 80 and not [one for one in second if one.category in one.second.split()]
-    assert all(make_item(number, 0, read_words(WORDS["words"])).second for number in range(100))
+    assert all(make_item(number, 0, full).second for number in range(100))
 
 
 def test_the_tiny_model_knows_every_word_of_its_lists():
@@ -222,7 +225,7 @@ def test_what_find_has_cut_out_is_read_back(catalogue):
 @pytest.mark.parametrize("grid", ["1x2", "2x1"])
 def test_seams_are_found_and_single_pictures_have_none(grid):
     right = clear = 0
-    for seed in range(60):
+    for seed in range(30):
         pictures = pair(seed, 1 + seed % 2)
         seam, share = find_seam(diptych(pictures, grid), grid)
         halves = cut(diptych(pictures, grid), grid, seam, (64, 64))
@@ -230,7 +233,7 @@ def test_seams_are_found_and_single_pictures_have_none(grid):
         (panel,) = random_set(np.random.default_rng(seed), 1, 1, 1)
         box = (0, 32, 128, 96) if grid == "1x2" else (32, 0, 96, 128)
         clear += find_seam(draw(panel, 128).crop(box), grid)[1] < 0.65
-    assert right >= 58 and clear >= 50
+    assert right >= 29 and clear >= 24
 
 
 def test_a_seam_beside_the_middle_is_found_and_both_halves_get_one_size():
@@ -244,8 +247,8 @@ def test_a_seam_beside_the_middle_is_found_and_both_halves_get_one_size():
 
 def test_crops_are_squares_inside_the_picture():
     picture = draw(random_set(np.random.default_rng(0), 1, 1, 1)[0])
-    for box in ((-5, -5, 20, 10), (40, 50, 80, 60), (10, 10, 10, 10), (0, 0, 200, 200)):
-        assert crop(picture, box).size == (64, 64)
+    for edges in ((-5, -5, 20, 10), (40, 50, 80, 60), (10, 10, 10, 10), (0, 0, 200, 200)):
+        assert crop(picture, edges).size == (64, 64)
     marked = Image.new("RGB", (64, 64))
     marked.paste((255, 0, 0), (20, 30, 30, 40))
     assert np.asarray(crop(marked, (20, 30, 30, 40)))[..., 0].min() == 255
@@ -344,3 +347,40 @@ def test_the_page_escapes_words_and_shows_scores_reasons_and_bars(catalogue, tmp
     assert "<script" not in text and "&lt;script&gt;" in text and "Kept: 1" in text and "Dropped: 1" in text
     assert "dino: below 0.5" in text and "below 0.5 (1)" in text and text.count("<svg") == 2
     assert Image.open(tmp_path / "kept.png").height > 100
+
+
+# the picture world's own
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return load_reader(TINY / "truth" / "model.safetensors")
+
+
+def test_the_reader_tells_the_same_subject_from_its_twin_in_panels_and_in_crops(truth):
+    judge, rng, right = TruthJudge(truth), np.random.default_rng(8), {"same": 0, "twin": 0, "crop": 0, "twin's crop": 0}
+    for _ in range(25):
+        (both,) = random_set(rng, 1, 1, 2)  # crops come from panels of two
+        subject = both.placed[0].subject
+        first, second = (with_subject(panel, subject) for panel in random_set(rng, 1, 2, 1))
+        other = draw(with_subject(second, twin(subject, rng)))
+        both, first, second = map(draw, (both, first, second))
+        cut_out = crop(both, WorldLocator(truth)(both, subject.shape))
+        right["same"] += judge(first, second).score == 4
+        right["twin"] += judge(first, other).score < 3.5
+        right["crop"] += judge(cut_out, second).score == 4
+        right["twin's crop"] += judge(cut_out, other).score < 3.5
+    assert min(right.values()) >= 20, right
+    assert judge(first, draw(random_set(rng, 1, 1, 1)[0])).score < 3.5
+
+
+def test_the_world_finds_a_subject_by_its_shape_where_it_stands(truth):
+    rng, apart = np.random.default_rng(9), []
+    for _ in range(20):
+        (panel,) = random_set(rng, 1, 1, 2)
+        for which, placed in enumerate(panel.placed):
+            found = WorldLocator(truth)(draw(panel), f"striped {placed.subject.shape} with a hat")
+            apart.append(99 if found is None else np.abs(np.subtract(found, box(panel, which))).max())
+    assert np.mean(np.array(apart) < 2) > 0.9
+    absent = next(shape for shape in SHAPES if shape not in {one.subject.shape for one in panel.placed})
+    assert WorldLocator(truth)(draw(panel), absent) is None
