@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from .config import flag
+from .lists import read_rows
 from .prompts import nearest
 
 Config = TypeVar("Config")
@@ -165,26 +166,13 @@ def typed(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def read_jobs(config: Config) -> dict[str, Config]:
-    """Read a list of requests, a JSON object of options a row; each row is laid over the command line's options.
+    """Read a list of requests in any form of iclora.lists; each is laid over the command line's options.
 
-    Returns each by the name of its line
-    Errors: ValueError naming the line
+    Returns each by what messages call it
+    Errors: ValueError naming the line or item
     """
-    path, jobs = Path(config.jobs), {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
-    for number, line in enumerate(lines, start=1):
-        source = f"{path} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f'{source} is no JSON object of options; write {{"prompt": ..., "seed": ...}} on one line')
+    jobs = {}
+    for source, row in read_rows(Path(config.jobs)).items():
         if shared := row.keys() & {"model", "device", "dtype", "out", "jobs", "config"}:
             raise ValueError(f"{source} sets {min(shared)}, which holds for the whole job; give {flag(min(shared))}")
         options = typed(type(config), row, source)
@@ -192,8 +180,6 @@ def read_jobs(config: Config) -> dict[str, Config]:
             jobs[source] = replace(config, **options)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-    if not jobs:
-        raise ValueError(f"--jobs {path} is no file with requests; write a JSON object of options a row")
     return jobs
 
 

@@ -148,7 +148,7 @@ class SampleConfig:
     tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
     jobs: str | None = option(
-        None, "many requests, a JSON object of options a row, over those given here", metavar="FILE.jsonl", **PLACE
+        None, "many requests: rows of options over those given here, UNO's .json or DreamBench", metavar="LIST", **PLACE
     )
     config: str | None = option(
         None, "replay a JSON saved beside a picture, or that picture; flags given as well win", metavar="FILE", **PLACE

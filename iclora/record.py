@@ -24,6 +24,7 @@ from .pipeline import Result
 from .plan import Note, Plan
 
 LABEL = 14  # pixels above each picture of a contact sheet
+SHEET = 16_384  # pixels of a sheet's side, beyond which its pictures are shrunk
 PATHS = {option.name for option in fields(SampleConfig) if option.metadata.get("path")}  # kept out of pictures
 
 
@@ -168,13 +169,15 @@ def save_sheet(sets: dict[str, Image.Image], folder: Path) -> Path:
 
     sets: by the name that stands above the picture
     """
-    wide, high = (max(picture.size[axis] for picture in sets.values()) for axis in (0, 1))
     cols = math.ceil(math.sqrt(len(sets)))
+    wide, high = (min(max(picture.size[i] for picture in sets.values()), SHEET // cols) for i in (0, 1))
     sheet = Image.new("RGB", (cols * wide, math.ceil(len(sets) / cols) * (high + LABEL)), "white")
     pen = ImageDraw.Draw(sheet)
     for place, (name, picture) in enumerate(sets.items()):
         left, top = place % cols * wide, place // cols * (high + LABEL)
         pen.text((left + 2, top), name, fill="black")
+        picture = picture.copy()
+        picture.thumbnail((wide, high))
         sheet.paste(picture, (left, top + LABEL))
     path = folder / f"{next_number(folder):04d}-sheet.png"
     write_new(path, to_png(sheet))
