@@ -24,7 +24,7 @@ from .pipeline import Result
 from .plan import Note, Plan
 
 LABEL = 14  # pixels above each picture of a contact sheet
-SHEET = 16_384  # pixels of a sheet's side, beyond which its pictures are shrunk
+SHEET = 8_192  # pixels of a sheet's side, beyond which its pictures are shrunk
 PATHS = {option.name for option in fields(SampleConfig) if option.metadata.get("path")}  # kept out of pictures
 
 
