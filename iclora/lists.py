@@ -64,9 +64,7 @@ def _read_lines(path: Path, text: str) -> Rows:
 def _read_uno(path: Path, text: str) -> Rows:
     items, rows = _parse(text) if text else [], {}
     if not isinstance(items, list):
-        raise ValueError(
-            f'{path} is no list of requests as UNO has it; write [{{"prompt": ..., "image_paths": [...]}}]'
-        )
+        raise ValueError(f'{path} is no list as UNO has it; write [{{"prompt": ..., "image_paths": [...]}}]')
     for number, item in enumerate(items, 1):
         source = f"{path} item {number}"
         names = item.get("image_paths", [item.get("image_path")]) if isinstance(item, dict) else None
