@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ENTERED, READING = 1465, 4602  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
 FORMS = ("model/lora_formats.py", "model/lora_kinds.py", "model/checkpoint_forms.py", "iclora/data_forms.py")
-FACTORY = ("iclora/chat.py", "iclora/judge.py", "iclora/caption.py")
+FACTORY = tuple(f"iclora/{name}.py" for name in "chat judge caption evaluate lists backbones".split())
 OURS = {str(ROOT), *(str(ROOT / folder) for folder in ("model", "sampling", "iclora", "examples", "lab"))}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 TRACE = """
@@ -88,8 +88,8 @@ def test_what_reads_other_peoples_files_has_a_budget_of_its_own():
 
 
 def test_so_has_the_factory():
-    total, shown = count(FACTORY)
-    assert total <= 1300, shown
+    total, shown = count([*FACTORY, *(str(p.relative_to(ROOT)) for p in ROOT.glob("iclora/curate/*.py"))])
+    assert total <= 1400, shown
 
 
 def test_docstrings_comments_and_blank_lines_do_not_count():
