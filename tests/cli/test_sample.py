@@ -141,7 +141,7 @@ def test_a_replay_from_other_pictures_is_noted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"versions": {"torch": "1.0"}}, "other versions or threads"),
+        ({"versions": {"torch": "1.0"}}, "other versions, threads or CPU features"),
         ({"model": {"files": []}}, "other weights"),
         ({"inputs": 3}, "it is not a whole record"),
         ({"model": None}, "it is not a whole record"),
