@@ -97,9 +97,7 @@ def compare(record: dict[str, Any], old: dict[str, Any], name: str, note: Note) 
         others = {
             "pictures": hashes(old) != hashes(record),
             "weights": old["model"]["files"] != record["model"]["files"],
-            "versions, threads or CPU features": any(
-                old["versions"].get(name, value) != value for name, value in record["versions"].items()
-            ),
+            "versions, threads or CPU features": record["versions"] | old["versions"] != record["versions"],
         }
     except (KeyError, TypeError, AttributeError):
         others = {"things, as it is not a whole record": True}
