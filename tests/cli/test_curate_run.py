@@ -1,10 +1,12 @@
 """The data factory as a command: whole runs, runs that go on, refusals; drawing is by the world, but in slow tests."""
 
+import contextlib
 import errno
 import json
 import os
 import random
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +21,8 @@ from PIL import Image
 
 from chat_server import pictures, serve
 from iclora import chat
+from iclora.cli import parse
+from iclora.curate import __main__ as package
 from iclora.curate import catalogue as catalogue_module
 from iclora.curate import stages
 from iclora.curate.__main__ import main
@@ -28,6 +32,7 @@ from iclora.curate.options import CHAIN, CurateConfig
 from iclora.curate.stages import Workshop
 from iclora.data import main as check_data
 from iclora.judge import Verdict
+from lab import curate as lab_curate
 from lab.sets import composite
 from lab.world import random_set
 
@@ -349,6 +354,14 @@ def test_help_names_every_stage(capsys):
     assert "--where" in text and ",".join(CHAIN) in "".join(text.split())
 
 
+def test_commands_of_its_documents_parse():
+    for text in ((ROOT / "docs" / "factory.md").read_text(), package.__doc__, lab_curate.__doc__):
+        flags = re.findall(r"python -m (?:iclora|lab)\.curate (-[^\n#`]*?)(?:  |\n|#|$)", text)
+        assert len(flags) >= 2
+        for line in flags:
+            parse(CurateConfig, shlex.split(line), "")
+
+
 # real processes
 
 
@@ -379,21 +392,43 @@ def test_two_processes_make_the_same_set_of_pairs_as_one(tmp_path, whole):
     assert content(out) == content(whole) and not list(out.glob("part-*"))
 
 
+RUNS = """
+import os, sys
+from transformers import CLIPTextModel, T5EncoderModel  # what a run would import anyway
+from lab.curate import main
+for _ in sys.stdin:
+    if not (run := os.fork()):
+        os._exit(main(sys.argv[1:]))
+    print(run, flush=True)
+    print(os.waitpid(run, 0)[1], flush=True)
+"""
+
+
 @pytest.mark.slow
 def test_random_kills_over_all_stages_end_in_the_same_catalogue(tmp_path, whole):
-    out, rng = tmp_path / "factory", random.Random(20)
-    rows = len(query(whole, "SELECT * FROM results"))
-    for kill in range(KILLS):
-        process = subprocess.Popen(
-            [sys.executable, *command(out)], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
-        )
-        wanted = round(rows * (kill + rng.random()) / KILLS)  # rows by then, so that every stage gets its share
-        while process.poll() is None and count_rows(out) < wanted:
-            time.sleep(0.01)
-        time.sleep(rng.random() / 2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([sys.executable, *command(out)], cwd=ROOT, env=environment(), check=True, capture_output=True)
+    out, rng, rows = tmp_path / "factory", random.Random(20), len(query(whole, "SELECT * FROM results"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    starter = [sys.executable, "-c", RUNS, *command(out)[2:]]  # imports once, as that takes longest
+    killed = 0
+    with subprocess.Popen(starter, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), **pipes) as process:
+
+        def start():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        for kill in range(KILLS):
+            wanted, run, end = rows * (kill + rng.random()) / KILLS, start(), time.monotonic() + 120
+            while count_rows(out) < wanted and time.monotonic() < end:  # so that every stage gets its share
+                time.sleep(0.01)
+            time.sleep(rng.random() / 2)
+            with contextlib.suppress(ProcessLookupError):  # it was faster
+                os.kill(run, signal.SIGKILL)
+            killed += int(process.stdout.readline()) == signal.SIGKILL
+        start()
+        assert int(process.stdout.readline()) == 0
+        process.stdin.close()
+    assert killed >= KILLS * 3 / 4
     assert content(out) == content(whole)
 
 
