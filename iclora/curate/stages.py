@@ -57,11 +57,11 @@ class Workshop:
 
     def settings(self, stage: str) -> dict[str, str]:
         """Say what makes a stage's results, besides what the stages before it have made."""
-        config, drawn = self.config, {"model": f"{self.files.name} {fingerprint(weight_files(self.files))[:8]}"}
-        drawn["steps"] = str(config.steps)
+        config, digest = self.config, hashlib.sha256(json.dumps(self.words, sort_keys=True).encode()).hexdigest()
+        words = {"seed": str(config.seed), "words": f"{self.words_path.name} {digest[:8]}"}
+        model = f"{self.files.name} {fingerprint(weight_files(self.files))[:8]}"
+        drawn = words | {"model": model, "steps": str(config.steps)}
         lora, strength = parse_lora(config.lora) if config.lora else (None, 1)
-        words = hashlib.sha256(json.dumps(self.words, sort_keys=True).encode()).hexdigest()[:8]
-        words = {"seed": str(config.seed), "words": f"{self.words_path.name} {words}"}
         return {
             "taxonomy": words | {"writer": config.writer_model if config.writer else "none"},
             "diptych": drawn,

@@ -262,6 +262,7 @@ def test_a_language_model_is_asked_once_for_the_same_words(tmp_path, drawn):
     "flags, line",
     [
         (["--seed", "1"], "taxonomy made with seed 0, not 1"),
+        (["--seed", "1", "--stages", "diptych"], "diptych made with seed 0, not 1"),
         (["--steps", "3"], "diptych made with steps None, not 3"),
         (["--where", "dino >> "], "write an SQL condition over id, category"),
         (["--where", "DELETE FROM items"], "write an SQL condition"),
