@@ -33,7 +33,7 @@ except ImportError:  # Windows has no such locks
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
 CONFIG, CURVE = "config.json", "loss.png"
-SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp")  # what a kill leaves half written
+SCRAP = re.compile(r"\.+(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp")  # what a kill leaves half written
 MAX_STEPS = 10**9
 ANEW = "remove it to start anew, or give another --out"
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
