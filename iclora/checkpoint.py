@@ -35,6 +35,7 @@ CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "met
 CONFIG, CURVE = "config.json", "loss.png"
 SCRAP = re.compile(r"\.+(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp")  # what a kill leaves half written
 MAX_STEPS = 10**9
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # that AdamW keeps of a parameter; other optimizers say what they keep
 ANEW = "remove it to start anew, or give another --out"
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
@@ -177,10 +178,10 @@ def load_checkpoint(path: Path, state: State, note: Callable[[str], None] = lamb
     numbers = {id(p): i for i, p in enumerate(state.parameters)}
     wanted = {f"{i}.weight": p for i, p in enumerate(state.parameters)}
     wanted |= {f"{i}.average": p for i, p in enumerate(state.average)}
-    trained = [p for optimizer in state.optimizers for group in optimizer.param_groups for p in group["params"]]
-    for p in trained if step else []:
-        name = f"{numbers[id(p)]}.optimizer"
-        wanted |= {f"{name}.exp_avg": p, f"{name}.exp_avg_sq": p, f"{name}.step": torch.zeros(())}
+    for optimizer in state.optimizers if step else ():
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            for name in getattr(optimizer, "moments", MOMENTS):
+                wanted[f"{numbers[id(p)]}.optimizer.{name}"] = torch.zeros(()) if name == "step" else p
     kinds = [{name: (t.shape, t.dtype) for name, t in some.items()} for some in (wanted, tensors)]
     odd = {name for name, _ in kinds[0].items() ^ kinds[1].items()}
     if odd:

@@ -117,6 +117,8 @@ class Muon(torch.optim.Optimizer):
     Source: Jordan et al. 2024, Muon; the factor 0.2 sqrt(max side) of arXiv:2502.16982 matches AdamW's rates
     """
 
+    moments = ("momentum_buffer",)  # that a checkpoint keeps of a parameter
+
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
