@@ -11,7 +11,7 @@ python sample.py --jobs jobs.jsonl                          many requests, the m
 import sys
 from pathlib import Path
 
-from iclora.cli import check_folder, guard, note, parse, read_jobs, read_record, say
+from iclora.cli import check_folder, guard, note, parse, read_jobs, read_record
 from iclora.config import SampleConfig
 
 MEMORY = "try a smaller --panel-size, fewer panels or --ref, --tile or --device cpu"
@@ -53,10 +53,10 @@ def run(config: SampleConfig) -> None:
             for result in pipeline.run(plan, lambda done, total: bar.update()):
                 paths = save(result, record, folder)
                 for path in paths:
-                    say(str(path))
+                    print(path)
                 sets[paths[0].stem] = result.composite
     if config.jobs is not None:
-        say(str(save_sheet(sets, folder)))
+        print(save_sheet(sets, folder))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from sampling.latents import pack
 
 from .data import Example, read_panels
 from .layout import Layout, compose, encode_by_panel
+from .locks import lock
 from .references import encode_posterior, fit_reference
 
 Panels = tuple[int, ...]  # numbers of panels
@@ -85,8 +86,10 @@ class Cache:
         Errors: those of load and of making an entry; OSError if the disk is full
         """
         network, missing = None, 0
+        self.clear_scraps()
         pace = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
-        with tqdm({entry.key: entry for entry in entries}.values(), label, leave=False, **pace) as bar:
+        bar = tqdm({entry.key: entry for entry in entries}.values(), label, leave=False, **pace)
+        with lock(self.folder, shared=True), bar:
             for entry in bar:
                 if self.get(entry.key) is None:
                     network = network or load()
@@ -97,6 +100,13 @@ class Cache:
             gc.collect()  # transformers' modules hold each other in cycles
             torch.cuda.empty_cache()
         return missing
+
+    def clear_scraps(self) -> None:
+        """Make the folder, and remove what killed processes left half written, unless another one fills it now."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock(self.folder) as alone:
+            for left in self.folder.glob("*/*/.*.tmp") if alone else ():
+                left.unlink(missing_ok=True)
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """Read an entry that was made before, and keep it in memory as long as there is room.

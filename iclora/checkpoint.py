@@ -25,11 +25,7 @@ from model.checkpoint import read_header, save_safetensors, write_atomic
 
 from .cli import as_flags, read_record
 from .config import TrainConfig, flag, saved
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+from .locks import lock
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
 CONFIG, CURVE = "config.json", "loss.png"
@@ -105,12 +101,13 @@ def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerp
     fresh, spare = (path.with_name(f".{path.name}.{what}.tmp") for what in ("fresh", "spare"))
     try:
         save_safetensors(tensors, fresh, metadata | about)
-        if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its own place
-            try:
-                os.link(path, spare)
-            except OSError:  # a file system without links
-                shutil.copyfile(path, spare)
-            os.replace(spare, earlier(path))
+        with contextlib.suppress(ValueError):  # what was damaged meanwhile is not worth keeping
+            if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its place
+                try:
+                    os.link(path, spare)
+                except (AttributeError, OSError):  # a system, or a file system, without links
+                    shutil.copyfile(path, spare)
+                os.replace(spare, earlier(path))
         os.replace(fresh, path)
     finally:
         for left in (fresh, spare):
@@ -164,8 +161,26 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return hashed.hexdigest()
 
 
+def check_tensors(path: Path, state: State) -> None:
+    """Demand exactly the tensors that a state has after as many steps: their names, shapes and types.
+
+    state: a fresh one; it may be on the meta device
+    Errors: ValueError that names the first that is missing, too much or another
+    """
+    wanted = {f"{i}.weight": p for i, p in enumerate(state.parameters)}
+    wanted |= {f"{i}.average": p for i, p in enumerate(state.average)}
+    numbers = {id(p): i for i, p in enumerate(state.parameters)}
+    for optimizer in state.optimizers if read_checkpoint(path)[2] else ():
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            for name in getattr(optimizer, "moments", MOMENTS):
+                wanted[f"{numbers[id(p)]}.optimizer.{name}"] = torch.zeros(()) if name == "step" else p
+    kinds = [{name: (t.shape, t.dtype) for name, t in some.items()} for some in (wanted, load_file(path))]
+    if odd := {name for name, _ in kinds[0].items() ^ kinds[1].items()}:
+        raise ValueError(f"{path} does not hold what this run trains ({min(odd)[:40]!a}); {ANEW}")
+
+
 def load_checkpoint(path: Path, state: State, note: Callable[[str], None] = lambda line: None) -> None:
-    """Put a checkpoint into a fresh state of the same shape; whether it is one of this run is asked before.
+    """Put a checkpoint into a fresh state; whether it is one of this run is asked before.
 
     note: is told where the CPU has other features than the one that wrote it, as sums are ordered otherwise then
     Errors: ValueError if the file is damaged, or does not hold exactly what the state does
@@ -174,18 +189,9 @@ def load_checkpoint(path: Path, state: State, note: Callable[[str], None] = lamb
     if (wrote := read_header(path)[1].get("cpu", cpu)) != cpu:
         note(f"the run was on a CPU with {wrote} and goes on with {cpu}; it may end in slightly other numbers")
     check_digest(path)
+    check_tensors(path, state)
     tensors = load_file(path)  # mapped, so what is kept of it is copied
     numbers = {id(p): i for i, p in enumerate(state.parameters)}
-    wanted = {f"{i}.weight": p for i, p in enumerate(state.parameters)}
-    wanted |= {f"{i}.average": p for i, p in enumerate(state.average)}
-    for optimizer in state.optimizers if step else ():
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            for name in getattr(optimizer, "moments", MOMENTS):
-                wanted[f"{numbers[id(p)]}.optimizer.{name}"] = torch.zeros(()) if name == "step" else p
-    kinds = [{name: (t.shape, t.dtype) for name, t in some.items()} for some in (wanted, tensors)]
-    odd = {name for name, _ in kinds[0].items() ^ kinds[1].items()}
-    if odd:
-        raise ValueError(f"{path} does not hold what this run trains ({min(odd)}); {ANEW}")
     with torch.no_grad():
         for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
             p.copy_(tensors[f"{i}.weight"])
@@ -248,12 +254,15 @@ def as_begun(config: TrainConfig, note: Callable[[str], None]) -> tuple[TrainCon
     return replace(config, **{k: v for k, v in old if k not in known and getattr(config, k) is None}), begun
 
 
-def refuse_other_run(path: Path | None, config: TrainConfig, fingerprint: Mapping[str, str], more: str = "") -> None:
+def refuse_other_run(
+    path: Path | None, config: TrainConfig, fingerprint: Mapping[str, str], more: str = "", fresh: State | None = None
+) -> None:
     """Refuse to go on from a checkpoint with what would make it another run, before anything is loaded.
 
     path: of the checkpoint; None where anything may begin, unless the folder is somebody else's
     more: the command that trains on from its result, which is said where only that is possible
-    Errors: ValueError that names the first setting that differs, with both values; or as read_checkpoint
+    fresh: what is to be trained, perhaps on the meta device
+    Errors: ValueError that names the first setting that differs, with both values; or as check_tensors
     """
     free = FREE[1:] if config.decay else FREE  # the rate falls towards the last step
     if path is None:
@@ -261,7 +270,7 @@ def refuse_other_run(path: Path | None, config: TrainConfig, fingerprint: Mappin
     if not {"data", "model"} <= read_checkpoint(path)[1].keys():
         raise ValueError(f"{path} does not say what it was trained on; {ANEW}")
     if not (change := first_change(path, saved(config), fingerprint, free)):
-        return
+        return check_tensors(path, fresh) if fresh else None
     name, before, value = change
     line = f"{path.parent} holds a run with {flag(name)} {before}, not {value}"
     if name == "steps" and read_checkpoint(path)[2] == before:
@@ -290,29 +299,21 @@ def train_command(config: TrainConfig) -> str:
 
 @contextlib.contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder for as long as this one works; the lock dies with the process.
+    """Keep other runs out of a folder for as long as this one works.
 
     A folder in which nothing was written is removed again.
 
     Errors: ValueError if another run works there; OSError if the folder cannot be made
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"another run works in {folder}; wait until it has ended, or give another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # unless something is in it
-        if fcntl:
-            os.close(handle)
+    with lock(folder) as alone:
+        if alone is False:
+            raise ValueError(f"another run works in {folder}; wait until it has ended, or give another --out")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # unless something is in it
 
 
 def start_folder(folder: Path, config: TrainConfig) -> None:

@@ -19,7 +19,8 @@ from .prompts import nearest
 Config = TypeVar("Config")
 MAX_RECORD = 100_000_000  # bytes of a JSON or PNG to replay
 NO_MEMORY = re.compile(
-    "out of memory|not enough memory|(an't|annot) allocate memory|unable to mmap|ALLOC_|could not create a primitive"
+    "out of memory|not enough memory|(an't|annot) allocate|unable to mmap|ALLOC_|bad_?alloc"
+    "|could not (create|execute) a|(an't|annot) start new thread"
 )
 TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
 PNG = b"\x89PNG"
@@ -30,13 +31,9 @@ def guard(work: Callable[[], int | None], memory_advice: str = "use a machine wi
 
     work: gives the status; None is 0
     memory_advice: what helps when memory runs out
-    Returns 0 done, also where a closed pipe stopped the telling; 2 a mistake or no memory; 130 interrupted
+    Returns 0 done, 2 a mistake or no memory, 130 interrupted
     """
     status = 0
-    if sys.stdout is None or sys.stderr is None:  # closed by whoever started us
-        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    if hasattr(sys.stdout, "reconfigure"):  # not where somebody put a stream of their own
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with suppress(SystemExit):  # after --help
             status = work() or 0
@@ -48,13 +45,10 @@ def guard(work: Callable[[], int | None], memory_advice: str = "use a machine wi
 
 def _explain(error: BaseException, memory_advice: str) -> int:
     """Write one line about what ended a command, and give its exit status; bugs are raised again."""
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
-        return 0
     if isinstance(error, KeyboardInterrupt):
         tell(plain(str(error)) or "interrupted; what was finished is saved")
         return 130
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError | ImportError) or "Too many open files" in str(error):
         return complain(str(error))
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
         return complain(f"memory ran out; {memory_advice}")
@@ -73,18 +67,9 @@ def note(line: str) -> None:
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr, if anybody listens: work is not lost because nobody does."""
-    with suppress(OSError):
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-
-
-def say(line: str) -> None:
-    """Print what was made; nobody need listen, and there need be no room, as the files are there."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Write a line to stderr."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def plain(text: str) -> str:

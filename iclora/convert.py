@@ -26,7 +26,7 @@ from model.lora_formats import (
 )
 from model.weights import find_model
 
-from .cli import guard, parse, plain, say
+from .cli import guard, parse, plain
 from .config import check, option
 
 # Which side of a Linear is as wide as the model, and what the other side is, D being the width and M the MLP's
@@ -143,7 +143,7 @@ def run(argv: list[str]) -> None:
     config = parse(ConvertConfig, argv[len(files) :], __doc__, "python -m iclora.convert IN OUT")
     if len(files) < 2:
         raise ValueError("name two files before the flags: the LoRA to read and the one to write")
-    say(plain(convert(*files, config)))
+    print(plain(convert(*files, config)))
 
 
 if __name__ == "__main__":

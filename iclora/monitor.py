@@ -30,7 +30,7 @@ from sampling.images import to_picture, to_png
 from sampling.inpaint import keep_clean
 from sampling.latents import CELL, noise, pack, unpack
 
-from .checkpoint import CHECKPOINT, CURVE, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
+from .checkpoint import CHECKPOINT, CURVE, MAX_STEPS, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
 from .config import UNO, saved
 from .data import Example
 from .layout import Layout, encode_by_panel, generate_mask
@@ -145,7 +145,7 @@ class Metrics:
         self.board = board_writer()(str(path.parent), purge_step=done + 1) if board else None
 
     def add(self, step: int, **values: float) -> None:
-        with open(self.path, "a") as file:
+        with open(self.path, "a", newline="\n") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board is not None:
             for name, value in values.items():
@@ -155,15 +155,12 @@ class Metrics:
     def rows(self) -> list[dict[str, float]]:
         """Read what was written; a last line that a kill cut short does not count, nor does what is not ours."""
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError, RecursionError):
-                rows.append(json.loads(line))
-        return [row for row in rows if isinstance(row, dict) and is_noted(row)]
-
-
-def is_noted(row: dict) -> bool:
-    """Tell whether a line of metrics is one that a run writes: whole steps, and numbers."""
-    return type(row.get("step")) is int and "loss" in row and all(type(value) in (int, float) for value in row.values())
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []:
+            with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+                row = {name: value + 0.0 for name, value in json.loads(line).items()}
+                if (step := row.get("step", 0.0)).is_integer() and 1 <= step <= MAX_STEPS and "loss" in row:
+                    rows.append({**row, "step": int(step)})
+        return rows
 
 
 def draw_curve(rows: Sequence[dict[str, float]], path: Path) -> None:

@@ -91,7 +91,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     layouts = bucket(examples, sizes, defaults.long_sides(config.ref_size))
     check_training_memory(config, layouts, files.flux, count, world_size)
     fingerprint = fingerprints(examples, files, init_lora)
-    refuse_other_run(begun, config, fingerprint, command)
+    refuse_other_run(begun, config, fingerprint, command, new_state(trainable(flux)))
     return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun)
 
 
@@ -113,8 +113,10 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     config, path = plan.config, Path(plan.config.out) / CHECKPOINT
     if world_size > 1:
         join_processes(config.device)
-    if rank == 0 and plan.checkpoint not in (None, path):
-        os.replace(plan.checkpoint, path)  # a damaged one makes room
+    if rank == 0 and plan.checkpoint:
+        os.replace(plan.checkpoint, path)  # a damaged one makes room for the one before
+    elif rank == 0 and path.exists():
+        raise ValueError(f"another run has written {path} meanwhile; the same command goes on from it")
     if rank > 0:
         torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
     loader = Loader(config, plan.examples, plan.files)

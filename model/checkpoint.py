@@ -352,6 +352,9 @@ def _link(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # exFAT and mounted cloud drives have no hard links: reserve the name, then rename onto it
+    except (
+        AttributeError,
+        OSError,
+    ):  # exFAT, cloud drives, Android have no hard links: reserve the name, then rename
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(temporary, path)

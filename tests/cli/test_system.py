@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import blackbox
-import iclora.checkpoint
+import iclora.locks
 import iclora.memory
 import model.flux
 import model.position
@@ -53,6 +53,15 @@ def test_a_set_is_saved_whatever_becomes_of_stdout(kind, tmp_path):
     done = start("sample", *SMALL, "--out", tmp_path / "\u00e9", **more)
     assert done.returncode == 0 and b"Traceback" not in done.stderr
     assert len(list((tmp_path / "\u00e9").iterdir())) == 3, "composite, panel, JSON"
+
+
+@pytest.mark.parametrize("kind", ["full", "nobody listens"])
+def test_a_run_is_trained_and_saved_whatever_becomes_of_stderr(kind, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = open("/dev/full", "w") if kind == "full" else writer
+    done = start("train", "--data", "sets/walk", *TRAIN, "--out", tmp_path / "run", stderr=stderr)
+    assert done.returncode == 0 and (tmp_path / "run" / "lora.safetensors").is_file()
 
 
 @pytest.mark.parametrize("kind", ["full", "closed"])
@@ -96,10 +105,10 @@ def test_two_dashes_are_no_number(capsys):
 
 def without_unix(monkeypatch):
     """Take away what Windows does not have."""
-    for owner, names in ((os, ("sysconf", "fork", "killpg", "mkfifo")), (signal, ("SIGHUP", "SIGALRM"))):
+    for owner, names in ((os, ("sysconf", "fork", "killpg", "mkfifo", "link")), (signal, ("SIGHUP", "SIGALRM"))):
         for name in names:
             monkeypatch.delattr(owner, name, raising=False)
-    monkeypatch.setattr(iclora.checkpoint, "fcntl", None)
+    monkeypatch.setattr(iclora.locks, "fcntl", None)
 
 
 def test_nothing_is_called_that_windows_does_not_have(monkeypatch, tmp_path):
@@ -107,7 +116,10 @@ def test_nothing_is_called_that_windows_does_not_have(monkeypatch, tmp_path):
     assert blackbox.main("sample", *SMALL, "--out", tmp_path / "out") == 0
     prompt = ["--ref", REFERENCES / "cat.png", "--prompt", "a cat on a beach.", "--steps", "1", "--device", "cpu"]
     assert blackbox.main("sample", *prompt, "--out", tmp_path / "out") == 0
-    assert blackbox.main("train", "--data", ROOT / "sets" / "walk", *TRAIN, "--out", tmp_path / "run") == 0
+    for steps in ([], ["--steps", "2"]):  # the checkpoint of the first one is kept beside the second's
+        flags = ["--data", ROOT / "sets" / "walk", *TRAIN, "--decay", "0", *steps]
+        assert blackbox.main("train", *flags, "--out", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "checkpoint.previous.safetensors").is_file()
     assert iclora.memory.free_memory("cpu") == sys.maxsize, "which refuses nothing"
 
 

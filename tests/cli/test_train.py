@@ -679,6 +679,45 @@ def test_a_raised_number_of_steps_goes_on_to_the_same_bytes(world, whole, out):
     assert steps_of(out) == [1, 2, 3, 4, 5, 6]
 
 
+def test_damage_costs_one_interval_and_ends_in_the_same_bytes(world, whole, out, capsys):
+    shutil.copytree(whole, out)
+    path = out / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert go(world, out) == 0
+    assert "; going on from the one before it, step 4\n" in capsys.readouterr().err
+    assert files(out) == files(whole)
+    for name in KEPT[:2]:
+        (out / name).write_bytes((out / name).read_bytes()[:-1])
+    before = files(out)
+    assert go(world, out) == 2
+    assert "checkpoint.safetensors is no safetensors file, or it is cut short" in refused(capsys)
+    assert files(out) == before
+
+
+def test_tensors_of_another_run_are_refused_before_anything_is_encoded(world, whole, out, capsys, monkeypatch):
+    shutil.copytree(whole, out)
+    path = out / "checkpoint.safetensors"
+    about = {name: text for name, text in read_header(path)[1].items() if name != "digest"}  # as older ones
+    save_safetensors({**load_file(path), "0.optimizer.exp_avg": torch.ones(3)}, path, about)
+    monkeypatch.setattr(Loader, "encode", None)
+    assert go(world, out) == 2
+    assert "does not hold what this run trains ('0.optimizer.exp_avg'); remove it" in refused(capsys)
+
+
+def test_a_run_that_ended_while_another_one_was_planned_is_not_overwritten(world, whole, out, capsys, monkeypatch):
+    real = iclora.training.plan_training
+
+    def slow(*args):
+        plan = real(*args)
+        shutil.copytree(whole, out)
+        return plan
+
+    monkeypatch.setattr(iclora.training, "plan_training", slow)
+    assert go(world, out) == 2
+    assert capsys.readouterr().err.endswith("checkpoint.safetensors meanwhile; the same command goes on from it\n")
+    assert files(out) == files(whole)
+
+
 def test_other_settings_in_the_folder_of_a_run_are_refused_by_name(world, whole, capsys):
     before = files(whole)
     for flags, message in {

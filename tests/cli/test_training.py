@@ -765,6 +765,13 @@ def test_what_is_no_checkpoint_is_not_taken_for_one(checkpoint, tmp_path):
         load_checkpoint(path, adapted()[1])
 
 
+def test_a_checkpoint_that_was_damaged_during_the_run_is_replaced_and_not_kept(tmp_path):
+    path, earlier = beside(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    save_checkpoint(path, run(steps=3)[0], saved(CONFIG), ORIGIN)
+    assert [read_checkpoint(each)[2] for each in (path, earlier)] == [3, 1]
+
+
 ODD = {
     "a moment of another shape": lambda t: t | {"0.optimizer.exp_avg": torch.ones(3)},
     "a moment that is missing": lambda t: {k: v for k, v in t.items() if k != "1.optimizer.exp_avg_sq"},
@@ -782,6 +789,12 @@ def test_a_checkpoint_holds_exactly_what_the_run_trains(checkpoint, tmp_path, ki
     save_safetensors(tensors, path, metadata | {"digest": digest(tensors, metadata)})
     with pytest.raises(ValueError, match="does not hold what this run trains .*; remove it"):
         load_checkpoint(path, adapted()[1])
+    with torch.device("meta"):
+        flux = Flux(network().config)
+    fresh = new_state(attach(flux, "all-linear", 2, generator=torch.Generator()))
+    refuse_other_run(checkpoint, CONFIG, ORIGIN, fresh=fresh)
+    with pytest.raises(ValueError, match="does not hold what this run trains .*; remove it"):
+        refuse_other_run(path, CONFIG, ORIGIN, fresh=fresh)  # which needs no data
 
 
 def test_a_cpu_with_other_features_is_told(checkpoint, tmp_path, monkeypatch):
@@ -845,8 +858,19 @@ def test_metrics_of_steps_that_are_done_again_are_dropped_and_a_cut_line_too(tmp
 def test_lines_of_metrics_that_no_run_writes_do_not_count(tmp_path):
     path, good = tmp_path / "metrics.jsonl", '{"step": 2, "loss": 0.5}'
     odd = ['{"epoch": 1}', "1", "null", "[]", '{"step": 1, "loss": null}', '{"step": "1", "loss": 1}', "[" * 10**5, "x"]
-    path.write_text("\n".join([*odd, good, ""]))
+    odd += [
+        '{"step": 0, "loss": 1}',
+        '{"step": 1.5, "loss": 1}',
+        '{"step": 1, "loss": 1' + "0" * 400 + "}",
+        '{"loss": 1}',
+    ]
+    path.write_bytes("\n".join([*odd, good, ""]).encode() + b"\xff\n")
     assert Metrics(path, 5).rows() == [{"step": 2, "loss": 0.5}] and path.read_text() == good + "\n"
+
+
+def test_metrics_that_are_no_file_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert Metrics(tmp_path / "metrics.jsonl", 5).rows() == []
 
 
 def colours(path):

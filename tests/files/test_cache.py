@@ -1,6 +1,7 @@
 """The cache: encoders run once, damage is mended, and kept latents cannot know what they will have to answer."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from iclora.cache import (
 from iclora.data import bucket, load, read_panels
 from iclora.layout import Layout, compose, encode_by_panel
 from iclora.loader import every_mask
+from iclora.locks import lock
 from iclora.references import encode, fit_reference
 from model import checkpoint
 from model.checkpoint import file_sha256, fingerprint
@@ -123,6 +125,28 @@ def test_a_failure_while_encoding_keeps_what_was_done(tmp_path):
     with pytest.raises(ValueError, match="no such picture"):
         cache.fill([good, bad], object, "")
     assert cache.fill([good], never, "") == 0
+
+
+def test_what_a_killed_process_left_is_cleared_unless_another_one_fills_the_cache(tmp_path):
+    good = replace(text_entry("a", None, torch.float32, "e"), make=lambda network: {"vec": torch.ones(1)})
+    cache = Cache(tmp_path)
+    scrap = cache.path(good.key).with_name(f".{good.key}.safetensors.00ff.tmp")
+    scrap.parent.mkdir(parents=True)
+    scrap.touch()
+    with lock(tmp_path, shared=True):  # as a run that is filling it
+        assert cache.fill([good], object, "") == 1 and scrap.exists()
+    assert cache.fill([good], never, "") == 0 and os.listdir(scrap.parent) == [f"{good.key}.safetensors"]
+
+
+def test_a_run_that_fills_the_cache_is_known_to_others(tmp_path):
+    def make(network):
+        with lock(tmp_path) as alone, lock(tmp_path, shared=True) as shared:
+            held.append((alone, shared))
+        return {"vec": torch.ones(1)}
+
+    held = []
+    Cache(tmp_path).fill([replace(text_entry("a", None, torch.float32, "e"), make=make)], object, "")
+    assert held == [(False, True)]
 
 
 # latents
