@@ -352,9 +352,6 @@ def _link(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except (
-        AttributeError,
-        OSError,
-    ):  # exFAT, cloud drives, Android have no hard links: reserve the name, then rename
+    except (AttributeError, OSError):  # Android, exFAT, mounted cloud drives: reserve the name, then rename onto it
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         os.replace(temporary, path)
