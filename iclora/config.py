@@ -271,7 +271,7 @@ class TrainConfig:
         None, "of the base; the LoRA's is float32 (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2]
     )
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
-    out: str = option("runs/lora", "folder of the run; a run found there goes on", metavar="DIR", **PLACE)
+    out: str = option("runs/lora", "folder of the run, or a new one; a run found there goes on", metavar="DIR", **PLACE)
     config: str | None = option(
         None, "take the settings of another run's config.json; flags given as well win", metavar="FILE.json", **PLACE
     )
