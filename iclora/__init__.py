@@ -27,7 +27,7 @@ class Lossy(io.FileIO):
         except BrokenPipeError:
             pass
         except OSError as error:
-            if not self.told and self.fileno() == sys.__stdout__.fileno():
+            if not self.told and self.fileno() == 1:
                 leave_line(f"note: stdout cannot be written: {error.strerror}")
             self.told = True
         return memoryview(data).nbytes
@@ -60,10 +60,10 @@ def end(kind: type[BaseException], error: BaseException, trace: TracebackType | 
     sys.__excepthook__(kind, error, trace)
 
 
-def stream(number: int) -> io.TextIOWrapper:
-    """Open a standard stream so that it takes every character and never fails."""
+def stream(number: int, encoding: str | None) -> io.TextIOWrapper:
+    """Open a standard stream so that it takes every character, tells every line at once, and never fails."""
     raw = io.BufferedWriter(Lossy(number, "w", closefd=False))
-    return io.TextIOWrapper(raw, errors="backslashreplace", line_buffering=number == 2 or raw.isatty())
+    return io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True)
 
 
 def begin() -> None:
@@ -73,7 +73,9 @@ def begin() -> None:
             os.fstat(number)
         except OSError:  # was closed by who started us: else the next file that is opened would be a standard stream
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout, sys.stderr, sys.excepthook = stream(1), stream(2), end
+    encodings = [getattr(old, "encoding", None) for old in (sys.stdout, sys.stderr)]  # of a closed one there is none
+    sys.stdout, sys.stderr = map(stream, (1, 2), encodings)
+    sys.excepthook = end
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
         signal.signal(signal.SIGINT, interrupt)
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what is done stays done

@@ -116,8 +116,22 @@ def test_a_closed_pipe_changes_no_status(name):
         os.close(write)
 
 
-def test_characters_that_a_stdout_does_not_have_are_written_in_another_way():
-    assert run("-c", TELL, env={"PYTHONIOENCODING": "ascii"}) == (3, "told\n")
+def test_characters_that_a_stdout_does_not_have_are_written_in_another_way(tmp_path):
+    with open(tmp_path / "out", "wb") as file:
+        assert run("-c", TELL, env={"PYTHONIOENCODING": "ascii"}, stdout=file) == (3, "told\n")
+    assert (tmp_path / "out").read_bytes() == b"\\xe4" * 100_000 + b"\n"
+
+
+@FULL
+def test_a_full_stderr_beside_a_closed_stdout_changes_no_status():
+    shell = f'"{sys.executable}" -c "$1" >&- 2>/dev/full'
+    assert subprocess.run(["bash", "-c", shell, "bash", TELL], cwd=ROOT, timeout=100).returncode == 3
+
+
+def test_a_line_is_told_at_once():
+    code = COMMAND + "import os; print('now'); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=100)
+    assert done.stdout == b"now\n"
 
 
 def test_streams_that_were_closed_are_opened_so_that_no_file_takes_their_place(tmp_path):
