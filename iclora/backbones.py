@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Model, ViTModel
 from transformers.utils import logging
 
@@ -31,6 +31,31 @@ UNO = {  # how UNO's script shows pictures to DINO; the folder facebook/dino-vit
 BATCH = 64
 
 
+def damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"{folder} does not load ({' '.join(str(error).split())[:160]}); download it again")
+
+
+def load_network(kind: type, folder: Path, device: str, **options: Any) -> nn.Module:
+    """Load a network from a folder in float32; transformers only reports what is missing: here that is an error.
+
+    Errors: ValueError in one line
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no folder of a {kind.__name__} with config.json and {path.name}; name another")
+    read_header(path)  # refuses a damaged file by name
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+    try:
+        network, report = kind.from_pretrained(folder, **options)
+    except Exception as error:  # of many kinds, for settings and shapes that do not fit
+        raise damaged(folder, error) from None
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{path} lacks {', '.join(missing[:3])} ({len(missing)} tensors); download it again")
+    return network.requires_grad_(False).eval().to(device)
+
+
 class Backbone:
     """A network that turns pictures, and CLIP also texts, into features of length 1.
 
@@ -38,7 +63,7 @@ class Backbone:
     """
 
     def __init__(self, folder: Path, kinds: dict[str, type], device: str, preprocessing: dict[str, Any] | None = None):
-        """Load a folder in transformers' form; transformers only reports what is missing: here that is an error.
+        """Load a folder in transformers' form.
 
         kinds: DINO or CLIP
         preprocessing: in place of what the folder's preprocessor_config.json says
@@ -49,22 +74,13 @@ class Backbone:
             raise ValueError(
                 f"{folder} holds a model of type {kind!r:.40}, not {' or '.join(kinds)}; give another folder"
             )
-        read_header(path)  # refuses a damaged file by name
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        local = {"pretrained_model_name_or_path": folder, "local_files_only": True}
-        options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
-        options |= {"add_pooling_layer": False} if kind == "vit" else {}
+        options = {"add_pooling_layer": False} if kind == "vit" else {}
+        self.network = load_network(kinds[kind], folder, device, **options)
         try:
             read_json(folder / "preprocessor_config.json")
-            self.processor = AutoImageProcessor.from_pretrained(**local, backend="pil")
-            self.network, report = kinds[kind].from_pretrained(**local, **options)
-        except Exception as error:  # of many kinds, for settings and shapes that do not fit
-            reason = " ".join(str(error).split())[:160]
-            raise ValueError(f"{folder} does not load ({reason}); download it again") from None
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{path} lacks {', '.join(missing[:3])} ({len(missing)} tensors); download it again")
-        self.network.requires_grad_(False).eval().to(device)
+            self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+        except Exception as error:  # of many kinds, for settings that do not fit
+            raise damaged(folder, error) from None
         self.device, self.preprocessing = device, preprocessing or {}
         shape = getattr(self.network.config, "vision_config", self.network.config)
         settings = self.processor.to_dict() | self.preprocessing

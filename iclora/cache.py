@@ -86,7 +86,10 @@ class Cache:
         Errors: those of load and of making an entry; OSError if the disk is full
         """
         network, missing = None, 0
-        self.clear_scraps()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock(self.folder) as alone:  # else another process fills it now
+            for left in self.folder.glob("*/*/.*.tmp") if alone else ():
+                left.unlink(missing_ok=True)  # of processes that were killed
         pace = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
         bar = tqdm({entry.key: entry for entry in entries}.values(), label, leave=False, **pace)
         with lock(self.folder, shared=True), bar:
@@ -100,13 +103,6 @@ class Cache:
             gc.collect()  # transformers' modules hold each other in cycles
             torch.cuda.empty_cache()
         return missing
-
-    def clear_scraps(self) -> None:
-        """Make the folder, and remove what killed processes left half written, unless another one fills it now."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with lock(self.folder) as alone:
-            for left in self.folder.glob("*/*/.*.tmp") if alone else ():
-                left.unlink(missing_ok=True)
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
         """Read an entry that was made before, and keep it in memory as long as there is room.

@@ -143,11 +143,6 @@ class Gate:
         return httpx2.Response(response.status_code, headers=response.headers, content=bytes(body))
 
 
-def ask_all(chat: Chat, conversations: Iterable[Sequence[Message]], at_once: int) -> Iterator[tuple[int, Any]]:
-    """Ask several questions at a time. Yields as in_parallel does, with an Answer each"""
-    return in_parallel(chat.ask, conversations, at_once)
-
-
 def in_parallel(work: Callable[[Any], Any], items: Iterable, at_once: int) -> Iterator[tuple[int, Any]]:
     """Do a few things at a time, each in a thread; an item is taken when there is room for it.
 

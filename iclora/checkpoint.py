@@ -29,7 +29,7 @@ from .locks import lock
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
 CONFIG, CURVE = "config.json", "loss.png"
-SCRAP = re.compile(r"\.+(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp")  # what a kill leaves half written
+SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp")  # what a kill leaves half written
 MAX_STEPS = 10**9
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # that AdamW keeps of a parameter; other optimizers say what they keep
 ANEW = "remove it to start anew, or give another --out"
@@ -98,20 +98,25 @@ def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerp
     config, fingerprint = json.dumps(dict(config)), json.dumps(dict(fingerprint))
     metadata = {"step": str(state.step), "config": config, "origin": fingerprint}
     about = {"digest": digest(tensors, metadata), "cpu": torch.backends.cpu.get_cpu_capability()}
-    fresh, spare = (path.with_name(f".{path.name}.{what}.tmp") for what in ("fresh", "spare"))
+    spare = path.with_name(f".{path.name}.spare.tmp")
+    spare.unlink(missing_ok=True)
     try:
-        save_safetensors(tensors, fresh, metadata | about)
         with contextlib.suppress(ValueError):  # what was damaged meanwhile is not worth keeping
             if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its place
-                try:
-                    os.link(path, spare)
-                except (AttributeError, OSError):  # a system, or a file system, without links
-                    shutil.copyfile(path, spare)
-                os.replace(spare, earlier(path))
-        os.replace(fresh, path)
+                link(path, spare)
+        save_safetensors(tensors, path, metadata | about)
+        if spare.exists():
+            os.replace(spare, earlier(path))
     finally:
-        for left in (fresh, spare):
-            left.unlink(missing_ok=True)
+        spare.unlink(missing_ok=True)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a file another name as well, or a copy where the system, or the file system, has no links."""
+    try:
+        os.link(path, name)
+    except (AttributeError, OSError):
+        shutil.copyfile(path, name)
 
 
 def earlier(path: Path) -> Path:
@@ -127,29 +132,31 @@ def last_good(path: Path, note: Callable[[str], None]) -> Path | None:
     Returns None if there is neither
     Errors: ValueError if none of them is whole
     """
-    there = [each for each in (path, earlier(path)) if os.path.lexists(each)]
-    problems: list[str] = []
-    for each in there:
+    problem = ""
+    for each in filter(os.path.lexists, (path, earlier(path))):
         try:
-            step = read_checkpoint(each)[2]
-            check_digest(each)
+            step = check_digest(each)
         except ValueError as error:
-            problems.append(str(error))
+            problem = problem or str(error)
             continue
         if each != path:
-            problem = problems[0].partition(";")[0] if problems else f"{path} is missing"
-            note(f"{problem}; going on from the one before it, step {step}")
+            what = problem.partition(";")[0] or f"{path} is missing"
+            note(f"{what}; going on from the one before it, step {step}")
         return each
-    if problems:
-        raise ValueError(problems[0])
-    return None
+    if problem:
+        raise ValueError(problem)
 
 
-def check_digest(path: Path) -> None:
-    """Refuse a checkpoint that does not hold what was written; those of old have no digest. Errors: ValueError"""
-    metadata = read_header(path)[1]
+def check_digest(path: Path) -> int:
+    """Refuse a checkpoint that does not hold what was written; those of old have no digest.
+
+    Returns its step
+    Errors: ValueError; or as read_checkpoint
+    """
+    step, metadata = read_checkpoint(path)[2], read_header(path)[1]
     if "digest" in metadata and metadata["digest"] != digest(load_file(path), metadata):
         raise ValueError(f"{path} is damaged: it does not hold what was written; {ANEW}")
+    return step
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -185,10 +192,9 @@ def load_checkpoint(path: Path, state: State, note: Callable[[str], None] = lamb
     note: is told where the CPU has other features than the one that wrote it, as sums are ordered otherwise then
     Errors: ValueError if the file is damaged, or does not hold exactly what the state does
     """
-    step, cpu = read_checkpoint(path)[2], torch.backends.cpu.get_cpu_capability()
+    step, cpu = check_digest(path), torch.backends.cpu.get_cpu_capability()
     if (wrote := read_header(path)[1].get("cpu", cpu)) != cpu:
         note(f"the run was on a CPU with {wrote} and goes on with {cpu}; it may end in slightly other numbers")
-    check_digest(path)
     check_tensors(path, state)
     tensors = load_file(path)  # mapped, so what is kept of it is copied
     numbers = {id(p): i for i, p in enumerate(state.parameters)}
@@ -196,13 +202,10 @@ def load_checkpoint(path: Path, state: State, note: Callable[[str], None] = lamb
         for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
             p.copy_(tensors[f"{i}.weight"])
             average.copy_(tensors[f"{i}.average"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if match := re.fullmatch(r"(\d+)\.optimizer\.(\w+)", name):
-            moments.setdefault(int(match[1]), {})[match[2]] = value.clone()
-    for optimizer in state.optimizers:  # which numbers its parameters by itself
+    for optimizer in state.optimizers if step else ():  # which numbers its parameters by itself
         of_file = [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        loaded = {number: moments[i] for number, i in enumerate(of_file) if i in moments}
+        names = getattr(optimizer, "moments", MOMENTS)
+        loaded = {n: {name: tensors[f"{i}.optimizer.{name}"].clone() for name in names} for n, i in enumerate(of_file)}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": loaded})
     state.step = step
 

@@ -19,8 +19,7 @@ from .prompts import nearest
 Config = TypeVar("Config")
 MAX_RECORD = 100_000_000  # bytes of a JSON or PNG to replay
 NO_MEMORY = re.compile(
-    "out of memory|not enough memory|(an't|annot) allocate|unable to mmap|ALLOC_|bad_?alloc"
-    "|could not (create|execute) a|(an't|annot) start new thread"
+    "(out of|not enough) memory|(an't|annot) (allocate|start new)|unable to mmap|ALLOC_|bad_?alloc|could not .*a prim"
 )
 TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list of texts"}
 PNG = b"\x89PNG"
@@ -68,8 +67,7 @@ def note(line: str) -> None:
 
 def tell(line: str) -> None:
     """Write a line to stderr."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    print(line, file=sys.stderr, flush=True)
 
 
 def plain(text: str) -> str:

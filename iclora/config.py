@@ -197,8 +197,7 @@ class TrainConfig:
     init_lora: str | None = option(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
     lora_init: str | None = option(
         None,
-        "how down begins: kaiming-uniform, or as UNO's, normal of deviation 1/rank; weights first move 5.3 times less "
-        "then, at rank 512 and width 3072 (default: kaiming; with uno uno, on tiny kaiming)",
+        "how down begins: kaiming-uniform, or UNO's normal of 1/rank (default: kaiming; with uno uno, on tiny kaiming)",
         choices=LORA_INITS,
     )
     condition: str = option(
@@ -218,9 +217,7 @@ class TrainConfig:
     )
     offset_scale: float | None = option(None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100))
     posterior: str | None = option(
-        None,
-        "of references: sampled anew in every step, or the mean (default: the starting LoRA's, or sample)",
-        choices=POSTERIORS,
+        None, "of references: drawn each step, or mean (default: the starting LoRA's, or sample)", choices=POSTERIORS
     )
     target_posterior: str | None = option(
         None,

@@ -12,18 +12,10 @@ from functools import reduce
 
 import torch
 
+from model import lora_formats as formats
 from model.flux import Flux, FluxConfig
 from model.lora import shapes
-from model.lora_formats import (
-    DIALECTS,
-    LoraFile,
-    describe,
-    read_deltas,
-    read_lora,
-    refuse_factors,
-    template,
-    write_lora,
-)
+from model.lora_formats import DIALECTS, LoraFile, read_lora, template
 from model.weights import find_model
 
 from .cli import guard, parse, plain
@@ -43,7 +35,6 @@ WIDTHS = {
     "single_blocks.{}.linear1": ("in", "3D + M"),
     "single_blocks.{}.linear2": ("out", "D + M"),
 }
-WIDEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -79,15 +70,15 @@ def convert(source: str, target: str, config: ConvertConfig) -> str:
     if not os.path.isdir(os.path.dirname(target) or "."):
         raise ValueError(f"there is no folder {os.path.dirname(target)}; make it first")
     file = read_lora(source)
-    refuse_factors(file, "which no dialect that is written has a place for; use the file as it is")
+    formats.refuse_factors(file, "which no dialect that is written has a place for; use the file as it is")
     shape = find_model(config.model).flux.config if config.model else infer_config(file)
     with torch.device("meta"):
         known = shapes(Flux(shape))
-    deltas = read_deltas(file, known)
+    deltas = formats.read_deltas(file, known)
     stored = reduce(torch.promote_types, (half.dtype for delta in deltas for half in (delta.down, delta.up)))
     dtype = getattr(torch, config.dtype) if config.dtype else stored
-    write_lora(deltas, known, target, config.to, file.metadata, dtype)
-    return f"{describe(file)}; wrote {target}"
+    formats.write_lora(deltas, known, target, config.to, file.metadata, dtype)
+    return f"{formats.describe(file)}; wrote {target}"
 
 
 def infer_config(file: LoraFile) -> FluxConfig:
@@ -118,7 +109,7 @@ def infer_config(file: LoraFile) -> FluxConfig:
         raise ValueError(f"{file.path} has biases only, which do not tell the model's widths; name it with --model")
     hidden = size["hidden"]
     mlp = size.get("M", 4 * hidden)
-    if not all(0 < width <= WIDEST for width in (mlp, *size.values())):
+    if not all(0 < width <= 2**20 for width in (mlp, *size.values())):
         raise ValueError(f"{file.path} has shapes that no FLUX.1 can have (width {hidden}, MLP {mlp})")
     text = size.get("vec", 768), size.get("context", 4096)
     return FluxConfig(64, 64, *text, hidden, mlp, 1, *depth.values(), axes_dim=(hidden,), guidance_embed=True)

@@ -61,10 +61,7 @@ WANTED = {
 # What a file is: the first row whose pattern is found in any tensor name. Keys of WANTED are called by their key.
 KINDS = (
     ("nunchaku (SVDQuant) weights", r"\.(qweight|wscales|smooth_factor)$"),
-    (
-        "LoRA weights",
-        r"lora_|\.lora\.|_lora[s\d]?\.|lokr_|hada_|oft_blocks|dora_scale|\.diff(_b)?$|\.[ab][12]\.weight$",
-    ),
+    ("LoRA weights", r"lora_|[._]lora[s\d]?\.|lokr_|hada_|oft_blocks|dora_scale|\.diff(_b)?$|\.[ab][12]\.weight$"),
     ("bitsandbytes nf4 or fp4 weights", r"\.quant_state\.bitsandbytes__|\.(absmax|quant_map)$"),
     ("bitsandbytes or quanto int8 weights", r"\.(SCB|_data|_scale)$"),
     ("nvfp4 weights", r"\.weight_scale_2$"),

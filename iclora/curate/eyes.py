@@ -1,20 +1,19 @@
 """What looks at pictures: DINOv2, CLIP as a judge and OWLv2 as a detector, through transformers from local folders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Model, Owlv2ForObjectDetection
-from transformers.utils import logging
+from transformers import CLIPTokenizer, Owlv2ForObjectDetection
 
-from model.checkpoint import fingerprint, read_header
+from model.checkpoint import fingerprint
 from model.text import load_tokenizer
 from sampling.images import GREY, to_tensor
 
+from ..backbones import CLIP, DINO, Backbone, load_network
 from ..judge import Verdict
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -28,36 +27,6 @@ class Locator(Protocol):
     def __call__(self, picture: Image.Image, words: str) -> Box | None: ...
 
 
-def load_local(kind: type, folder: Path, device: str) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """Load a model from a folder, in float32, and how it wants its pictures.
-
-    Transformers only reports what is missing: here that is an error.
-
-    Errors: ValueError in one line
-    """
-    path = folder / "model.safetensors"
-    if not path.is_file() or not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no folder of a {kind.__name__} with config.json and {path.name}; name another")
-    read_header(path)  # refuses a damaged file by name
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
-    try:
-        model, report = kind.from_pretrained(folder, **options)
-        # OWLv2's own preparation needs scipy
-        processor = kind is not Owlv2ForObjectDetection and AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except Exception as error:  # of many kinds, for settings and shapes that do not fit
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} does not load as {kind.__name__} ({reason}); download it again") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{path} lacks {', '.join(missing[:3])} ({len(missing)} tensors); is it a {kind.__name__}?")
-
-    def see(*pictures: Image.Image) -> Tensor:
-        return processor(list(pictures), return_tensors="pt").pixel_values.to(device)  # (B, 3, h, w)
-
-    return model.requires_grad_(False).eval().to(device), see
-
-
 def mark(folder: Path) -> str:
     """Name a model folder by its content, for the catalogue."""
     file = folder / "model.safetensors"
@@ -68,12 +37,11 @@ class Dino:
     """DINOv2: how alike two pictures are."""
 
     def __init__(self, folder: Path, device: str):
-        self.model, self.see = load_local(Dinov2Model, folder, device)
+        self.dino = Backbone(folder, {"dinov2": DINO["dinov2"]}, device)
 
-    @torch.inference_mode()
     def __call__(self, first: Image.Image, second: Image.Image) -> float:
         """Return the cosine of two pictures' class tokens."""
-        features = F.normalize(self.model(pixel_values=self.see(first, second)).pooler_output, dim=-1)
+        features = self.dino.see([first, second])
         return float(features[0] @ features[1])
 
 
@@ -81,32 +49,21 @@ class ClipJudge:
     """CLIP as a judge that needs no endpoint: it reads every part in both pictures, and compares what it reads.
 
     parts: by name, the options of each: texts whose mean stands for one option
-    tokenizer: its folder, where that of the model has none
     """
 
-    def __init__(self, folder: Path, tokenizer: Path, parts: Mapping[str, Sequence[Sequence[str]]], device: str):
-        self.model, self.see = load_local(CLIPModel, folder, device)
-        tokenizer = folder if any(folder.glob("tokenizer*.json")) else tokenizer
-        self.tokenizer = load_tokenizer(CLIPTokenizer, tokenizer)
+    def __init__(self, folder: Path, parts: Mapping[str, Sequence[Sequence[str]]], device: str):
+        self.clip = Backbone(folder, CLIP, device)
         if not parts:
             raise ValueError("the word lists have no parts for CLIP to read; add some, or give --judge an endpoint")
         self.parts = {
-            name: F.normalize(torch.stack([self.read(texts).mean(dim=0) for texts in options]), dim=-1)
+            name: F.normalize(torch.stack([self.clip.read(texts).mean(dim=0) for texts in options]), dim=-1)
             for name, options in parts.items()
         }
 
     @torch.inference_mode()
-    def read(self, texts: Sequence[str]) -> Tensor:
-        """Return features of texts at length 1: (N, D)."""
-        ids = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").input_ids
-        hidden = self.model.text_model(input_ids=ids.to(self.model.device)).pooler_output
-        return F.normalize(self.model.text_projection(hidden), dim=-1)
-
-    @torch.inference_mode()
     def __call__(self, first: Image.Image, second: Image.Image) -> Verdict:
         """Score each part by how much the two readings of it overlap, as probabilities of its options: 0 to 4."""
-        hidden = self.model.vision_model(pixel_values=self.see(first, second)).pooler_output
-        features = self.model.logit_scale.exp() * F.normalize(self.model.visual_projection(hidden), dim=-1)
+        features = self.clip.network.logit_scale.exp().cpu() * self.clip.see([first, second])
         features = [(features @ options.T).softmax(dim=-1) for options in self.parts.values()]  # (2, options) each
         parts = {
             name: round(4 * float(p.prod(dim=0).sqrt().sum())) for name, p in zip(self.parts, features, strict=True)
@@ -118,7 +75,7 @@ class Owl:
     """OWLv2: finds what words name."""
 
     def __init__(self, folder: Path, device: str):
-        self.model, _ = load_local(Owlv2ForObjectDetection, folder, device)
+        self.model = load_network(Owlv2ForObjectDetection, folder, device)
         self.tokenizer = load_tokenizer(CLIPTokenizer, folder)
         self.side = self.model.config.vision_config.image_size
 

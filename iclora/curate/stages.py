@@ -165,8 +165,8 @@ class Workshop:
         address, model = self.config.judge or "", self.config.judge_model
         if "://" in address:
             return model, lambda: ChatJudge(Chat(address, model))
-        folder, tokenizer = Path(address or self.files.root / "clip"), self.files.clip_tokenizer
-        return mark(folder), lambda: ClipJudge(folder, tokenizer, judge_texts(self.words), self.device)
+        folder = Path(address or self.files.root / "clip")
+        return mark(folder), lambda: ClipJudge(folder, judge_texts(self.words), self.device)
 
     # stage II
 

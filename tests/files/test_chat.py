@@ -15,7 +15,7 @@ from PIL import Image
 
 from chat_server import answer, pictures, serve, texts
 from iclora import chat
-from iclora.chat import MAX_ANSWER, Answer, Chat, EndpointError, ask_all, in_parallel
+from iclora.chat import MAX_ANSWER, Answer, Chat, EndpointError, in_parallel
 
 KEY = "sk-very-secret-0123"
 HELLO = [("user", "hello", ())]
@@ -335,7 +335,7 @@ def test_questions_are_asked_a_few_at_a_time_and_answers_know_theirs():
         return f"echo {texts(body)[0]}" if texts(body)[0] != "5" else (400, {}, "no fives")
 
     with serve(echo) as endpoint:
-        answers = dict(ask_all(Chat(endpoint.address, "seer"), ([("user", str(n), ())] for n in range(12)), 3))
+        answers = dict(in_parallel(Chat(endpoint.address, "seer").ask, ([("user", str(n), ())] for n in range(12)), 3))
     assert endpoint.busiest == 3 and sorted(answers) == list(range(12))
     assert isinstance(answers.pop(5), ValueError)
     assert {index: said.text for index, said in answers.items()} == {n: f"echo {n}" for n in range(12) if n != 5}

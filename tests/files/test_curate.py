@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection
 
 from iclora.curate.catalogue import STAGES, Catalogue, Item, Outcome, crops_of, passed, reader, selected
-from iclora.curate.eyes import ClipJudge, Dino, Owl, load_local
+from iclora.curate.eyes import ClipJudge, Dino, Owl
 from iclora.curate.options import CHAIN, CurateConfig
 from iclora.curate.page import write_page
 from iclora.curate.seam import cut, find_seam
@@ -267,7 +267,7 @@ def test_dino_sees_what_the_lab_sees():
 
 def test_clip_reads_colours_part_by_part():
     parts = judge_texts(read_words(WORDS["words-tiny"]))
-    judge = ClipJudge(TINY / "clip", TINY / "tokenizer", parts, "cpu")
+    judge = ClipJudge(TINY / "clip", parts, "cpu")
     (panel,) = random_set(np.random.default_rng(1), 1, 1, 1)
     placed = panel.placed[0]
     red, blue = (
@@ -277,7 +277,7 @@ def test_clip_reads_colours_part_by_part():
     assert judge(red, red).parts == dict.fromkeys(parts, 4) and judge(red, red).score == 4
     assert judge(red, blue).parts["colour"] < 2 and judge(red, blue).score < 4
     with pytest.raises(ValueError, match="no parts for CLIP"):
-        ClipJudge(TINY / "clip", TINY / "tokenizer", {}, "cpu")
+        ClipJudge(TINY / "clip", {}, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -318,17 +318,17 @@ def test_owl_finds_a_box_in_pixels_of_the_picture_or_nothing(owl_folder, monkeyp
 
 
 def test_folders_that_hold_something_else_are_refused(owl_folder, tmp_path):
-    from transformers import Dinov2Model
-
-    with pytest.raises(ValueError, match="no folder of a Dinov2Model with config.json"):
-        load_local(Dinov2Model, tmp_path, "cpu")
-    with pytest.raises(ValueError, match="Dinov2Model"):
-        load_local(Dinov2Model, owl_folder, "cpu")
+    with pytest.raises(ValueError, match="config.json is no file"):
+        Dino(tmp_path, "cpu")
+    with pytest.raises(ValueError, match="holds a model of type 'owlv2', not dinov2"):
+        Dino(owl_folder, "cpu")
+    with pytest.raises(ValueError, match="does not load|lacks"):
+        Owl(TINY / "dinov2", "cpu")
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_bytes((TINY / "dinov2" / name).read_bytes())
     (tmp_path / "model.safetensors").write_bytes((TINY / "dinov2" / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="model.safetensors"):
-        load_local(Dinov2Model, tmp_path, "cpu")
+        Dino(tmp_path, "cpu")
 
 
 # the page

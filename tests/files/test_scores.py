@@ -301,7 +301,7 @@ def test_damaged_and_foreign_folders_are_refused_in_one_line(vit, tmp_path):
     refused("model.safetensors is no safetensors file")
     (vit / "model.safetensors").unlink()
     (vit / "pytorch_model.bin").write_bytes(b"\x80")
-    refused("model.safetensors cannot be read")
+    refused("is no folder of a ViTModel with config.json and model.safetensors; name another")
     save_file(tensors, vit / "model.safetensors", {"format": "pt"})
     (vit / "preprocessor_config.json").write_text("[")
     refused("preprocessor_config.json is not a JSON object")
