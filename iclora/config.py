@@ -42,14 +42,16 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 
 def check(config: Any) -> None:
-    """Refuse unknown choices and numbers outside their ranges; NaN is outside of every range.
+    """Refuse unknown choices, empty texts and numbers outside their ranges; NaN is outside of every range.
 
     Errors: ValueError with the flag, its value and what is valid
     """
     for item in fields(config):
         value, metadata = getattr(config, item.name), item.metadata
-        if value is None:
+        if value is None or value == item.default:
             continue
+        if value == "" and item.name != "prompt":
+            raise ValueError(f"{flag(item.name)} is empty; give it a value, or leave it out")
         if "choices" in metadata and value not in metadata["choices"]:
             choices = metadata["choices"]
             advice = f"{nearest(value, choices)}choose one of {', '.join(choices)}"

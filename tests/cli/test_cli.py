@@ -112,6 +112,15 @@ def test_a_wrong_flag_is_refused_in_one_line(argv, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", [SampleConfig, TrainConfig])
+def test_an_empty_value_as_an_unset_variable_leaves_it_is_refused_but_for_the_prompt(kind):
+    for field in fields(kind):
+        if field.type in ("str", "str | None", str, str | None) and field.name not in ("prompt", "config"):
+            with pytest.raises(ValueError, match=f"{flag(field.name)} is empty; give it a value, or leave it out"):
+                parse(kind, [flag(field.name), ""], "")
+    assert SampleConfig(prompt="").prompt == ""
+
+
 def test_help_shows_every_flag_and_its_default(capsys):
     with pytest.raises(SystemExit) as caught:
         read("--help")
