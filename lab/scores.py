@@ -11,6 +11,7 @@ from .truth import SHOWN, Reader, Reading, Seen, read, same_hidden, same_traits
 from .world import Panel, Subject
 
 ALL = "all traits"
+ROOM = 0.05  # above chance, below which a share of it tells nothing
 
 
 # pictures and tensors
@@ -101,12 +102,12 @@ def above_chance(own: Values, none: Values, ceiling: Values) -> Interval | None:
 
     none: the figure of the same sets by chance, such as without references
     ceiling: that of true pictures
-    Returns None where the ceiling is not above chance
+    Returns None where the ceiling is not ROOM above chance
     """
     mine, chance, most = _means(own, none, ceiling)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(most > chance, (mine - chance) / (most - chance), np.nan)
-    if np.isnan(shares[0]):
+    if not most[0] - chance[0] >= ROOM:
         return None
     low, high = np.nanquantile(shares[1:], ENDS)
     if _is_discrete(np.asarray(own, dtype=float), (0, 1)):  # no resampling of sets that are all right has a wrong one

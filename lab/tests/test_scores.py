@@ -51,6 +51,7 @@ def test_sets_that_tell_nothing_are_left_out():
     assert scores.difference([1, nan, 0.5, 1], [0, 0, nan, 0]) == scores.difference([1, 1], [0, 0])
     assert np.isnan(scores.interval([nan, nan])).all() and "| a | b |  |  |" in scores.line("a", "b", [(nan,) * 3])
     assert scores.above_chance([1, nan, 0.5], [0, 0, nan], [1, 1, 1])[0] == 0.75
+    assert scores.above_chance([1] * 50, [1] * 49 + [0], [1] * 50) is None, "there is hardly any room"
 
 
 def test_several_trainings_widen_the_interval_as_far_as_they_differ():

@@ -220,6 +220,16 @@ def test_sets_that_are_saved_at_once_share_no_number(tmp_path):
         assert record["outputs"]["composite"] == name.replace("json", "png") and record["config"]["seed"] == 3
 
 
+def test_what_a_kill_left_half_written_is_cleared_unless_it_is_new_or_somebody_elses(tmp_path):
+    old, new, mine = (tmp_path / name for name in (".0001.png.0f.tmp", ".0002.png.1f.tmp", ".mine.tmp"))
+    for path in (old, new, mine):
+        path.write_bytes(b"half")
+    for path in (old, mine):
+        os.utime(path, (0, 0))
+    save(*result_and_record(), tmp_path)
+    assert not old.exists() and new.exists() and mine.exists()
+
+
 def test_a_number_that_is_partly_taken_is_left_alone(tmp_path):
     result, record = result_and_record()
     (tmp_path / "0001.json").write_bytes(b"mine")

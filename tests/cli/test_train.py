@@ -866,20 +866,35 @@ def wait_for_step(process, out, step):
     return False
 
 
+SLOW_DISK = """
+import os, time
+for name in ("fsync", "replace"):
+    def late(*args, real=getattr(os, name)):
+        time.sleep(0.01)
+        return real(*args)
+    setattr(os, name, late)
+"""
+
+
 @pytest.mark.slow
-def test_twenty_random_kills_end_in_the_same_bytes(world, out):
-    steps, draw, inside = 1200, random.Random(0), 0
+@pytest.mark.parametrize("disk", ["", SLOW_DISK], ids=["disk", "slow disk"])
+def test_twenty_random_kills_end_in_the_same_bytes_and_locks_die_with_their_process(world, out, disk):
+    steps, draw, inside = 1200, random.Random(len(disk)), 0
     assert go(world, beside(out, "whole"), *LONG, steps=steps) == 0
     folder = beside(out, "killed")
     for number in range(20):
         if number % 2:
             place = draw.choice(["os.replace", "os.fsync", "model.checkpoint.save_file"])
-            process = start(world, folder, *LONG, steps=steps, code=hit(place, draw.randint(3, 9)))
+            process = start(world, folder, *LONG, steps=steps, code=disk + hit(place, draw.randint(3, 9)))
         else:
-            process = start(world, folder, *LONG, steps=steps)
+            process = start(world, folder, *LONG, steps=steps, code=disk + TRAIN)
             done = steps_of(folder)[-1] if (folder / "metrics.jsonl").exists() else 0
             assert wait_for_step(process, folder, done + draw.randint(1, 60))
             time.sleep(0.01 * draw.random())
+            if number % 10 == 0:
+                process.send_signal(signal.SIGSTOP)
+                rival = start(world, folder, *LONG, steps=steps)
+                assert "another run works in" in rival.communicate()[1] and rival.returncode == 2
             process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
