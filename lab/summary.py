@@ -74,7 +74,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "untuned": Row(
         "Does the base generate in context, without a LoRA?",
         Headline("nothing", "base", "all traits, own panel", none="all traits, no panel"),
-        paper="In-Context LoRA: its hypothesis; no figures",
+        answer="Colour, accessory and face yes; shape hardly.",
+        paper="In-Context LoRA: its hypothesis; no figures; agrees in part",
     ),
     "condition": Row(
         "Are given panels better noised along (SDEdit) or clean?",
