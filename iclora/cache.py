@@ -88,7 +88,7 @@ class Cache:
         network, missing = None, 0
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock(self.folder) as alone:  # else another process fills it now
-            for left in self.folder.glob("*/*/.*.tmp") if alone else ():
+            for left in self.folder.glob("*/*/.*tmp*") if alone else ():
                 left.unlink(missing_ok=True)  # of processes that were killed
         pace = {} if sys.stderr.isatty() else {"mininterval": 60, "delay": 60}
         bar = tqdm({entry.key: entry for entry in entries}.values(), label, leave=False, **pace)

@@ -29,7 +29,7 @@ from .locks import lock
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
 CONFIG, CURVE = "config.json", "loss.png"
-SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp")  # what a kill leaves half written
+SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp|\.tmp\w{6}")  # left by kills
 MAX_STEPS = 10**9
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # that AdamW keeps of a parameter; other optimizers say what they keep
 ANEW = "remove it to start anew, or give another --out"
@@ -325,7 +325,7 @@ def start_folder(folder: Path, config: TrainConfig) -> None:
     Errors: OSError if that is impossible
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".*.tmp"):
+    for left in folder.glob(".*tmp*"):
         if SCRAP.fullmatch(left.name):
             left.unlink(missing_ok=True)
     write_atomic(folder / CONFIG, json.dumps({"config": saved(config)}, indent=2) + "\n")

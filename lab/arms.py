@@ -148,6 +148,7 @@ STAGES = (
     Arm("two", "stage I", one()),
     Arm("two", "stages I and II", then("two"), "Table 2: 54.2 / 73.3 / 32.2"),
 )
+MADE = Training((("made-judge-3", 1500),), (), 1)  # on pairs that the base made itself, see lab.circle
 COLD = Training(pairs("two"), (), 2, length=2)
 BUNDLED = Training(  # single references stay among the pairs of stage II: what is bundled must do both
     pairs("one", "two", "up-to-four", "up-to-four", count=2 * PAIRS), (), 2,
@@ -234,6 +235,26 @@ EXPERIMENTS = {
         Arm("one", "stages I and II", then("two"), "Table 4: 76.0 / 83.5 / 30.4"),
         Arm("one", "cold start, as many steps in all", COLD),
         Arm("one", "cold start, as many of stage II", replace(COLD, length=1)),
+    ),
+    "filters": uno(
+        "UNO, stage I on pairs that the base made itself, as the filters of the data factory leave them",
+        Arm("one", "base"),
+        *(
+            Arm("one", name, replace(MADE, data=((kind, 1500),)))
+            for name, kind in (("no filter", "made"), ("DINO", "made-dino"), ("DINO, judge 4", "made-judge-4"))
+        ),
+        Arm("one", "DINO, judge 3", MADE),
+        Arm("one", "true pairs", one()),
+    ),
+    "circle": uno(
+        "UNO from nothing but the base: both stages on pairs that it made itself, and on the world's true ones",
+        Arm("one", "base"),
+        Arm("one", "own pairs, stage I", MADE),
+        Arm("one", "true pairs, stage I", one()),
+        Arm("two", "base"),
+        Arm("two", "own pairs, stage I", MADE),
+        Arm("two", "own pairs, both stages", Training((("made-second", 1500),), (), 2, MADE)),
+        Arm("two", "true pairs, both stages", then("two")),
     ),
     "scale": uno(
         "UNO: how far past the picture references stand",

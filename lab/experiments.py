@@ -24,7 +24,7 @@ from model.lora import load_lora, merge
 from model.weights import find_model
 from sampling.images import to_picture
 
-from . import entry, judge_uno
+from . import circle, entry, judge_uno
 from .arms import EXPERIMENTS, Experiment, Training
 from .captions import panel_prompt
 from .eyes import load_eyes
@@ -110,6 +110,8 @@ def draw_data(training: Training, start: Path | None, args: argparse.Namespace) 
     """
     work = args.work
     if training.stage:
+        if training.data[0][0] in (*circle.FILTERS, circle.SECOND):
+            return circle.made_pairs(training.data[0][0], start, work, args.model)
         by = f"-{start.parent.name}" if "redrawn" in dict(training.data) else ""
         path = work / "pairs" / f"{data_name(training)}{by}.json"
         if not path.exists():

@@ -126,6 +126,16 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
         Headline("two", "cold start, as many steps in all", "all right", against="stages I and II"),
         paper="UNO, table 3: DINO 51.1 cold, 54.2 in stages",
     ),
+    "filters": Row(
+        "Do the factory's filters make its pairs better for stage I?",
+        Headline("one", "DINO, judge 3", "look", against="no filter"),
+        paper="UNO, Fig. 9: yes; curves only",
+    ),
+    "circle": Row(
+        "Does UNO come out of nothing but the base?",
+        Headline("two", "own pairs, both stages", "look", against="true pairs, both stages"),
+        paper="UNO: all its data are such pairs",
+    ),
     "scale": Row(
         "Do references follow better from further away?",
         Headline("one", "offset-scale 2", "look", against="offset-scale 1"),
