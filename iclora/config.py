@@ -83,15 +83,10 @@ class SampleConfig:
     Errors: ValueError for a number outside its range or an unknown choice
     """
 
-    grid: str | None = option(
-        None, "ROWSxCOLS of the set (default: the preset's; 1x1 with --ref or a --prompt without markers; else 2x2)"
-    )
+    grid: str | None = option(None, "ROWSxCOLS (default: the preset's; 1x1 with --ref or a --prompt of one; else 2x2)")
     mask: str = option("all", "panels to generate, in reading order: 3 or 2,4 or 2-4; the others are kept")
     panels: tuple[str, ...] = option(
-        (),
-        "the kept panels in reading order, or all of them (default: a bundled example)",
-        metavar="PICTURE",
-        path=True,
+        (), "the kept panels in reading order, or all (default: a bundled example)", metavar="PICTURE", path=True
     )
     set: str | None = option(
         None, "a folder instead of --panels, with 1.png, 2.png, ... and perhaps caption.txt", metavar="DIR", path=True
@@ -103,9 +98,7 @@ class SampleConfig:
         None, "the joint caption of all panels; beside --panel-prompt the sentence before them", metavar="TEXT"
     )
     panel_prompt: tuple[str, ...] = option((), "what each panel shows, a text for each, kept ones too", metavar="TEXT")
-    preset: str | None = option(
-        None, f"a published task, for its grid, size and markers: {', '.join(TASKS)}", choices=tuple(TASKS)
-    )
+    preset: str | None = option(None, f"grid, size and markers of a task: {', '.join(TASKS)}", choices=tuple(TASKS))
     model: str = option("tiny", "a folder under weights/, or the path of a model folder or transformer file", **MODEL)
     steps: int | None = option(None, "Euler steps (default: 20; schnell 4; UNO's released LoRA 25)", valid=(1, 1000))
     guidance: float | None = option(
@@ -129,9 +122,7 @@ class SampleConfig:
         None, "multiplies how far past the picture they stand (default: the LoRA's, or 1)", valid=(0, 100)
     )
     posterior: str | None = option(
-        None,
-        "references' latents: a sample, as UNO's, or the mean (default: the LoRA's, or sample)",
-        choices=POSTERIORS,
+        None, "references' latents: drawn, as UNO's, or the mean (default: the LoRA's, or sample)", choices=POSTERIORS
     )
     reference_attention: str | None = option(
         None, "alone: they see only each other; needs such a LoRA (default: the LoRA's, or joint)", choices=ATTENTIONS
@@ -185,7 +176,7 @@ class TrainConfig:
     )
     method: str = option(IN_CONTEXT, "uno follows reference pictures, the other relates panels", choices=METHODS)
     stage: int | None = option(
-        None, "of uno: 1 one reference, 2 several, from the LoRA of stage 1 (default: 1)", valid=(1, 2)
+        None, "of uno: 1 one reference, 2 several, from stage 1's LoRA (default: 1)", valid=(1, 2)
     )
     grid: str | None = option(None, "ROWSxCOLS of every set (default: the preset's, else what each set.json says)")
     preset: str | None = option(
@@ -198,59 +189,39 @@ class TrainConfig:
     )
     init_lora: str | None = option(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
     lora_init: str | None = option(
-        None,
-        "how down begins: kaiming-uniform, or UNO's normal of 1/rank (default: kaiming; with uno uno, on tiny kaiming)",
-        choices=LORA_INITS,
+        None, "of down: uniform, or UNO's 1/rank normal (default: kaiming; uno uno; tiny kaiming)", choices=LORA_INITS
     )
-    condition: str = option(
-        "none", "clean: random panels stay clean, in training and in sampling", choices=("none", "clean")
-    )
-    concat: str = option(
-        "pixels", "panels are joined before the autoencoder sees them, or behind it", choices=("pixels", "tokens")
-    )
-    text: str = option(
-        "joint", "one caption for all panels, or each panel reads its own part", choices=("joint", "panel")
-    )
+    condition: str = option("none", "clean: random panels stay clean, as in sampling", choices=("none", "clean"))
+    concat: str = option("pixels", "panels are joined before the autoencoder, or behind", choices=("pixels", "tokens"))
+    text: str = option("joint", "all panels read the caption, or each its own part", choices=("joint", "panel"))
     ref_size: int | None = option(
         None, "a reference's longer side in pixels (default: 512, of several 320; tiny 64)", valid=REF_SIZES
     )
-    offset: str | None = option(
-        None, "references' places, as sample.py's (default: the starting LoRA's, or d)", choices=OFFSETS
-    )
+    offset: str | None = option(None, "as sample.py's (default: the starting LoRA's, or d)", choices=OFFSETS)
     offset_scale: float | None = option(None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100))
     posterior: str | None = option(
         None, "of references: drawn each step, or mean (default: the starting LoRA's, or sample)", choices=POSTERIORS
     )
     target_posterior: str | None = option(
-        None,
-        "of what is learnt: sampled anew in every step, or the mean (default: mean; with uno sample, on tiny mean)",
-        choices=POSTERIORS,
+        None, "of what is learnt: drawn each step, or mean (default: mean; uno sample; tiny mean)", choices=POSTERIORS
     )
     reference_attention: str | None = option(
-        None,
-        "alone: references see only each other, at time 0 (default: the starting LoRA's, or joint)",
-        choices=ATTENTIONS,
+        None, "alone: references see only each other (default: the starting LoRA's, or joint)", choices=ATTENTIONS
     )
     steps: int | None = option(None, "optimizer steps (default: 5000; tiny 800, with uno 1500)", valid=(1, 10_000_000))
     batch: int | None = option(None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=COUNTS)
     accumulate: int = option(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
     lr: float | None = option(None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1))
-    eps: float | None = option(
-        None, "of AdamW's denominator (default: 1e-6; with uno and on tiny 1e-8)", valid=(1e-16, 1)
-    )
+    eps: float | None = option(None, "of AdamW's denominator (default: 1e-6; uno, tiny 1e-8)", valid=(1e-16, 1))
     warmup: int = option(10, "steps until the full learning rate", valid=(0, 1_000_000))
     decay: float | None = option(
         None, "last share of steps, rate falling to 0 (default: 0; tiny 0.3, with uno 0.5)", valid=(0, 1)
     )
     ema: float = option(0.99, "decay of the averaged weights, which are saved; 0 saves the last", valid=(0, 0.99999))
     dropout: float | None = option(None, "share of captions that are left out (default: 0.05; uno 0.1)", valid=(0, 1))
-    times: str | None = option(
-        None, "shifted: towards noise, as sampling does (default: logit-normal; uno shifted)", choices=TIMES
-    )
+    times: str | None = option(None, "shifted: as in sampling (default: logit-normal; uno shifted)", choices=TIMES)
     panel_size: int | None = option(
-        None,
-        "side in pixels of a square panel; others get its area (default: the preset's, else 512; tiny 64)",
-        valid=(16, 8192),
+        None, "a square panel's side; others get its area (default: the preset's, else 512; tiny 64)", valid=(16, 8192)
     )
     composite_size: str | None = option(
         None,

@@ -148,7 +148,7 @@ STAGES = (
     Arm("two", "stage I", one()),
     Arm("two", "stages I and II", then("two"), "Table 2: 54.2 / 73.3 / 32.2"),
 )
-MADE = Training((("made-judge-3", 1500),), (), 1)  # on pairs that the base made itself, see lab.circle
+MADE = Training((("made-judge-3", 1000),), (), 1)  # on pairs that the base made itself, see lab.circle
 COLD = Training(pairs("two"), (), 2, length=2)
 BUNDLED = Training(  # single references stay among the pairs of stage II: what is bundled must do both
     pairs("one", "two", "up-to-four", "up-to-four", count=2 * PAIRS), (), 2,
@@ -240,7 +240,7 @@ EXPERIMENTS = {
         "UNO, stage I on pairs that the base made itself, as the filters of the data factory leave them",
         Arm("one", "base"),
         *(
-            Arm("one", name, replace(MADE, data=((kind, 1500),)))
+            Arm("one", name, replace(MADE, data=((kind, 1000),)))
             for name, kind in (("no filter", "made"), ("DINO", "made-dino"), ("DINO, judge 4", "made-judge-4"))
         ),
         Arm("one", "DINO, judge 3", MADE),
@@ -253,7 +253,7 @@ EXPERIMENTS = {
         Arm("one", "true pairs, stage I", one()),
         Arm("two", "base"),
         Arm("two", "own pairs, stage I", MADE),
-        Arm("two", "own pairs, both stages", Training((("made-second", 1500),), (), 2, MADE)),
+        Arm("two", "own pairs, both stages", Training((("made-second", 1000),), (), 2, MADE)),
         Arm("two", "true pairs, both stages", then("two")),
     ),
     "scale": uno(

@@ -31,7 +31,7 @@ from .pairs import make_pairs
 from .scores import interval, percent
 from .truth import load_reader
 
-COUNT, STEPS = 1500, None  # pairs that are tried, steps of every picture
+COUNT, STEPS = 1000, None  # pairs that are tried, steps of every picture
 EVERYTHING = "seam >= 0.65"
 FILTERS = {  # what stage I learns from, as conditions of iclora.curate --where
     "made": EVERYTHING,
