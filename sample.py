@@ -52,8 +52,7 @@ def run(config: SampleConfig) -> None:
         with tqdm(total=plan.config.steps * plan.config.num, unit="step", disable=None) as bar:
             for result in pipeline.run(plan, lambda done, total: bar.update()):
                 paths = save(result, record, folder)
-                for path in paths:
-                    print(path)
+                print(*paths, sep="\n")
                 sets[paths[0].stem] = result.composite
     if config.jobs is not None:
         print(save_sheet(sets, folder))

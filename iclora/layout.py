@@ -120,7 +120,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_mask(text: str, panels: int) -> tuple[int, ...]:
-    """Read which panels to generate: "2,4", "2-4", "all", or "" for none.
+    """Read which panels to generate: "2,4", "2-4" or "all".
 
     panels: how many the grid has
     Returns panel numbers, sorted, each once
@@ -129,7 +129,7 @@ def parse_mask(text: str, panels: int) -> tuple[int, ...]:
     if text.strip().lower() == "all":
         return tuple(range(1, panels + 1))
     numbers: set[int] = set()
-    for item in text.split(",") if text.strip() else []:
+    for item in text.split(","):
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
         if not found:
             raise ValueError(f"mask {_shown(text)} is not a list of panels; write for example 3, or 2,4 or 2-4 or all")

@@ -78,8 +78,6 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
-    if not generated:
-        raise ValueError("the mask is empty, so there is nothing to generate; name panels with --mask, such as 3")
     if config.strength < 1:
         drafted_start(times(config.steps, tokens=1), config.strength)  # refuses one that leaves no step
     if defaults.name == "tiny":
@@ -91,9 +89,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     layout, references = read_references(config, layout, files) if config.ref else (layout, ())
     if modes["text"] == "panel":
         if references:
-            raise ValueError(
-                "a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out"
-            )
+            raise ValueError("a LoRA gives each panel its own text, which says nothing of --ref; leave one out")
         texts_of(caption, layout.rows, layout.cols, "panel")  # refuses a caption that cannot be taken apart
     return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes.values())
 

@@ -38,8 +38,8 @@ def describe(plan: Plan) -> dict[str, Any]:
     files += [{**_file(lora.path, lora.path.name), "strength": strength} for lora, strength in plan.loras]
     versions = {name: version(name) for name in ("torch", "transformers", "pillow")}
     versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
-    versions["cpu"] = torch.backends.cpu.get_cpu_capability()
-    versions["gpu"] = torch.cuda.get_device_name() if plan.config.device == "cuda" else None
+    gpu = torch.cuda.get_device_name() if plan.config.device == "cuda" else None
+    versions |= {"cpu": torch.backends.cpu.get_cpu_capability(), "gpu": gpu}
     used = [(panel, "kept", source) for panel, source in plan.kept.items()]
     used = sorted(used + [(panel, "draft", source) for panel, source in plan.drafts.items()], key=lambda use: use[0])
     used += [(None, "reference", source) for source in plan.references]

@@ -210,7 +210,7 @@ def test_a_prompt_without_markers_asks_for_one_picture_unless_more_is_said(tmp_p
     ("values", "message"),
     [
         ({"mask": "5"}, "mask '5': 5 does not fit the grid"),
-        ({"mask": ""}, "the mask is empty, so there is nothing to generate; name panels with --mask"),
+        ({"mask": ""}, "--mask is empty; give it a value"),
         ({"grid": "2by2"}, "grid '2by2' is not ROWSxCOLS"),
         ({"grid": "99x99"}, "grid 99x99 has 9801 panels"),
         ({"panel_size": "33"}, "panel size 33x33 is not in multiples of 16 pixels; use 32x32 or"),

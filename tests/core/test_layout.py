@@ -186,8 +186,6 @@ def test_other_sizes_are_refused_in_one_line(text):
         ("1,3-4", (1, 3, 4)),
         ("all", (1, 2, 3, 4)),
         (" ALL ", (1, 2, 3, 4)),
-        ("", ()),
-        ("  ", ()),
     ],
 )
 def test_a_mask_lists_panels_ranges_or_all(text, panels):
@@ -200,7 +198,7 @@ def test_a_mask_outside_the_grid_is_refused_with_the_valid_range(text):
         parse_mask(text, 4)
 
 
-@pytest.mark.parametrize("text", ["x", "1,", ",", "1;2", "-1", "1-", "1.5", "1\0", "9" * 5000])
+@pytest.mark.parametrize("text", ["", "  ", "x", "1,", ",", "1;2", "-1", "1-", "1.5", "1\0", "9" * 5000])
 def test_other_masks_are_refused_in_one_line(text):
     with pytest.raises(ValueError, match="is not a list of panels") as caught:
         parse_mask(text, 4)
