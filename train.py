@@ -71,6 +71,7 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
     """
     import torch
 
+    from iclora.ahead import look_ahead
     from iclora.checkpoint import update_average
     from iclora.training import flow_loss, learning_rate, micro_batches, sample_step, sum_over_processes
 
@@ -78,6 +79,7 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
     with stop_between_steps() as signals:
         stopping = False
         while state.step < config.steps and not stopping:
+            look_ahead(config, flux, loader, state.step, rank, world_size)
             layout, examples = loader.batch(state.step)
             step_noise = sample_step(config, state.step, len(examples), layout)
 

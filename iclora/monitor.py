@@ -30,6 +30,7 @@ from sampling.images import to_picture, to_png
 from sampling.inpaint import keep_clean
 from sampling.latents import CELL, noise, pack, unpack
 
+from .ahead import ask_for_validation
 from .checkpoint import CHECKPOINT, CURVE, MAX_STEPS, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
 from .config import UNO, saved
 from .data import Example
@@ -96,6 +97,7 @@ class Monitor:
             sys.stderr.write(f"{self.bar}\n")
         values = {"loss": loss}
         if self.due(self.config.save_every) and self.loader.held_out:
+            ask_for_validation(self.flux, self.loader)
             with averaged(self.state):
                 values["validation"] = validation_loss(self.flux, self.loader, self.config.condition, self.device)
         self.metrics.add(self.state.step, **values)

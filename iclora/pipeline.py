@@ -24,6 +24,7 @@ from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
+from model.tables import begin_run
 from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
@@ -36,6 +37,7 @@ from .config import ALONE, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
 from .memory import free_memory, stored_values
 from .plan import Note, Plan, Source, make_plan
+from .prepare import prepare, staying
 from .prompts import texts_of
 from .references import encode, image_ids
 
@@ -65,14 +67,15 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, model: str = "tiny", loras: Sequence[str] = (), device: str = "auto", dtype: str | None = None
+        cls, model: str = "tiny", loras: Sequence[str] = (), device: str = "auto", dtype: str | None = None, **more: Any
     ) -> "Pipeline":
         """Choose a model and LoRAs, and check them; networks load with the first request.
 
         model, loras, device, dtype: as --model, --lora, --device and --dtype of sample.py
+        more: other options for all requests by name, such as compile
         Errors: ValueError in one line for whatever cannot work
         """
-        pipeline = cls(SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype))
+        pipeline = cls(SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype, **more))
         make_plan(replace(pipeline.config, prompt="", grid="1x1"), lambda line: None)
         return pipeline
 
@@ -82,7 +85,7 @@ class Pipeline:
         options: those of sample.py by name, references being another name for ref; paths or PIL images
         Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option, or one of load
         """
-        if fixed := options.keys() & {"model", "device", "dtype"}:
+        if fixed := options.keys() & {"model", "device", "dtype", "compile"}:
             raise TypeError(f"{min(fixed)} is that of all requests; give it to Pipeline.load")
         options["ref"] = options.pop("references", options.get("ref", ()))
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -161,14 +164,17 @@ class Pipeline:
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
         wanted = [(lora.path, strength) for lora, strength in plan.loras]
+        begin_run(self.flux)
         if self.loaded == wanted:
             return
-        self.flux = None
-        self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
+        self.flux, files, config = None, plan.files, plan.config
+        gc.collect()  # compiled blocks refer to themselves
+        self.flux = load_flux(files.flux, config.device, getattr(torch, config.dtype), staying(files.flux, config))
         for lora, strength in plan.loras:
             self.note(str(load_lora(self.flux, lora, strength)))
         if plan.loras:
             merge(self.flux)
+        prepare(self.flux, files.flux, config, self.note)
         self.loaded = wanted
 
 

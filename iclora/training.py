@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from model.compiled import check_compiler
 from model.flux import Flux
 from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.lora_formats import LoraFile, read_lora
@@ -38,6 +39,7 @@ from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
+from .prepare import prepare, staying
 from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
@@ -79,6 +81,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
         config = follow_loras(config, [init_lora])
     config, begun = as_begun(config, note)
     config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
+    check_compiler(config.compile, config.device)
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
         board_writer()  # refuses what is not installed
@@ -123,8 +126,10 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     loader.encode(note, config.sample_prompt)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
-    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
+    file, dtype = plan.files.flux, getattr(torch, config.dtype)
+    flux = load_flux(file, config.device, dtype, staying(file, config))
     report = add_adapters(flux, config, plan.init_lora)
+    prepare(flux, file, config, note)
     if config.checkpointing:
         checkpoint_blocks(flux)
     state = new_state(trainable(flux), config.eps)

@@ -239,6 +239,7 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = LastLayer(hidden, config.out_channels)
+        self.tables = None  # of model.tables: then modulations are computed ahead, and vec is the numbers of their rows
 
     def forward(
         self,
@@ -283,7 +284,8 @@ class Flux(nn.Module):
             if guidance is None:
                 raise ValueError("this model embeds guidance; pass guidance, e.g. 3.5 for every sample")
             vec = vec + self.guidance_in(timestep_embedding(guidance.to(dtype)))
-        return vec + self.vector_in(y.to(dtype))
+        vec = vec + self.vector_in(y.to(dtype))
+        return vec if self.tables is None else self.tables.rows_of(vec)
 
     def prefill(
         self,
@@ -299,8 +301,7 @@ class Flux(nn.Module):
         txt: (B, T, C) T5 tokens
         refs: (B, R, 64) packed clean latent tokens of references, which are seen and not predicted; None for none
         mask: (L, L) True where the token of the row sees that of the column; None is everywhere
-        isolate_refs: whether references see each other only, at time 0: then they are passed through the blocks
-            here, once, and a step appends the keys and values that came of it
+        isolate_refs: whether references see each other only, at time 0: then their keys and values are made here
         """
         dtype, blocks = self.img_in.weight.dtype, len(self.double_blocks) + len(self.single_blocks)
         pe = rotary_angles(ids, self.config.axes_dim, self.config.theta)
@@ -319,8 +320,7 @@ class Flux(nn.Module):
 
         So what others see of them depends on no time, prompt or seed. They see each other, all of them.
 
-        refs: (B, R, D)
-        pe: (B, 1, R, K/2, 2) their rotations
+        refs: (B, R, D), pe: (B, 1, R, K/2, 2) their rotations
         Returns rotated keys and values (B, H, R, K) of every block
         """
         zero = torch.zeros(len(refs), 1, device=refs.device)

@@ -61,7 +61,11 @@ class LoraLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add to W x + b what the adapters say of their rows, and zeros elsewhere.
+        """Add the change to W x + b. x: (..., inputs). Returns (..., outputs)"""
+        return self.base(x) + self.change(x)
+
+    def change(self, x: Tensor) -> Tensor:
+        """Give what the adapters say of their rows, and zeros elsewhere.
 
         x: (..., inputs)
         Returns (..., outputs)
@@ -72,7 +76,7 @@ class LoraLinear(nn.Module):
         for low, high in pairwise(sorted(edges)):
             here = [change[..., low - start : high - start] for start, stop, change in changes if start <= low < stop]
             pieces.append(sum(here[1:], here[0]) if here else x.new_zeros(*x.shape[:-1], high - low))
-        return self.base(x) + torch.cat(pieces, dim=-1)
+        return torch.cat(pieces, dim=-1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

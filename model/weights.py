@@ -26,6 +26,8 @@ PARTS = {
     "clip_tokenizer": "tokenizer/",
     "t5_tokenizer": "tokenizer_2/",
 }
+Source = str | Path | Checkpoint
+Stay = Callable[[str], bool] | None  # tells which parameters stay on the CPU; None: none does
 TOKENIZERS = {"tokenizer/", "tokenizer_2/"}
 DOWNLOAD = "hf download black-forest-labs/{} --exclude 'transformer/*' --exclude 'vae/*' --local-dir weights/{}"
 
@@ -147,16 +149,17 @@ def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
 
 
 def load_flux(
-    path: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+    path: Source, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, stay: Stay = None
 ) -> Flux:
     """Load a FLUX.1 transformer of any depth and width, frozen and in eval mode.
 
     path: a file with the official names or in a form of checkpoint_forms.py, an index JSON of such shards, a folder
         with one of them (flux1-*.safetensors, transformer/), or what find_model opened
     dtype: of the parameters; a file that has it already is mapped, not copied, on the CPU
+    stay: tells which parameters stay on the CPU, such as is_modulation of tables.py
     Errors: ValueError for anything else, saying what it is and what to use instead
     """
-    return _load(Flux, path, "transformer", device, dtype)
+    return _load(Flux, path, "transformer", device, dtype, stay)
 
 
 def load_autoencoder(
@@ -172,7 +175,7 @@ def load_autoencoder(
 
 
 def _load(
-    network: Callable, path: str | Path | Checkpoint, wanted: str, device: str | torch.device, dtype: torch.dtype
+    network: Callable, path: Source, wanted: str, device: str | torch.device, dtype: torch.dtype, stay: Stay = None
 ) -> nn.Module:
     """Build a network on the meta device and give it its tensors; names and shapes must match exactly."""
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
@@ -181,5 +184,7 @@ def _load(
     shapes = {key: (stored.shape, stored.dtype in FLOATS) for key, stored in checkpoint.tensors.items()}
     if shapes != {key: (tensor.shape, True) for key, tensor in module.state_dict().items()}:
         raise mismatch(checkpoint, module)  # before anything is read
-    module.load_state_dict(checkpoint.read(checkpoint.tensors, dtype, device), strict=True, assign=True)
+    tensors = checkpoint.read([key for key in shapes if stay and stay(key)], dtype)
+    tensors |= checkpoint.read([key for key in shapes if key not in tensors], dtype, device)
+    module.load_state_dict(tensors, strict=True, assign=True)
     return module.requires_grad_(False).eval()

@@ -39,12 +39,8 @@ def denoise(
     Returns x: (B, I, 64) the point at the last time, float32
     """
     batch, text = txt.shape[:2]
+    scale = None if guidance is None else torch.full((batch,), guidance, device=x.device)
+    vecs = {t: flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale) for t in times[:-1]}  # (B, D)
     ids = torch.cat((ids.new_zeros(1, text, 3), ids), dim=1).expand(batch, -1, -1)  # (B, L, 3)
     cond = flux.prefill(ids, txt, refs, mask, isolate_refs)
-    scale = None if guidance is None else torch.full((batch,), guidance, device=x.device)
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        vec_t = flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale)  # (B, D)
-        return flux.velocity(x, cond, vec_t).float()
-
-    return euler(velocity, x, times, after_step)
+    return euler(lambda x, t: flux.velocity(x, cond, vecs[t]).float(), x, times, after_step)
