@@ -5,6 +5,8 @@ All that a step draws comes from its seed and number: the times of later steps a
 leave out. Asked for again by the step itself, the vectors are the same to the bit, and their rows are there.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank:
     tables = flux.tables
     if tables is None or (tables.count and step % AHEAD):
         return
+    tables.most = math.inf  # forgotten here alone: a backward pass may need rows of references once more
     tables.clear()
     for number in range(step, min(step + AHEAD - step % AHEAD, config.steps)):
         layout, examples = loader.batch(number)

@@ -33,7 +33,8 @@ SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp|\.tm
 MAX_STEPS = 10**9
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # that AdamW keeps of a parameter; other optimizers say what they keep
 ANEW = "remove it to start anew, or give another --out"
-FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing")  # may change
+# Settings that may change from one run to the next
+FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing", "compile")
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
 CONTENT = {"data": ("data",), "model": ("model", "encoders"), "init_lora": ("init_lora",)}
 

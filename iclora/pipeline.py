@@ -24,7 +24,6 @@ from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
-from model.tables import begin_run
 from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
@@ -164,17 +163,16 @@ class Pipeline:
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
         wanted = [(lora.path, strength) for lora, strength in plan.loras]
-        begin_run(self.flux)
         if self.loaded == wanted:
             return
-        self.flux, files, config = None, plan.files, plan.config
-        gc.collect()  # compiled blocks refer to themselves
-        self.flux = load_flux(files.flux, config.device, getattr(torch, config.dtype), staying(files.flux, config))
+        self.flux, config, stay = None, plan.config, staying(plan.files.flux, plan.config)
+        self.flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype), stay)
         for lora, strength in plan.loras:
             self.note(str(load_lora(self.flux, lora, strength)))
         if plan.loras:
             merge(self.flux)
-        prepare(self.flux, files.flux, config, self.note)
+        if stay or config.compile:
+            prepare(self.flux, bool(stay), config, self.note)
         self.loaded = wanted
 
 

@@ -77,7 +77,8 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
         config = follow_loras(config, [lora for lora, _ in loras])
         config = follow_release(config, loras, note) if defaults.name == "dev" else config
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
-    check_compiler(config.compile, config.device)
+    if config.compile:
+        check_compiler(config.device)
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
     if config.strength < 1:

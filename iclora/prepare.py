@@ -7,7 +7,7 @@ import torch
 from model.checkpoint import Checkpoint
 from model.compiled import WAIT, compile_blocks
 from model.flux import Flux
-from model.tables import is_modulation, make_tables, worthwhile
+from model.tables import BIG, is_modulation, make_tables
 
 from .config import SampleConfig, TrainConfig
 from .memory import stored_values
@@ -16,17 +16,14 @@ Config = SampleConfig | TrainConfig  # with nothing left undecided
 
 
 def staying(flux: Checkpoint, config: Config) -> Callable[[str], bool] | None:
-    """Tell load_flux which parameters shall stay on the CPU; None is none."""
-    size = getattr(torch, config.dtype).itemsize * stored_values(flux)
-    return is_modulation if worthwhile(size, config.device) else None
+    """Tell load_flux which parameters of a large transformer stay on the CPU; None, and no table, for a small one."""
+    large = getattr(torch, config.dtype).itemsize * stored_values(flux) > BIG
+    return is_modulation if large and config.device != "cpu" else None
 
 
-def prepare(flux: Flux, checkpoint: Checkpoint, config: Config, note: Callable[[str], None]) -> None:
-    """Do what the size of a transformer and the options ask for, once its LoRAs are merged, or attached to be trained.
-
-    checkpoint: that it was loaded from, with staying
-    """
-    if staying(checkpoint, config):
+def prepare(flux: Flux, large: bool, config: Config, note: Callable[[str], None]) -> None:
+    """Do what large weights and the options ask for, once LoRAs are merged, or attached to be trained."""
+    if large:
         make_tables(flux)
     if config.compile:
         note(WAIT)

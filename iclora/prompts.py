@@ -132,9 +132,8 @@ def clean(prompt: str) -> str:
     for place, character in enumerate(prompt):
         # Cc: control characters; Cs: lone surrogates, which stand for bytes that are not UTF-8
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\n\r":
-            raise ValueError(
-                f"the prompt is not plain text: character {place + 1} is U+{ord(character):04X}; give it as UTF-8 text"
-            )
+            where = f"character {place + 1} is U+{ord(character):04X}"
+            raise ValueError(f"the prompt is not plain text: {where}; give it as UTF-8 text")
     return " ".join(prompt.split())
 
 

@@ -1,7 +1,6 @@
 """What a step of training is made of: its noise and times, the loss, the average; train.py puts them together.
 
-Letters: B batch, I image tokens, R reference tokens, T text tokens, C and V widths of the text features; h, w in
-latent cells.
+Letters: B batch, I image tokens, R reference tokens, T text tokens, C and V their widths; h, w latent cells.
 
 Every random number of a step is drawn for the whole batch from a generator seeded by (seed, step), and each process
 takes its share: a run gives the same on one process as on several, and goes on after a kill without generator state.
@@ -81,7 +80,8 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
         config = follow_loras(config, [init_lora])
     config, begun = as_begun(config, note)
     config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
-    check_compiler(config.compile, config.device)
+    if config.compile:
+        check_compiler(config.device)
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
         board_writer()  # refuses what is not installed
@@ -126,10 +126,10 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     loader.encode(note, config.sample_prompt)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
-    file, dtype = plan.files.flux, getattr(torch, config.dtype)
-    flux = load_flux(file, config.device, dtype, staying(file, config))
+    stay = staying(plan.files.flux, config)
+    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype), stay)
     report = add_adapters(flux, config, plan.init_lora)
-    prepare(flux, file, config, note)
+    prepare(flux, bool(stay), config, note)
     if config.checkpointing:
         checkpoint_blocks(flux)
     state = new_state(trainable(flux), config.eps)
@@ -147,9 +147,6 @@ def try_command(config: TrainConfig, layout: Layout) -> str:
     path, kept = Path(config.out) / RESULT, " --mask 2 --panels PICTURES" if config.condition == "clean" else ""
     more = "--ref PICTURE" if config.method == UNO else f"--grid {layout.rows}x{layout.cols}{kept}"
     return f"wrote {path}; try it with `python sample.py --lora {path} {more} --prompt TEXT`"
-
-
-# adapters
 
 
 def add_adapters(flux: Flux, config: TrainConfig, init_lora: LoraFile | None) -> str:
@@ -281,9 +278,8 @@ def flow_loss(flux: Flux, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
     ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
     txt_ids = torch.zeros(count, text, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    v = flux(
-        x, ids, batch.txt, txt_ids, t, batch.vec, guidance, batch.attention_mask, batch.references, batch.isolate_refs
-    )
+    seen = batch.attention_mask, batch.references, batch.isolate_refs
+    v = flux(x, ids, batch.txt, txt_ids, t, batch.vec, guidance, *seen)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
     if batch.generate_mask is None:
         return error.mean(dim=1)

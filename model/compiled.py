@@ -9,6 +9,7 @@ References that see only each other pass the blocks as written: once a run, thro
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -20,19 +21,16 @@ WAIT = "the blocks are compiled: the first step of a new kind of picture may tak
 
 
 @cache
-def check_compiler(wanted: bool, device: str) -> None:
-    """Try the compiler, if it is wanted, on one line, before anything is loaded.
+def check_compiler(device: str) -> None:
+    """Try the compiler on one line, before anything is loaded.
 
     Errors: ValueError if there is none that works
     """
-    if not wanted:
-        return
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:  # whatever torch makes of a missing or broken one
-        needs = "a C++ compiler, such as g++" if device == "cpu" else "Triton"
-        reason = str(error).strip().partition("\n")[0][:80]
-        raise ValueError(f"--compile needs {needs}, that torch can use here ({reason}); leave it out") from None
+        needs, reason = "g++" if device == "cpu" else "Triton", str(error).strip().partition("\n")[0][:80]
+        raise ValueError(f"--compile does not work here ({reason}); install {needs}, or leave it out") from None
 
 
 def compile_blocks(flux: Flux, backend: str | Callable = "inductor") -> None:
@@ -44,9 +42,10 @@ def compile_blocks(flux: Flux, backend: str | Callable = "inductor") -> None:
     for blocks in (flux.double_blocks, flux.single_blocks):
         graph = torch.compile(type(blocks[0]).forward, fullgraph=True, backend=backend) if blocks else None
         for block in blocks:
-            block.forward = partial(_run, graph, block)
+            block.forward = partial(_run, graph, ref(block))  # a block that held itself would outlive its transformer
 
 
-def _run(graph: Callable, block: nn.Module, *inputs: Any) -> Any:
+def _run(graph: Callable, block: ref[nn.Module], *inputs: Any) -> Any:
     """Call the graph, or what it was made of where attention, the last of the inputs, is not the one for every step."""
-    return (graph if inputs[-1].func is attention else type(block).forward)(block, *inputs)
+    forward = graph if inputs[-1].func is attention else type(block()).forward
+    return forward(block(), *inputs)

@@ -42,9 +42,8 @@ class FluxConfig:
 
     def __post_init__(self):
         if self.num_heads * sum(self.axes_dim) != self.hidden_size:
-            raise ValueError(
-                f"rotary axes {self.axes_dim} times {self.num_heads} heads do not make the width {self.hidden_size}"
-            )
+            axes = f"rotary axes {self.axes_dim} times {self.num_heads} heads"
+            raise ValueError(f"{axes} do not make the width {self.hidden_size}")
 
 
 def attention(
@@ -226,6 +225,8 @@ class Conditioning:
 class Flux(nn.Module):
     """FLUX.1: noisy latent tokens, text and time in; velocity (noise - data) out."""
 
+    tables = None  # of model.tables: then modulations are computed ahead, and vec is the numbers of their rows
+
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
@@ -239,7 +240,6 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = LastLayer(hidden, config.out_channels)
-        self.tables = None  # of model.tables: then modulations are computed ahead, and vec is the numbers of their rows
 
     def forward(
         self,

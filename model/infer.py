@@ -39,16 +39,12 @@ def infer_flux_config(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
     norm = "double_blocks.0.img_attn.norm.query_norm.scale" if depth else "single_blocks.0.norm.query_norm.scale"
     if inputs != 64 or outputs != 64:
         name = f" ({INPUTS[inputs]})" if inputs in INPUTS else ""
-        raise ValueError(
-            f"takes {inputs} and gives {outputs} channels per token{name}; only models with 64 and 64 are run here: "
-            "use FLUX.1-dev, -schnell or -Krea-dev"
-        )
+        advice = "only models with 64 and 64 are run here: use FLUX.1-dev, -schnell or -Krea-dev"
+        raise ValueError(f"takes {inputs} and gives {outputs} channels per token{name}; {advice}")
     (head,) = dimensions(shapes, norm, 1)
     if head % 32 or hidden % head:
-        raise ValueError(
-            f"has attention heads of width {head} at width {hidden}; the head width must be a multiple of 32, for "
-            "rotary axes of 1/8, 7/16 and 7/16 of it, and divide the width"
-        )
+        right = "a multiple of 32, for rotary axes of 1/8, 7/16 and 7/16 of it, and divide the width"
+        raise ValueError(f"has attention heads of width {head} at width {hidden}; the head width must be {right}")
     single = "single_blocks.0.linear2.weight"
     mlp = (
         dimensions(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0]
@@ -73,10 +69,8 @@ def infer_autoencoder_config(shapes: dict[str, tuple[int, ...]]) -> AutoEncoderC
     latent = dimensions(shapes, "encoder.conv_out.weight", 4)[0] // 2
     levels = count_blocks(shapes, "encoder.down")
     if latent != 16 or levels != 4:
-        raise ValueError(
-            f"has {latent} latent channels and {levels} resolutions; the FLUX.1 autoencoder has 16 and 4: "
-            "use the ae.safetensors from the root of the FLUX.1 repository"
-        )
+        advice = "the FLUX.1 autoencoder has 16 and 4: use the ae.safetensors from the root of the FLUX.1 repository"
+        raise ValueError(f"has {latent} latent channels and {levels} resolutions; {advice}")
     widths = [dimensions(shapes, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if ch % 32 or any(width % ch for width in widths):
         raise ValueError(f"has channels {ch} and {widths}; they must be multiples of 32 and of the first")

@@ -28,11 +28,6 @@ MOST_ROWS = 128  # kept, in case a caption comes again; 2.1 MB each in FLUX.1-de
 MODULATION = re.compile(r"(_mod|\.modulation|\.adaLN_modulation)\b")  # in names of modules and parameters
 
 
-def worthwhile(size: float, device: str | torch.device) -> bool:
-    """Tell whether a transformer should have tables. size: of its weights, in bytes"""
-    return size > BIG and torch.device(device).type != "cpu"
-
-
 def is_modulation(name: str) -> bool:
     """Tell whether a parameter is a modulation's; load_flux can leave these on the CPU."""
     return bool(MODULATION.search(name))
@@ -102,10 +97,11 @@ class Tables:
 
     def __init__(self, tables: list[Table]):
         self.tables, self.passes = tables, 0  # over the weights
+        self.most, self.ran = MOST_ROWS, False  # whether blocks ran since rows were asked for
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows, whose numbers are void then: between runs only."""
+        """Forget all rows, whose numbers are void then."""
         self.known: dict[bytes, Tensor] = {}  # a vec's bytes -> its rows
         self.asked: list[Tensor] = []
         self.count = 0
@@ -115,9 +111,14 @@ class Tables:
     def rows_of(self, vec: Tensor) -> Tensor:
         """Give the numbers of a vec's rows, and have them computed if they are not there.
 
+        The first one after blocks ran begins a new run: rows of earlier ones are forgotten if they have become many.
+
         vec: (B, D)
         Returns (B,) whole numbers
         """
+        if self.ran and self.count > self.most:
+            self.clear()
+        self.ran = False
         key = vec.contiguous().view(torch.uint8).cpu().numpy().tobytes()
         if key not in self.known:
             self.known[key] = torch.arange(self.count, self.count + len(vec), device=vec.device)
@@ -128,6 +129,7 @@ class Tables:
     @torch.no_grad()
     def fill(self, *_: object) -> None:
         """Compute the rows that were asked for; called before the first block."""
+        self.ran = True
         if not self.asked:
             return
         for table in self.tables:
@@ -150,9 +152,3 @@ def make_tables(flux: Flux) -> None:
     flux.tables = Tables(tables)
     first = next(iter([*flux.double_blocks, *flux.single_blocks]))
     first.register_forward_pre_hook(flux.tables.fill)
-
-
-def begin_run(flux: Flux | None) -> None:
-    """Forget rows of earlier runs where they have become many."""
-    if flux is not None and flux.tables is not None and flux.tables.count > MOST_ROWS:
-        flux.tables.clear()

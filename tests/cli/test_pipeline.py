@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 
 import iclora.pipeline as pipeline
+import iclora.plan as planning
+import iclora.prepare as prepare
 import sample
 from golden import FLUX, GOLDEN
+from iclora.cli import read_jobs
 from iclora.config import SampleConfig
 from iclora.layout import generate_mask
 from iclora.pipeline import Pipeline, encode_panels
@@ -20,8 +24,10 @@ from iclora.plan import make_plan
 from iclora.record import describe
 from iclora.records import read_set
 from model.autoencoder import AutoEncoder, decode_tiled
+from model.compiled import WAIT
+from model.tables import is_modulation
 from model.text import TextEncoders
-from model.weights import examples_folder, find_model
+from model.weights import examples_folder, find_model, load_flux
 from sampling.flow import euler
 from sampling.images import fit, open_picture, to_picture
 from sampling.latents import noise, pack, unpack
@@ -461,6 +467,47 @@ def test_another_lora_loads_the_transformer_alone_and_the_same_one_nothing(count
     networks(**SMALL, lora=[f"{lora}:0.5"])
     assert counted.calls == [*LOADED, "load_flux", "load_flux"]
     assert networks(**SMALL).composite.tobytes() == plain.composite.tobytes()
+
+
+def test_a_large_model_on_a_gpu_has_tables_of_modulations_and_gives_the_same_pixels(monkeypatch):
+    checkpoint, config = find_model("tiny").flux, SampleConfig(dtype="bfloat16", device="cuda")
+    assert prepare.staying(checkpoint, config) is None
+    lora = str(find_model("tiny").root / "loras" / "uno.safetensors")
+    plain = [Pipeline.load("tiny", device="cpu")(**SMALL, **more) for more in ({}, {"lora": [lora]})]
+    monkeypatch.setattr(prepare, "BIG", 1e6)
+    assert prepare.staying(checkpoint, replace(config, device="cpu")) is None
+    stay = prepare.staying(checkpoint, config)
+    monkeypatch.setattr(pipeline, "staying", lambda *given: stay)
+    networks = Pipeline.load("tiny", device="cpu")
+    for result, more in zip(plain, ({}, {"lora": [lora]}), strict=True):
+        assert networks(**SMALL, **more).composite.tobytes() == result.composite.tobytes()
+        assert networks.flux.tables.passes == 1
+    networks(**SMALL, lora=[lora], seed=5)
+    assert networks.flux.tables.passes == 1, "the same caption and times"
+
+
+def test_a_parameter_that_stays_is_on_the_cpu_and_the_others_are_not():
+    flux = load_flux(find_model("tiny").flux, "meta", torch.float32, is_modulation)
+    places = {name: p.device.type for name, p in flux.named_parameters()}
+    assert {places[name] for name in places if is_modulation(name)} == {"cpu"}
+    assert {places[name] for name in places if not is_modulation(name)} == {"meta"}
+
+
+def test_compile_is_that_of_all_requests_and_told_of(monkeypatch, tmp_path):
+    compiled, notes = [], []
+    monkeypatch.setattr(prepare, "compile_blocks", compiled.append)
+    monkeypatch.setattr(planning, "check_compiler", lambda device: notes.append(device))
+    networks = Pipeline.load("tiny", device="cpu", compile=True)
+    assert notes == ["cpu"] and not compiled
+    networks.note = notes.append
+    networks(**SMALL), networks(**SMALL, seed=1)
+    assert len(compiled) == 1 and notes.count(WAIT) == 1
+    with pytest.raises(TypeError, match="compile is that of all requests"):
+        networks(**SMALL, compile=False)
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text('{"compile": true}\n')
+    with pytest.raises(ValueError, match="sets compile, which holds for the whole job; give --compile"):
+        read_jobs(SampleConfig(jobs=str(jobs)))
 
 
 @pytest.mark.parametrize("short", [True, False], ids=["short", "plenty"])

@@ -50,6 +50,7 @@ from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora, trainable
 from model.lora_formats import read_lora
+from model.tables import Tables, is_modulation
 from model.weights import find_model, load_flux
 from sampling.latents import pack
 
@@ -58,7 +59,8 @@ FLAGS = (
     "--data --method --stage --grid --preset --model --rank --targets --init-lora --lora-init --condition --concat "
     "--text --ref-size --offset --offset-scale --posterior --target-posterior --reference-attention --steps --batch "
     "--accumulate --lr --eps --warmup --decay --ema --dropout --times --panel-size --composite-size --fit --holdout "
-    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --tensorboard --out --config"
+    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --compile --tensorboard --out "
+    "--config"
 )
 KEPT = (
     "checkpoint.safetensors",
@@ -319,6 +321,17 @@ def test_running_out_of_memory_is_one_line(world, out, capsys, monkeypatch):
 
 
 # what is written
+
+
+def test_a_large_model_is_trained_with_tables_of_modulations_to_the_same_bits(world, whole, out, monkeypatch):
+    monkeypatch.setattr(iclora.training, "staying", lambda *given: is_modulation)
+    passes = []
+    monkeypatch.setattr(Tables, "clear", lambda tables, clear=Tables.clear: passes.append(1) or clear(tables))
+    assert go(world, out) == 0
+    assert len(passes) == 2, "made, and filled for all of six steps at once"
+    assert [files(out)[name] for name in ("lora.safetensors", "metrics.jsonl")] == [
+        files(whole)[name] for name in ("lora.safetensors", "metrics.jsonl")
+    ]
 
 
 def test_a_run_writes_checkpoint_lora_metrics_curve_and_settings(whole):

@@ -5,7 +5,7 @@ import torch
 
 from model.flux import Flux, FluxConfig
 from model.lora import attach, merge, shapes
-from model.tables import MOST_ROWS, begin_run, is_modulation, make_tables, worthwhile
+from model.tables import MOST_ROWS, is_modulation, make_tables
 from sampling.denoise import denoise
 
 TIMES = [1.0, 0.8, 0.45, 0.0]
@@ -85,24 +85,14 @@ def test_the_same_caption_and_times_are_computed_once_and_others_anew():
     plain, tabled = network(), network()
     make_tables(tabled)
     for passes, options in ((1, {}), (1, {}), (2, {"guidance": 2.0}), (3, {"times": [1.0, 0.3, 0.0]}), (3, {})):
-        begin_run(tabled)
         assert torch.equal(sample(tabled, **options), sample(plain, **options))
         assert tabled.tables.passes == passes
 
 
 def test_rows_do_not_pile_up():
-    flux = network()
-    make_tables(flux)
-    begin_run(None), begin_run(network())
+    plain, tabled = network(), network()
+    make_tables(tabled)
     long = [1 - i / MOST_ROWS for i in range(MOST_ROWS + 1)]
-    sample(flux, times=long)
-    begin_run(flux)
-    assert flux.tables.count == MOST_ROWS
-    sample(flux)
-    begin_run(flux)
-    assert flux.tables.count == 0 and all(table.rows is None for table in flux.tables.tables)
-    assert torch.equal(sample(flux), sample(network()))
-
-
-def test_large_models_on_gpus_have_tables():
-    assert worthwhile(2.1e9, "cuda") and not worthwhile(1.9e9, "cuda") and not worthwhile(1e11, "cpu")
+    for times, count in ((long, MOST_ROWS), (TIMES, MOST_ROWS + 2), (long[::2], MOST_ROWS // 2)):
+        assert torch.equal(sample(tabled, times=times), sample(plain, times=times))
+        assert tabled.tables.count == count == len(tabled.tables.tables[0].rows)
