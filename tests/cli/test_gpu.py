@@ -8,7 +8,11 @@ from golden import FLUX, case, far
 from iclora.config import SampleConfig
 from iclora.pipeline import Pipeline
 from iclora.plan import make_plan
+from model.compiled import compile_blocks
+from model.flux import Flux, FluxConfig
+from model.tables import is_modulation, make_tables
 from model.weights import examples_folder, load_flux
+from sampling.denoise import denoise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,3 +38,38 @@ def test_a_set_on_the_gpu_is_the_set_of_the_cpu_to_rounding(ref):
 
 def test_a_training_runs_on_the_gpu(tmp_path):
     assert train.main(["--data", "sets/walk", "--steps", "2", "--device", "cuda", "--out", str(tmp_path / "run")]) == 0
+
+
+def network():
+    torch.manual_seed(0)
+    flux = Flux(FluxConfig(64, 64, 256, 512, 1024, 4096, 8, 2, 2, (16, 56, 56), True)).to("cuda", torch.bfloat16)
+    return flux.requires_grad_(False).eval()
+
+
+def sample(flux, tokens=256, guidance=3.5):
+    draw = torch.Generator().manual_seed(2)
+    x, ids, txt = (torch.randn(1, *shape, generator=draw).cuda() for shape in ((tokens, 64), (tokens, 3), (64, 512)))
+    with torch.inference_mode():
+        return denoise(flux, x, [1.0, 0.7, 0.3, 0.0], ids, txt, txt[:, 0, :256], guidance)
+
+
+def test_modulations_computed_ahead_are_off_the_gpu_and_the_same_to_the_bit():
+    flux = network()
+    want = sample(flux)
+    modulations = sum(p.nbytes for name, p in flux.named_parameters() if is_modulation(name))
+    before = torch.cuda.memory_allocated()
+    make_tables(flux)
+    assert before - torch.cuda.memory_allocated() > 0.99 * modulations
+    assert torch.equal(sample(flux), want) and torch.equal(sample(flux), want) and flux.tables.passes == 1
+    assert torch.equal(sample(flux, guidance=2.0), sample(network(), guidance=2.0)), "now from locked memory"
+    assert before - torch.cuda.memory_allocated() > 0.9 * modulations
+
+
+@pytest.mark.slow
+def test_compiled_blocks_stay_near_those_as_written():
+    plain, compiled = network(), network()
+    make_tables(compiled)
+    compile_blocks(compiled)
+    for tokens in (256, 576, 1024):
+        want = sample(plain, tokens)
+        assert (sample(compiled, tokens) - want).norm() < 0.02 * want.norm()

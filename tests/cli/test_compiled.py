@@ -2,6 +2,9 @@
 real compiler is asked in the slow tests, as it takes minutes.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -59,6 +62,20 @@ def test_masks_and_references_alone_are_graphs_too_and_the_latter_pass_as_writte
     options = {"refs": 4, "isolate": True, "mask": True}
     assert torch.equal(sample(compiled, **options), sample(plain, **options))
     assert counter.frame_count == 2
+
+
+def test_a_compiled_transformer_is_gone_when_nobody_holds_it():
+    flux = network(blocks=1)
+    make_tables(flux)
+    compile_blocks(flux, graphs())
+    weights = weakref.ref(flux.single_blocks[0].linear1.weight)
+    sample(flux)
+    gc.disable()
+    try:
+        del flux
+        assert weights() is None, "else the next one stands beside it"
+    finally:
+        gc.enable()
 
 
 def loss_and_gradients(flux):
