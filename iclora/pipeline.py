@@ -24,6 +24,7 @@ from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
+from model.quantize import load_quantized
 from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
@@ -65,14 +66,15 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, model: str = "tiny", loras: Sequence[str] = (), device: str = "auto", dtype: str | None = None
+        cls, model: str = "tiny", loras: Sequence[str] = (), device: str = "auto", dtype: str | None = None, **more: Any
     ) -> "Pipeline":
         """Choose a model and LoRAs, and check them; networks load with the first request.
 
         model, loras, device, dtype: as --model, --lora, --device and --dtype of sample.py
+        more: other options for all requests by name, such as quantize
         Errors: ValueError in one line for whatever cannot work
         """
-        pipeline = cls(SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype))
+        pipeline = cls(SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype, **more))
         make_plan(replace(pipeline.config, prompt="", grid="1x1"), lambda line: None)
         return pipeline
 
@@ -82,7 +84,7 @@ class Pipeline:
         options: those of sample.py by name, references being another name for ref; paths or PIL images
         Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option, or one of load
         """
-        if fixed := options.keys() & {"model", "device", "dtype"}:
+        if fixed := options.keys() & {"model", "device", "dtype", "quantize"}:
             raise TypeError(f"{min(fixed)} is that of all requests; give it to Pipeline.load")
         options["ref"] = options.pop("references", options.get("ref", ()))
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -164,8 +166,9 @@ class Pipeline:
         if self.loaded == wanted:
             return
         self.flux = None
-        self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
-        for lora, strength in plan.loras:
+        load = partial(load_quantized, loras=plan.loras, note=self.note) if plan.config.quantize else load_flux
+        self.flux = load(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
+        for lora, strength in plan.loras if load is load_flux else ():  # else they are merged before rounding
             self.note(str(load_lora(self.flux, lora, strength)))
         if plan.loras:
             merge(self.flux)

@@ -1,7 +1,6 @@
 """What a step of training is made of: its noise and times, the loss, the average; train.py puts them together.
 
-Letters: B batch, I image tokens, R reference tokens, T text tokens, C and V widths of the text features; h, w in
-latent cells.
+Letters: B batch, I image tokens, R reference tokens, T text tokens, C and V their widths; h, w latent cells.
 
 Every random number of a step is drawn for the whole batch from a generator seeded by (seed, step), and each process
 takes its share: a run gives the same on one process as on several, and goes on after a kill without generator state.
@@ -26,6 +25,7 @@ from model.flux import Flux
 from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.lora_formats import LoraFile, read_lora
 from model.position import grid_ids
+from model.quantize import load_quantized
 from model.weights import ModelFiles, find_model, load_flux
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
@@ -78,7 +78,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     if config.method == UNO and init_lora:
         config = follow_loras(config, [init_lora])
     config, begun = as_begun(config, note)
-    config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
+    config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note, config.quantize))
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
         board_writer()  # refuses what is not installed
@@ -123,7 +123,8 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     loader.encode(note, config.sample_prompt)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
-    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
+    load_base = load_quantized if config.quantize else load_flux
+    flux = load_base(plan.files.flux, config.device, getattr(torch, config.dtype))
     report = add_adapters(flux, config, plan.init_lora)
     if config.checkpointing:
         checkpoint_blocks(flux)

@@ -174,12 +174,18 @@ def load_autoencoder(
 def _load(
     network: Callable, path: str | Path | Checkpoint, wanted: str, device: str | torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """Build a network on the meta device and give it its tensors; names and shapes must match exactly."""
+    """Build a network on the meta device and give it its tensors."""
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
+    module = empty_network(network, checkpoint)
+    module.load_state_dict(checkpoint.read(checkpoint.tensors, dtype, device), strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def empty_network(network: Callable, checkpoint: Checkpoint) -> nn.Module:
+    """Build a network on the meta device, before anything is read. Errors: ValueError if names or shapes differ"""
     with torch.device("meta"):
         module = network(checkpoint.config)
     shapes = {key: (stored.shape, stored.dtype in FLOATS) for key, stored in checkpoint.tensors.items()}
     if shapes != {key: (tensor.shape, True) for key, tensor in module.state_dict().items()}:
-        raise mismatch(checkpoint, module)  # before anything is read
-    module.load_state_dict(checkpoint.read(checkpoint.tensors, dtype, device), strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+        raise mismatch(checkpoint, module)
+    return module
