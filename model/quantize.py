@@ -102,18 +102,17 @@ class Fp8Linear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear would make weights of its own
         self.out_features, self.in_features = codes.shape
         self.weight, self.scale, self.bias = (nn.Parameter(t, requires_grad=False) for t in (codes, scale, bias))
-        self.native = self._native()
-
-    def _native(self) -> bool:
-        """Say whether this machine multiplies codes of this shape."""
         able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= SCALED
-        return able and self.in_features % 16 == 0 and self.out_features % 16 == 0
+        self.native = able and not self.in_features % 16 and not self.out_features % 16
+
+    def scaled(self, x: Tensor) -> bool:
+        """Say whether codes are multiplied, and x is rounded for it."""
+        many = x.shape[:-1].numel() >= SCALED_ROWS
+        return self.native and many and x.is_cuda and x.dtype == torch.bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., N)"""
-        many = x.shape[:-1].numel() >= SCALED_ROWS
-        scaled = self.native and many and x.is_cuda and x.dtype == torch.bfloat16
-        return Product.apply(x, self.weight, self.scale, self.bias, scaled)
+        return Product.apply(x, self.weight, self.scale, self.bias, self.scaled(x))
 
 
 @torch.no_grad()

@@ -680,6 +680,19 @@ def test_a_raised_number_of_steps_goes_on_to_the_same_bytes(world, whole, out):
     assert steps_of(out) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_base_in_fp8_is_trained_on_and_gone_on_with_to_the_same_bytes(world, whole, out, capsys):
+    fp8 = "--quantize", "fp8"
+    assert go(world, out, *fp8) == 0
+    assert go(world, beside(out, "resumed"), *fp8, steps=3) == 0
+    capsys.readouterr()
+    assert go(world, beside(out, "resumed")) == 2
+    assert "holds a run with --quantize fp8, not None; give the same settings" in refused(capsys)
+    assert go(world, beside(out, "resumed"), *fp8) == 0
+    one, other, plain = (files(folder) for folder in (out, beside(out, "resumed"), whole))
+    assert one["lora.safetensors"] == other["lora.safetensors"] != plain["lora.safetensors"]
+    assert json.loads(one["config.json"])["config"]["quantize"] == "fp8"
+
+
 def test_damage_costs_one_interval_and_ends_in_the_same_bytes(world, whole, out, capsys):
     shutil.copytree(whole, out)
     path = out / "checkpoint.safetensors"
