@@ -27,10 +27,10 @@ from .weights import empty_network
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
 SCALED = (8, 9)  # the compute capability from which on torch._scaled_mm exists
-# Rows from which on codes are multiplied. A widened weight costs 3 bytes of traffic a value whatever the rows are, the
-# rounding of activations a few small kernels: at fewer rows these are what takes time. Measured on an H100, compiled:
-# 101 against 136 ms of bfloat16 with 4,608 rows a block, but 52 against 45 with 1,536; widening there is bfloat16's
-# time and 9 ms more by its traffic.
+# Rows from which on codes are multiplied. To widen a weight moves 3 bytes a value more than bfloat16 does, whatever the
+# rows are; to round activations takes a few small kernels, which count where rows are few. Measured on an H100,
+# compiled, codes multiplied: 101 ms a step against 136 of bfloat16 with 4,608 rows, but 52 against 45 with 1,536. There
+# widening is no way out: by its traffic it takes bfloat16's 45 and 9 more (reckoned, not measured).
 SCALED_ROWS = 256
 BLOCKS = ("double_blocks.", "single_blocks.")
 WIDE = ("_mod.lin", ".modulation.lin")  # modulation: quantised only where the file has it so
@@ -62,7 +62,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Round the rows of x to float8 and multiply codes by codes; compiled, largest value and rounding are one kernel.
+    """Round the rows of x to float8 and multiply codes by codes: plain operations, which a compiler joins.
 
     x: (M, K) bfloat16, codes: (N, K), scale: (N, 1), bias: (N,) bfloat16
     Returns (M, N)
@@ -145,9 +145,9 @@ def load_quantized(
     """
     flux, changes, tensors = empty_network(Flux, checkpoint), {}, checkpoint.tensors
     for file, strength in loras:
-        note(str(describe(file)))
         for delta in read_deltas(file, shapes(flux)):
             changes.setdefault(delta.module, []).append((delta, strength))
+        note(str(describe(file)))
 
     def merge_into(names: Iterable[str]) -> None:
         for name in names:
