@@ -156,7 +156,7 @@ def read_jobs(config: Config) -> dict[str, Config]:
     """
     jobs = {}
     for source, row in read_rows(Path(config.jobs)).items():
-        if shared := row.keys() & {"model", "device", "dtype", "compile", "out", "jobs", "config"}:
+        if shared := row.keys() & {"model", "device", "dtype", "quantize", "compile", "out", "jobs", "config"}:
             raise ValueError(f"{source} sets {min(shared)}, which holds for the whole job; give {flag(min(shared))}")
         options = typed(type(config), row, source)
         try:

@@ -138,6 +138,7 @@ class SampleConfig:
     fit: str = option("crop", "how pictures come to the panel size", choices=FIT_RULES)
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(None, "of the weights (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES)
+    quantize: str | None = option(None, "fp8: half the memory, slightly other pictures", choices=("fp8",))
     compile: bool = option(False, "compile the blocks: slow to start, then faster; other last bits")
     tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
@@ -241,6 +242,7 @@ class TrainConfig:
     dtype: str | None = option(
         None, "of the base; the LoRA's is float32 (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2]
     )
+    quantize: str | None = option(None, "fp8: half the memory, slightly other gradients", choices=("fp8",))
     compile: bool = option(False, "compile the blocks, as sample.py's")
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = option("runs/lora", "folder of the run, or a new one; a run found there goes on", metavar="DIR", **PLACE)

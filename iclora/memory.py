@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from model.checkpoint import Checkpoint
+from model.quantize import quantized_bytes
 
 from .config import ALONE, SampleConfig, TrainConfig, model_defaults
 from .layout import MAX_TOKENS, Layout
@@ -28,7 +29,7 @@ def check_memory(config: SampleConfig, layout: Layout, flux: Checkpoint) -> None
     count, target = layout.reference_tokens, layout.tokens_high * layout.tokens_wide
     size, blocks = getattr(torch, config.dtype).itemsize, flux.config.depth + flux.config.depth_single_blocks
     once = 2 * blocks * count if config.reference_attention == ALONE else 0  # keys and values
-    weights = size * stored_values(flux)
+    weights = quantized_bytes(flux, size) if config.quantize else size * stored_values(flux)
     needed = weights + size * flux.config.hidden_size * (ACTIVATIONS * (TEXT + target + count) + once)
     what = f"{count} tokens of references (--ref, {len(layout.references)} given) beside {target} of the picture"
     _refuse_above(needed, weights, target + count, config.device, what, "give fewer, or lower --ref-size")
@@ -51,7 +52,7 @@ def check_training_memory(
     size, blocks = getattr(torch, config.dtype).itemsize, flux.config.depth + flux.config.depth_single_blocks
     kept = blocks + KEPT if config.checkpointing else KEPT * blocks  # a block that is computed again keeps its input
     once = ALONE_KEPT[config.checkpointing] * blocks * count if config.reference_attention == ALONE else 0
-    fixed = size * stored_values(flux) + 4 * COPIES * trained
+    fixed = (quantized_bytes(flux, size) if config.quantize else size * stored_values(flux)) + 4 * COPIES * trained
     needed = fixed + size * flux.config.hidden_size * (kept * (text + target + count) + once) * examples
     shown = f"{count} tokens of references ({len(layout.references)} in a row of --data) beside " if count else ""
     what = f"{shown}{target} {'' if count else 'tokens '}of the picture, {examples} examples at once,"

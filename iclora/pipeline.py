@@ -23,9 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
-from model.lora import load_lora, merge
 from model.text import TextEncoders, check_widths, load_text_encoders
-from model.weights import load_autoencoder, load_flux
+from model.weights import load_autoencoder
 from sampling.denoise import denoise
 from sampling.flow import interpolate, times
 from sampling.images import to_picture, to_tensor
@@ -36,7 +35,7 @@ from .config import ALONE, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
 from .memory import free_memory, stored_values
 from .plan import Note, Plan, Source, make_plan
-from .prepare import prepare, staying
+from .prepare import load_transformer, prepare
 from .prompts import texts_of
 from .references import encode, image_ids
 
@@ -71,7 +70,7 @@ class Pipeline:
         """Choose a model and LoRAs, and check them; networks load with the first request.
 
         model, loras, device, dtype: as --model, --lora, --device and --dtype of sample.py
-        more: other options for all requests by name, such as compile
+        more: other options for all requests by name, such as quantize or compile
         Errors: ValueError in one line for whatever cannot work
         """
         pipeline = cls(SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype, **more))
@@ -84,7 +83,7 @@ class Pipeline:
         options: those of sample.py by name, references being another name for ref; paths or PIL images
         Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option, or one of load
         """
-        if fixed := options.keys() & {"model", "device", "dtype", "compile"}:
+        if fixed := options.keys() & {"model", "device", "dtype", "quantize", "compile"}:
             raise TypeError(f"{min(fixed)} is that of all requests; give it to Pipeline.load")
         options["ref"] = options.pop("references", options.get("ref", ()))
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -165,14 +164,9 @@ class Pipeline:
         wanted = [(lora.path, strength) for lora, strength in plan.loras]
         if self.loaded == wanted:
             return
-        self.flux, config, stay = None, plan.config, staying(plan.files.flux, plan.config)
-        self.flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype), stay)
-        for lora, strength in plan.loras:
-            self.note(str(load_lora(self.flux, lora, strength)))
-        if plan.loras:
-            merge(self.flux)
-        if stay or config.compile:
-            prepare(self.flux, bool(stay), config, self.note)
+        self.flux = None
+        self.flux = load_transformer(plan.files.flux, plan.config, plan.loras, self.note)
+        prepare(self.flux, plan.files.flux, plan.config, self.note)
         self.loaded = wanted
 
 

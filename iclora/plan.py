@@ -76,7 +76,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
         note_other_modes([lora for lora, _ in loras], modes, note)
         config = follow_loras(config, [lora for lora, _ in loras])
         config = follow_release(config, loras, note) if defaults.name == "dev" else config
-    config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
+    config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note, config.quantize))
     if config.compile:
         check_compiler(config.device)
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
@@ -188,10 +188,10 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(path), strength
 
 
-def pick_device(name: str, defaults: ModelDefaults, note: Note) -> str:
+def pick_device(name: str, defaults: ModelDefaults, note: Note, quantize: str | None = None) -> str:
     """Turn auto into cuda, mps or cpu, and note where that is slow for a model.
 
-    Errors: ValueError if the machine does not have it
+    Errors: ValueError if the machine does not have it, or it does not have what --quantize needs
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -200,6 +200,8 @@ def pick_device(name: str, defaults: ModelDefaults, note: Note) -> str:
             note("torch finds no GPU, so the CPU is used, on which a model of this size is very slow")
     if not available[name]:
         raise ValueError(f"--device {name} is not available to torch on this machine; use cpu, or auto")
+    if quantize and name == "mps":
+        raise ValueError(f"--quantize {quantize} does not work on mps, which has no float8; leave it out, or use cpu")
     return name
 
 

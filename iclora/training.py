@@ -26,7 +26,7 @@ from model.flux import Flux
 from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.lora_formats import LoraFile, read_lora
 from model.position import grid_ids
-from model.weights import ModelFiles, find_model, load_flux
+from model.weights import ModelFiles, find_model
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
@@ -38,7 +38,7 @@ from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
-from .prepare import prepare, staying
+from .prepare import load_transformer, prepare
 from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
@@ -79,7 +79,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     if config.method == UNO and init_lora:
         config = follow_loras(config, [init_lora])
     config, begun = as_begun(config, note)
-    config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
+    config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note, config.quantize))
     if config.compile:
         check_compiler(config.device)
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
@@ -126,10 +126,9 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     loader.encode(note, config.sample_prompt)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
-    stay = staying(plan.files.flux, config)
-    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype), stay)
+    flux = load_transformer(plan.files.flux, config, (), note)
     report = add_adapters(flux, config, plan.init_lora)
-    prepare(flux, bool(stay), config, note)
+    prepare(flux, plan.files.flux, config, note)
     if config.checkpointing:
         checkpoint_blocks(flux)
     state = new_state(trainable(flux), config.eps)

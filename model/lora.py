@@ -79,8 +79,13 @@ class LoraLinear(nn.Module):
         return torch.cat(pieces, dim=-1)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """Give the base all changes, summed in float32 and cast once; its old tensors stay as they were."""
+    def merged(self) -> nn.Module:
+        """Give the base all changes, summed in float32 and cast once; its old tensors stay as they were.
+
+        An fp8 base (quantize.py) would round most of a small change away, so there they stay beside it.
+        """
+        if self.weight.itemsize == 1:
+            return self
         weight, bias = (p.to(torch.float32, copy=True) for p in (self.base.weight, self.base.bias))
         for adapter in self.adapters:
             adapter.add_to(weight[adapter.rows])
@@ -163,7 +168,7 @@ def attach(
             else:
                 nn.init.kaiming_uniform_(down, a=5**0.5, generator=generator)
             delta = Delta(name, rows, down, torch.zeros(rows.stop - rows.start, rank), alpha / rank)
-            fresh += _add(flux, delta, 1.0, train=True).parameters()
+            fresh += add(flux, delta, 1.0, train=True).parameters()
     return fresh
 
 
@@ -185,7 +190,7 @@ def _choose(known: Shapes, targets: str) -> dict[str, dict[str, None]]:
     return chosen
 
 
-def _add(flux: nn.Module, delta: Delta | Change, weight: float, train: bool) -> Adapter | DenseAdapter:
+def add(flux: nn.Module, delta: Delta | Change, weight: float, train: bool) -> Adapter | DenseAdapter:
     """Wrap the Linear unless it is, and put one more adapter beside it, on the Linear's device."""
     linear = flux.get_submodule(delta.module)
     layer = linear if isinstance(linear, LoraLinear) else LoraLinear(linear)
@@ -202,7 +207,10 @@ def trainable(flux: nn.Module) -> list[nn.Parameter]:
 
 
 def merge(flux: nn.Module) -> None:
-    """Fold all adapters into the weights and take the wrappers away, so that a step costs what it cost before."""
+    """Fold all adapters into the weights and take the wrappers away, so that a step costs what it cost before.
+
+    Those of fp8 Linears stay, see LoraLinear.merged.
+    """
     for name, layer in layers(flux).items():
         flux.set_submodule(name, layer.merged())
 
@@ -227,7 +235,7 @@ def load_lora(flux: nn.Module, path: str | Path | LoraFile, strength: float = 1.
     if train:
         formats.refuse_factors(file, "which are not trained further; start from a plain LoRA")
     for delta in formats.read_deltas(file, shapes(flux)):
-        _add(flux, delta, strength, train)
+        add(flux, delta, strength, train)
     return formats.describe(file)
 
 

@@ -23,7 +23,6 @@ from torch.func import functional_call
 from .flux import Flux
 from .lora import LoraLinear
 
-BIG = 2e9  # bytes of weights from which on techniques that change no bit are worth their while
 MOST_ROWS = 128  # kept, in case a caption comes again; 2.1 MB each in FLUX.1-dev
 MODULATION = re.compile(r"(_mod|\.modulation|\.adaLN_modulation)\b")  # in names of modules and parameters
 

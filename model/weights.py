@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .autoencoder import AutoEncoder
 from .checkpoint import FLOATS, PREFIX, WANTED, Checkpoint, file_in, files_named, kind, mismatch, read_headers
@@ -177,14 +177,26 @@ def load_autoencoder(
 def _load(
     network: Callable, path: Source, wanted: str, device: str | torch.device, dtype: torch.dtype, stay: Stay = None
 ) -> nn.Module:
-    """Build a network on the meta device and give it its tensors; names and shapes must match exactly."""
+    """Build a network on the meta device and give it its tensors."""
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
+    module = empty_network(network, checkpoint)
+    module.load_state_dict(read_tensors(checkpoint, checkpoint.tensors, dtype, device, stay), assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def empty_network(network: Callable, checkpoint: Checkpoint) -> nn.Module:
+    """Build a network on the meta device, before anything is read. Errors: ValueError if names or shapes differ"""
     with torch.device("meta"):
         module = network(checkpoint.config)
     shapes = {key: (stored.shape, stored.dtype in FLOATS) for key, stored in checkpoint.tensors.items()}
     if shapes != {key: (tensor.shape, True) for key, tensor in module.state_dict().items()}:
-        raise mismatch(checkpoint, module)  # before anything is read
-    tensors = checkpoint.read([key for key in shapes if stay and stay(key)], dtype)
-    tensors |= checkpoint.read([key for key in shapes if key not in tensors], dtype, device)
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+        raise mismatch(checkpoint, module)
+    return module
+
+
+def read_tensors(
+    checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, device: str | torch.device, stay: Stay
+) -> dict[str, Tensor]:
+    """Read tensors of a checkpoint, those that stay onto the CPU."""
+    at_home = [key for key in keys if stay and stay(key)]
+    return checkpoint.read(at_home, dtype) | checkpoint.read([key for key in keys if key not in at_home], dtype, device)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lab.benchmarks import peers, rounds, speed
+from lab.benchmarks import peers, quantize, rounds, speed
 from model import lora
+from model.quantize import Fp8Linear, quantize_rows, scaled_product
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -330,3 +331,24 @@ def test_only_the_benchmarks_ask_for_the_peers():
     assert not names("requirements.txt") & {"diffusers", "fluxbfl", "peft", "accelerate"}
     sources = itertools.chain.from_iterable((ROOT / folder).rglob("*.py") for folder in ("model", "sampling", "iclora"))
     assert not [path for path in sources if "fluxbfl" in path.read_text()]
+
+
+# what fp8 loses
+
+
+def test_a_card_is_emulated_by_a_product_of_both_rounded_factors():
+    codes, scale = quantize_rows(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)))
+    linear = Fp8Linear(codes, scale, torch.ones(48, dtype=torch.bfloat16))
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = quantize.multiply_codes(linear, x)
+    want = scaled_product(x.flatten(0, 1), codes, scale, linear.bias).view(2, 9, 48)
+    assert got.dtype == torch.bfloat16 and torch.allclose(got, want, rtol=2**-7, atol=2**-5)
+    assert not torch.equal(got, linear(x)), "few rows are not rounded by themselves"
+
+
+def test_each_step_from_float32_to_codes_loses_more(monkeypatch):
+    monkeypatch.setitem(quantize.SHAPES, "small", SMALL)
+    lines = [line.split("|") for line in quantize.random("small") if "%" in line]
+    errors = [float(line[2].strip(" %")) for line in lines]
+    assert [line[1].strip() for line in lines] == [*quantize.PLAIN[1:], *quantize.NARROW]
+    assert 0.1 < errors[0] < 2 < errors[1] < errors[3] < 20

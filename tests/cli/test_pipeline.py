@@ -421,7 +421,7 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        for name in ("load_text_encoders", "load_autoencoder", "load_flux"):
+        for name in ("load_text_encoders", "load_autoencoder", "load_transformer"):
             monkeypatch.setattr(pipeline, name, self.counting(name, getattr(pipeline, name)))
         monkeypatch.setattr(TextEncoders, "encode", self.counting("encode", TextEncoders.encode))
 
@@ -434,7 +434,7 @@ def counted(monkeypatch):
     return Counted(monkeypatch)
 
 
-LOADED = ["load_text_encoders", "encode", "load_autoencoder", "load_flux"]
+LOADED = ["load_text_encoders", "encode", "load_autoencoder", "load_transformer"]
 
 
 def test_a_second_request_loads_no_network_again(counted):
@@ -461,23 +461,22 @@ def test_another_lora_loads_the_transformer_alone_and_the_same_one_nothing(count
     networks, lora = Pipeline.load("tiny", device="cpu"), str(find_model("tiny").root / "loras" / "uno.safetensors")
     plain = networks(**SMALL)
     networks(**SMALL, lora=[lora])
-    assert counted.calls == [*LOADED, "load_flux"]
+    assert counted.calls == [*LOADED, "load_transformer"]
     networks(**SMALL, lora=[lora], seed=1)
-    assert counted.calls == [*LOADED, "load_flux"]
+    assert counted.calls == [*LOADED, "load_transformer"]
     networks(**SMALL, lora=[f"{lora}:0.5"])
-    assert counted.calls == [*LOADED, "load_flux", "load_flux"]
+    assert counted.calls == [*LOADED, "load_transformer", "load_transformer"]
     assert networks(**SMALL).composite.tobytes() == plain.composite.tobytes()
 
 
 def test_a_large_model_on_a_gpu_has_tables_of_modulations_and_gives_the_same_pixels(monkeypatch):
     checkpoint, config = find_model("tiny").flux, SampleConfig(dtype="bfloat16", device="cuda")
-    assert prepare.staying(checkpoint, config) is None
+    assert not prepare.has_tables(checkpoint, config)
     lora = str(find_model("tiny").root / "loras" / "uno.safetensors")
     plain = [Pipeline.load("tiny", device="cpu")(**SMALL, **more) for more in ({}, {"lora": [lora]})]
     monkeypatch.setattr(prepare, "BIG", 1e6)
-    assert prepare.staying(checkpoint, replace(config, device="cpu")) is None
-    stay = prepare.staying(checkpoint, config)
-    monkeypatch.setattr(pipeline, "staying", lambda *given: stay)
+    assert prepare.has_tables(checkpoint, config) and not prepare.has_tables(checkpoint, replace(config, device="cpu"))
+    monkeypatch.setattr(prepare, "has_tables", lambda *given: True)
     networks = Pipeline.load("tiny", device="cpu")
     for result, more in zip(plain, ({}, {"lora": [lora]}), strict=True):
         assert networks(**SMALL, **more).composite.tobytes() == result.composite.tobytes()
@@ -495,7 +494,7 @@ def test_a_parameter_that_stays_is_on_the_cpu_and_the_others_are_not():
 
 def test_compile_is_that_of_all_requests_and_told_of(monkeypatch, tmp_path):
     compiled, notes = [], []
-    monkeypatch.setattr(prepare, "compile_blocks", compiled.append)
+    monkeypatch.setattr("model.compiled.compile_blocks", compiled.append)
     monkeypatch.setattr(planning, "check_compiler", lambda device: notes.append(device))
     networks = Pipeline.load("tiny", device="cpu", compile=True)
     assert notes == ["cpu"] and not compiled
@@ -513,7 +512,7 @@ def test_compile_is_that_of_all_requests_and_told_of(monkeypatch, tmp_path):
 @pytest.mark.parametrize("short", [True, False], ids=["short", "plenty"])
 def test_where_memory_is_short_encoders_and_transformer_are_never_there_together(monkeypatch, short):
     alive, seen, order = {"encoders": [], "flux": []}, [], []
-    load_text, load_flux = pipeline.load_text_encoders, pipeline.load_flux
+    load_text, load_flux = pipeline.load_text_encoders, pipeline.load_transformer
 
     def watched(name, load):
         def loads(*args):
@@ -527,7 +526,7 @@ def test_where_memory_is_short_encoders_and_transformer_are_never_there_together
         return loads
 
     monkeypatch.setattr(pipeline, "load_text_encoders", watched("encoders", load_text))
-    monkeypatch.setattr(pipeline, "load_flux", watched("flux", load_flux))
+    monkeypatch.setattr(pipeline, "load_transformer", watched("flux", load_flux))
     if short:
         monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
     networks = Pipeline.load("tiny", device="cpu")

@@ -50,7 +50,7 @@ from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora, trainable
 from model.lora_formats import read_lora
-from model.tables import Tables, is_modulation
+from model.tables import Tables
 from model.weights import find_model, load_flux
 from sampling.latents import pack
 
@@ -59,8 +59,8 @@ FLAGS = (
     "--data --method --stage --grid --preset --model --rank --targets --init-lora --lora-init --condition --concat "
     "--text --ref-size --offset --offset-scale --posterior --target-posterior --reference-attention --steps --batch "
     "--accumulate --lr --eps --warmup --decay --ema --dropout --times --panel-size --composite-size --fit --holdout "
-    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --compile --tensorboard --out "
-    "--config"
+    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --quantize --compile "
+    "--tensorboard --out --config"
 )
 KEPT = (
     "checkpoint.safetensors",
@@ -324,7 +324,7 @@ def test_running_out_of_memory_is_one_line(world, out, capsys, monkeypatch):
 
 
 def test_a_large_model_is_trained_with_tables_of_modulations_to_the_same_bits(world, whole, out, monkeypatch):
-    monkeypatch.setattr(iclora.training, "staying", lambda *given: is_modulation)
+    monkeypatch.setattr("iclora.prepare.has_tables", lambda *given: True)
     passes = []
     monkeypatch.setattr(Tables, "clear", lambda tables, clear=Tables.clear: passes.append(1) or clear(tables))
     assert go(world, out) == 0
@@ -690,6 +690,19 @@ def test_a_raised_number_of_steps_goes_on_to_the_same_bytes(world, whole, out):
         name: files(whole)[name] for name in KEPT[:3:2]
     }
     assert steps_of(out) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_base_in_fp8_is_trained_on_and_gone_on_with_to_the_same_bytes(world, whole, out, capsys):
+    fp8 = "--quantize", "fp8"
+    assert go(world, out, *fp8) == 0
+    assert go(world, beside(out, "resumed"), *fp8, steps=3) == 0
+    capsys.readouterr()
+    assert go(world, beside(out, "resumed")) == 2
+    assert "holds a run with --quantize fp8, not None; give the same settings" in refused(capsys)
+    assert go(world, beside(out, "resumed"), *fp8) == 0
+    one, other, plain = (files(folder) for folder in (out, beside(out, "resumed"), whole))
+    assert one["lora.safetensors"] == other["lora.safetensors"] != plain["lora.safetensors"]
+    assert json.loads(one["config.json"])["config"]["quantize"] == "fp8"
 
 
 def test_damage_costs_one_interval_and_ends_in_the_same_bytes(world, whole, out, capsys):

@@ -542,6 +542,7 @@ CHANGES = {
     "text": "panel", "batch": 2, "lr": 0.5, "warmup": 3, "decay": 0.5, "ema": 0.5, "dropout": 0.25, "times": "uniform",
     "panel_size": 48, "composite_size": "64,96", "preset": "couple-profile", "lora_init": "uno", "eps": 1e-6,
     "target_posterior": "sample", "fit": "pad", "holdout": 0.5, "seed": 1, "grid": "1x2", "dtype": "bfloat16",
+    "quantize": "fp8",
 }  # fmt: skip
 FREE = {
     "steps": 9, "save_every": 9, "sample_every": 9, "sample_prompt": ("a fox",),

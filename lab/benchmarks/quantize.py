@@ -1,0 +1,185 @@
+"""What --quantize fp8 loses: the relative error of the velocity, and the PSNR of pictures.
+
+    python -m lab.benchmarks.quantize --out lab/results/quantize.md
+
+On the bundled model, along the way of pictures of its bundled captions, and on random weights of FLUX.1-dev's width.
+All on a CPU: what a card does, whose codes are multiplied, is emulated by a product in float32 of both rounded factors.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iclora.config import SampleConfig
+from iclora.pipeline import Pipeline
+from iclora.plan import Plan, make_plan
+from model.checkpoint import write_atomic
+from model.flux import Flux
+from model.quantize import Fp8Linear, dequantize, load_quantized, quantize, quantize_rows
+from model.weights import load_flux
+
+from . import peers
+from .rounds import table
+from .speed import machine
+
+CPU = torch.device("cpu")
+GRIDS = ("1x2", "2x1", "2x2", "3x1")
+PLAIN, NARROW = (
+    ("float32", "bfloat16"),
+    ("fp8 weights, float32", "fp8 weights, bfloat16", "fp8 weights and activations"),
+)
+SHAPES = {  # random weights; the second has all the blocks of FLUX.1-dev
+    "3072 wide, 1 + 1 blocks": peers.Shape(peers.flux_config(3072, 24, 1, 1, 4096, 768), 12, 128, 1, 1),
+    "384 wide, 19 + 38 blocks": peers.Shape(peers.flux_config(384, 3, 19, 38, 256, 128), 12, 128, 1, 1),
+}
+
+
+def multiply_codes(linear: Fp8Linear, x: Tensor) -> Tensor:
+    """Do what a card does: round x by rows, and multiply both factors as they are then. Returns (..., N)"""
+    codes, scale = quantize_rows(x.flatten(0, -2))
+    weight = dequantize(linear.weight, linear.scale, torch.float32)
+    y = F.linear(codes.float() * scale, weight, linear.bias.float())
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def on_a_card(flux: Flux) -> Flux:
+    """Let all fp8 Linears compute as on a card, however few the rows."""
+    for linear in (module for module in flux.modules() if isinstance(module, Fp8Linear)):
+        linear.forward = partial(multiply_codes, linear)
+    return flux
+
+
+def variants(plain: Callable[[torch.dtype], Flux], narrow: Callable[[torch.dtype], Flux]) -> dict[str, Flux]:
+    """Make one transformer in all forms, the most exact first. plain, narrow: load it in a dtype"""
+    dtypes = torch.float32, torch.bfloat16
+    fluxes = [*map(plain, dtypes), *map(narrow, dtypes), on_a_card(narrow(torch.bfloat16))]
+    return dict(zip(PLAIN + NARROW, fluxes, strict=True))
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+class Together:
+    """Several transformers at the same points: the first one leads, and how far the others are from it is kept."""
+
+    def __init__(self, models: dict[str, Flux]):
+        self.models = models
+        self.velocities: list[list[Tensor]] = []
+
+    def prefill(self, *args) -> list:
+        return [flux.prefill(*args) for flux in self.models.values()]
+
+    def conditioning(self, *args) -> list[Tensor]:
+        return [flux.conditioning(*args) for flux in self.models.values()]
+
+    def velocity(self, x: Tensor, conds: list, vecs: list[Tensor]) -> Tensor:
+        """Returns the velocity of the first (B, I, 64)"""
+        own = zip(self.models.values(), conds, vecs, strict=True)
+        self.velocities.append([flux.velocity(x, cond, vec).float() for flux, cond, vec in own])
+        return self.velocities[-1][0]
+
+    def errors(self, wanted: str) -> dict[str, float]:
+        """Give the relative error of each against one of them, over all points."""
+        totals = [torch.cat([v.flatten() for v in each]) for each in zip(*self.velocities, strict=True)]
+        by_name = dict(zip(self.models, totals, strict=True))
+        return {name: relative(total, by_name[wanted]) for name, total in by_name.items()}
+
+
+def draw(flux: Flux | Together, plans: list[Plan]) -> np.ndarray:
+    """Make the generated panels of several plans. Returns their pixels, in a row"""
+    pixels = []
+    for plan in plans:
+        pipeline = Pipeline(plan.config)
+        pipeline.flux, pipeline.loaded = flux, []
+        for result in pipeline.run(plan):
+            pixels += [np.asarray(picture, dtype=np.float64).ravel() for picture in result.panels.values()]
+    return np.concatenate(pixels)
+
+
+def decibels(got: np.ndarray, want: np.ndarray) -> str:
+    error = np.square(got - want).mean()
+    return f"{10 * np.log10(255**2 / error):.1f}" if error else "the same"
+
+
+def bundled(num: int, steps: int) -> list[str]:
+    """Measure on the bundled model. num: pictures of each grid"""
+    config = SampleConfig(num=num, steps=steps, device="cpu", dtype="float32")
+    plans = [make_plan(replace(config, grid=grid), lambda line: None) for grid in GRIDS]
+    files = plans[0].files.flux
+    models = variants(lambda dtype: load_flux(files, dtype=dtype), lambda dtype: load_quantized(files, dtype=dtype))
+    together = Together(models)
+    draw(together, plans)
+    errors = {wanted: together.errors(wanted) for wanted in PLAIN}
+    pictures = {}
+    for name, flux in models.items():
+        dtype = "bfloat16" if flux.img_in.weight.dtype == torch.bfloat16 else "float32"  # rounds the noise, too
+        pictures[name] = draw(flux, [replace(p, config=replace(p.config, dtype=dtype)) for p in plans])
+    lines = []
+    for name in PLAIN[1:] + NARROW:
+        far = [f"{100 * errors[wanted][name]:.2f} %" if name != wanted else "" for wanted in PLAIN]
+        lines.append([name, *far, *(decibels(pictures[name], pictures[w]) if name != w else "" for w in PLAIN)])
+    header = ["bundled model", *(f"velocity against {w}" for w in PLAIN), *(f"dB against {w}" for w in PLAIN)]
+    what = f"{len(GRIDS) * num} pictures, {', '.join(GRIDS)}, {steps} steps each; velocities along float32's way."
+    return [what, "", *table(header, lines), ""]
+
+
+def random(name: str) -> list[str]:
+    """Measure one forward with random weights, which are drawn in bfloat16."""
+    shape, outputs = SHAPES[name], {}
+
+    def plain(dtype: torch.dtype) -> Flux:
+        return peers.new_flux(shape, CPU, torch.bfloat16).to(dtype)
+
+    def narrow(dtype: torch.dtype) -> Flux:
+        flux = plain(dtype)
+        quantize(flux)
+        return flux
+
+    given = peers.new_inputs(shape.read_config(), shape, CPU, torch.float32)
+    given["guidance"] = torch.full(
+        (1,), 4.0
+    )  # 1000 times 3.5 is rounded to 3504 in bfloat16, which is another question
+    steps = [partial(make, dtype) for make in (plain, narrow) for dtype in (torch.float32, torch.bfloat16)]
+    for form, make in zip(PLAIN + NARROW, [*steps, lambda: on_a_card(narrow(torch.bfloat16))], strict=True):
+        with torch.no_grad():
+            outputs[form] = make()(**given)  # one at a time, as they are large
+    lines = []
+    for form in PLAIN[1:] + NARROW:
+        far = [f"{100 * relative(outputs[form], outputs[w]):.2f} %" if form != w else "" for w in PLAIN]
+        lines.append([form, *far])
+    return [*table([f"random, {name}", *(f"velocity against {w}" for w in PLAIN)], lines), ""]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.benchmarks.quantize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--parts", nargs="+", choices=("bundled", *SHAPES), default=["bundled", *SHAPES])
+    parser.add_argument("--num", type=int, default=4, help="pictures of each grid")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="also write everything to this file")
+    args = parser.parse_args(argv)
+    text = ["# What fp8 loses", "", f"{machine(CPU)}.", ""]
+    print("\n".join(text))
+    for part in args.parts:
+        section = bundled(args.num, args.steps) if part == "bundled" else random(part)
+        print("\n".join(section), flush=True)
+        text += section
+    if args.out:
+        write_atomic(args.out, "\n".join(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
