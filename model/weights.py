@@ -199,4 +199,5 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read tensors of a checkpoint, those that stay onto the CPU."""
     at_home = [key for key in keys if stay and stay(key)]
-    return checkpoint.read(at_home, dtype) | checkpoint.read([key for key in keys if key not in at_home], dtype, device)
+    tensors = checkpoint.read([key for key in keys if key not in at_home], dtype, device)
+    return tensors | checkpoint.read(at_home, dtype) if at_home else tensors
