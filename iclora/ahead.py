@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .loader import Batch, Loader
 from .training import GUIDANCE, VALIDATION_TIMES, micro_batches, sample_step
 
-AHEAD = 16  # steps: at batch 4, 64 rows of 2.1 MB in FLUX.1-dev, and a pass costs a twentieth of what they take
+AHEAD = 16  # steps: at batch 4 these are 64 rows, of 2.1 MB in FLUX.1-dev
 
 
 def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank: int, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Compiled blocks: torch fuses what stands between the matrix products, which is a fifth of a step on a GPU.
+"""Compiled blocks: torch fuses what stands between the matrix products, a sixth of a 1024x1024 step on an H100.
 
 Each kind of block is one graph, whose weights are inputs, so that all blocks share it. Another size of picture makes a
 second graph, which knows no sizes, and all further ones share that. Conditioning stays outside: the compiler would keep

@@ -66,7 +66,7 @@ class Table(nn.Module):
             self.vecs = torch.cat(vecs if self.vecs is None else (self.vecs, *vecs))
 
     def pin(self) -> None:
-        """Lock the weights in the CPU's memory, from where a GPU reads them three times as fast."""
+        """Lock the weights in the CPU's memory, from where a GPU copies them without a detour."""
         for p in self.frozen[0].parameters():
             p.data = p.data.pin_memory()
 
@@ -131,10 +131,14 @@ class Tables:
         self.ran = True
         if not self.asked:
             return
-        for table in self.tables:
-            if self.passes == 1 and self.asked[0].is_cuda:
-                table.pin()  # locking takes longer than one pass gains: the first picture does not wait for it
-            table.extend(self.asked)
+        try:
+            for table in self.tables:
+                if self.passes == 1 and self.asked[0].is_cuda:
+                    table.pin()  # locking takes time as well, so that who makes one picture does not wait for it
+                table.extend(self.asked)
+        except BaseException:  # no memory, say: some tables have the rows now, others do not
+            self.clear()
+            raise
         self.asked, self.passes = [], self.passes + 1
 
 
@@ -149,5 +153,5 @@ def make_tables(flux: Flux) -> None:
             tables.append(Table(module, device))
             flux.set_submodule(name, tables[-1])
     flux.tables = Tables(tables)
-    first = next(iter([*flux.double_blocks, *flux.single_blocks]))
+    first, *_ = *flux.double_blocks, *flux.single_blocks
     first.register_forward_pre_hook(flux.tables.fill)

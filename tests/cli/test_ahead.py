@@ -83,18 +83,18 @@ CASES = {
     "all Linears": {},
     "no modulations": {"targets": "attn"},
     "the last layer's too": {"targets": "mod,final_layer.adaLN_modulation.1"},
-    "recomputed": {"checkpointing": True},
     "bfloat16": {"dtype": torch.bfloat16},
 }
 
 
-@pytest.mark.parametrize(("case", "isolate"), [*((case, False) for case in CASES), ("recomputed", True)])
+@pytest.mark.parametrize(("case", "isolate"), [*((case, False) for case in CASES), ("all Linears", True)])
 def test_a_training_with_tables_is_the_one_without_to_the_bit(case, isolate, monkeypatch):
     monkeypatch.setattr(ahead, "AHEAD", 4)
-    plain, tabled = adapted(False, **CASES[case]), adapted(True, **CASES[case])
+    more = {"checkpointing": isolate, **CASES[case]}  # whose backward pass looks rows up again
+    plain, tabled = adapted(False, **more), adapted(True, **more)
     (losses, weights), (tabled_losses, tabled_weights) = run(*plain, isolate=isolate), run(*tabled, isolate=isolate)
     assert tabled_losses == losses and torch.equal(tabled_weights, weights)
-    assert not torch.equal(weights, run(*adapted(False, **CASES[case]), steps=6, isolate=isolate)[1])
+    assert len({*losses}) == len(losses) == 7 + 2
     assert tabled[0].tables.passes == 2 + 1 + 1, "two for 7 steps, and each validation one"
 
 

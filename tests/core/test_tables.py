@@ -96,3 +96,19 @@ def test_rows_do_not_pile_up():
     for times, count in ((long, MOST_ROWS), (TIMES, MOST_ROWS + 2), (long[::2], MOST_ROWS // 2)):
         assert torch.equal(sample(tabled, times=times), sample(plain, times=times))
         assert tabled.tables.count == count == len(tabled.tables.tables[0].rows)
+
+
+def test_a_pass_that_fails_half_way_leaves_no_rows_behind(monkeypatch):
+    plain, tabled = network(), network()
+    make_tables(tabled)
+    assert torch.equal(sample(tabled), sample(plain))
+
+    def full(vecs):
+        raise MemoryError
+
+    monkeypatch.setattr(tabled.tables.tables[-1], "extend", full)
+    with pytest.raises(MemoryError):
+        sample(tabled, seed=3)
+    monkeypatch.undo()
+    for seed in (3, 2):
+        assert torch.equal(sample(tabled, seed=seed), sample(plain, seed=seed))
