@@ -10,8 +10,9 @@ from iclora.pipeline import Pipeline
 from iclora.plan import make_plan
 from model.compiled import compile_blocks
 from model.flux import Flux, FluxConfig
+from model.quantize import SCALED, SCALED_ROWS, Fp8Linear, dequantize, load_quantized, quantize_rows, scaled_product
 from model.tables import is_modulation, make_tables
-from model.weights import examples_folder, load_flux
+from model.weights import examples_folder, load_flux, open_checkpoint
 from sampling.denoise import denoise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -73,3 +74,32 @@ def test_compiled_blocks_stay_near_those_as_written():
     for tokens in (256, 576, 1024):
         want = sample(plain, tokens)
         assert (sample(compiled, tokens) - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("rows", [SCALED_ROWS, 1000])
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < SCALED, reason="has no float8")
+def test_a_card_multiplies_codes_as_the_cpu_does_compiled_too(rows):
+    codes, scale = quantize_rows(torch.randn(512, 256, device="cuda"))
+    linear = Fp8Linear(codes, scale, torch.randn(512, device="cuda").bfloat16())
+    x = torch.randn(2, rows // 2, 256, device="cuda").bfloat16().requires_grad_()
+    assert linear.scaled(x)
+    want = scaled_product(*(t.cpu() for t in (x.detach().flatten(0, 1), codes, scale, linear.bias))).view(
+        *x.shape[:2], -1
+    )
+    compiled = torch.compile(linear, fullgraph=True)  # which does not round the rows to bfloat16 before float8
+    for call, tolerance in ((linear, 5e-3), (compiled, 3e-2)):
+        out = call(x)
+        assert (out.cpu() - want).float().norm() / want.float().norm() < tolerance
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert far(grad, dequantize(codes, scale, torch.float32).sum(0)) < 2**-6 * 512**0.5
+
+
+def test_a_model_in_fp8_on_the_card_is_near_that_on_the_cpu():
+    golden = case("dev")
+    names = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
+    outs = []
+    for device in ("cpu", "cuda"):
+        flux = load_quantized(open_checkpoint(FLUX["dev"], "transformer"), device, torch.float32)
+        with torch.no_grad():
+            outs.append(flux(**{name: golden[name].to(device) for name in names}).cpu())
+    assert far(*outs) < 1e-4
