@@ -27,6 +27,7 @@ TIMES = ("logit-normal", "shifted", "uniform")
 REF_SIZES, COUNTS = (16, 2048), (1, 100_000)
 PLACE = {"path": True, "saved": False}  # where something lies, without influence on the result
 MODEL = {"path": True, "metavar": "NAME|PATH"}
+OFFLOAD = "stream the blocks from the CPU's memory, and read texts there: for small GPUs, slower"
 LORA = {"path": True, "metavar": "FILE[:STRENGTH]"}
 
 
@@ -138,6 +139,7 @@ class SampleConfig:
     fit: str = option("crop", "how pictures come to the panel size", choices=FIT_RULES)
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(None, "of the weights (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES)
+    offload: bool = option(False, OFFLOAD, saved=False)
     tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
     jobs: str | None = option(
@@ -240,6 +242,7 @@ class TrainConfig:
     dtype: str | None = option(
         None, "of the base; the LoRA's is float32 (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2]
     )
+    offload: bool = option(False, OFFLOAD, saved=False)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = option("runs/lora", "folder of the run, or a new one; a run found there goes on", metavar="DIR", **PLACE)
     config: str | None = option(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.lora import load_lora, merge
+from model.offload import offload
 from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
@@ -34,10 +35,13 @@ from sampling.latents import noise, pack, unpack
 
 from .config import ALONE, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
-from .memory import free_memory, stored_values
+from .memory import BIG, free_memory, stored_values
 from .plan import Note, Plan, Source, make_plan
 from .prompts import texts_of
 from .references import encode, image_ids
+
+if TYPE_CHECKING:
+    from .features import Read
 
 FAMILIAR = 23.4  # dB; the worst of 114 pictures of its own world comes back with 23.5, 18 of 29 photos with less
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -54,10 +58,14 @@ class Result:
 
 
 class Pipeline:
-    """The networks of one model, and the features of captions. note: is called with what is doubtful, in one line."""
+    """The networks of one model, and the features of captions.
 
-    def __init__(self, config: SampleConfig, note: Note = lambda line: None):
-        self.config, self.note = config, note
+    note: is called with what is doubtful, in one line
+    folder: where features that took large encoders are kept on disk, see features.py; None keeps none
+    """
+
+    def __init__(self, config: SampleConfig, note: Note = lambda line: None, folder: Path | None = None):
+        self.config, self.note, self.folder = config, note, folder
         self.texts: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.encoders: TextEncoders | None = None
         self.autoencoder: AutoEncoder | None = None
@@ -137,38 +145,60 @@ class Pipeline:
         if not plans:
             return
         files, config = plans[0].files, plans[0].config
+        device = "cpu" if config.offload else config.device
+        stored = None
+        if self.folder and 2 * stored_values(files.flux) > BIG:
+            from .features import Features  # small models do without
+
+            stored = Features(self.folder, plans[0], device)
+            plans = [plan for plan in plans if not self._take(plan, stored.find(plan))]
+        if not plans:
+            return
         short = 4 * stored_values(files.flux) > free_memory(config.device)  # bytes: the transformer's and as many more
         if short:
             self.flux = self.loaded = None
         if self.encoders is None:
-            self.encoders = load_text_encoders(files, config.device, getattr(torch, config.dtype))
+            self.encoders = load_text_encoders(files, device, getattr(torch, config.dtype))
         for plan in plans:
             length, layout = plan.defaults.text_length, plan.layout
             texts = texts_of(plan.caption, layout.rows, layout.cols, plan.text_mode)
-            for line in dict.fromkeys(line for text in texts for line in self.encoders.truncated(text, length)):
-                self.note(line)
+            lines = list(dict.fromkeys(line for text in texts for line in self.encoders.truncated(text, length)))
             if words := self.encoders.spelled(plan.caption):
-                self.note(f"{files.name} does not know {', '.join(words[:6])}, so do not expect to see that")
-            txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
-            check_widths(txt, vec, files.flux.config, files.name)
-            self.texts[text_key(plan)] = txt, vec
+                lines.append(f"{files.name} does not know {', '.join(words[:6])}, so do not expect to see that")
+            read = *encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode), lines
+            self._take(plan, read)
+            if stored:
+                stored.keep(plan, read)
         if short:
             self.encoders = None
             gc.collect()  # transformers' modules hold each other in cycles
             if config.device == "cuda":
                 torch.cuda.empty_cache()
 
+    def _take(self, plan: Plan, read: "Read | None") -> bool:
+        """Have a caption's features at hand, and tell what there is to tell. Returns whether there are any"""
+        if read:
+            txt, vec, lines = read
+            for line in lines:
+                self.note(line)
+            check_widths(txt, vec, plan.files.flux.config, plan.files.name)
+            self.texts[text_key(plan)] = txt.to(plan.config.device), vec.to(plan.config.device)
+        return read is not None
+
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
         wanted = [(lora.path, strength) for lora, strength in plan.loras]
         if self.loaded == wanted:
             return
-        self.flux = None
-        self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
+        self.flux, config = None, plan.config
+        gc.collect()  # blocks that stream refer to themselves
+        self.flux = load_flux(plan.files.flux, "cpu" if config.offload else config.device, getattr(torch, config.dtype))
         for lora, strength in plan.loras:
             self.note(str(load_lora(self.flux, lora, strength)))
         if plan.loras:
             merge(self.flux)
+        if config.offload:
+            offload(self.flux, config.device)
         self.loaded = wanted
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from model.flux import Flux
 from model.lora import shapes
 from model.lora_formats import LoraFile, check_shapes, read_lora
+from model.offload import check_offload
 from model.weights import ModelFiles, examples_folder, find_model
 from sampling.flow import times
 from sampling.images import fit, open_picture, picture_size, to_rgb
@@ -76,6 +77,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
         config = follow_loras(config, [lora for lora, _ in loras])
         config = follow_release(config, loras, note) if defaults.name == "dev" else config
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
+    check_offload(config.offload, config.device)
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
     if config.strength < 1:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from model.flux import Flux
 from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.lora_formats import LoraFile, read_lora
+from model.offload import check_offload, offload
 from model.position import grid_ids
 from model.weights import ModelFiles, find_model, load_flux
 from sampling.flow import interpolate, time_stretch
@@ -79,6 +80,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
         config = follow_loras(config, [init_lora])
     config, begun = as_begun(config, note)
     config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
+    check_offload(config.offload, config.device)
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
         board_writer()  # refuses what is not installed
@@ -123,8 +125,10 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     loader.encode(note, config.sample_prompt)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
-    flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
+    flux = load_flux(plan.files.flux, "cpu" if config.offload else config.device, getattr(torch, config.dtype))
     report = add_adapters(flux, config, plan.init_lora)
+    if config.offload:
+        offload(flux, config.device)
     if config.checkpointing:
         checkpoint_blocks(flux)
     state = new_state(trainable(flux), config.eps)
