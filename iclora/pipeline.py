@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -39,9 +39,6 @@ from .memory import BIG, free_memory, stored_values
 from .plan import Note, Plan, Source, make_plan
 from .prompts import texts_of
 from .references import encode, image_ids
-
-if TYPE_CHECKING:
-    from .features import Read
 
 FAMILIAR = 23.4  # dB; the worst of 114 pictures of its own world comes back with 23.5, 18 of 29 photos with less
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -146,44 +143,32 @@ class Pipeline:
             return
         files, config = plans[0].files, plans[0].config
         device = "cpu" if config.offload else config.device
-        stored = None
-        if self.folder and 2 * stored_values(files.flux) > BIG:
+        if large := self.folder and 2 * stored_values(files.flux) > BIG:
             from .features import Features  # small models do without
 
-            stored = Features(self.folder, plans[0], device)
-            plans = [plan for plan in plans if not self._take(plan, stored.find(plan))]
-        if not plans:
-            return
-        short = 4 * stored_values(files.flux) > free_memory(config.device)  # bytes: the transformer's and as many more
+            features = Features(self, plans[0], device)
+            plans = features.recall(plans)
+        short = plans and 4 * stored_values(files.flux) > free_memory(
+            config.device
+        )  # bytes: the transformer's and as many more
         if short:
             self.flux = self.loaded = None
-        if self.encoders is None:
+        if self.encoders is None and plans:
             self.encoders = load_text_encoders(files, device, getattr(torch, config.dtype))
         for plan in plans:
+            for line in doubts(self.encoders, plan):
+                self.note(line)
             length, layout = plan.defaults.text_length, plan.layout
-            texts = texts_of(plan.caption, layout.rows, layout.cols, plan.text_mode)
-            lines = list(dict.fromkeys(line for text in texts for line in self.encoders.truncated(text, length)))
-            if words := self.encoders.spelled(plan.caption):
-                lines.append(f"{files.name} does not know {', '.join(words[:6])}, so do not expect to see that")
-            read = *encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode), lines
-            self._take(plan, read)
-            if stored:
-                stored.keep(plan, read)
+            txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
+            check_widths(txt, vec, files.flux.config, files.name)
+            self.texts[text_key(plan)] = txt.to(config.device), vec.to(config.device)
+        if large:
+            features.keep(plans)
         if short:
             self.encoders = None
             gc.collect()  # transformers' modules hold each other in cycles
             if config.device == "cuda":
                 torch.cuda.empty_cache()
-
-    def _take(self, plan: Plan, read: "Read | None") -> bool:
-        """Have a caption's features at hand, and tell what there is to tell. Returns whether there are any"""
-        if read:
-            txt, vec, lines = read
-            for line in lines:
-                self.note(line)
-            check_widths(txt, vec, plan.files.flux.config, plan.files.name)
-            self.texts[text_key(plan)] = txt.to(plan.config.device), vec.to(plan.config.device)
-        return read is not None
 
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
@@ -205,6 +190,15 @@ class Pipeline:
 def text_key(plan: Plan) -> tuple[str, str, int, int]:
     """Tell captions apart by what is read of them."""
     return plan.caption, plan.text_mode, plan.layout.rows, plan.layout.cols
+
+
+def doubts(encoders: TextEncoders, plan: Plan) -> list[str]:
+    """Say in lines what of a caption the encoders do not read, or not as words."""
+    texts = texts_of(plan.caption, plan.layout.rows, plan.layout.cols, plan.text_mode)
+    lines = dict.fromkeys(line for text in texts for line in encoders.truncated(text, plan.defaults.text_length))
+    if words := encoders.spelled(plan.caption):
+        lines[f"{plan.files.name} does not know {', '.join(words[:6])}, so do not expect to see that"] = None
+    return list(lines)
 
 
 def encode_captions(
