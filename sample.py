@@ -41,7 +41,7 @@ def run(config: SampleConfig) -> None:
             raise ValueError(f"{source}: {error}" if source else str(error)) from None
     for line in dict.fromkeys(notes):
         note(line)
-    pipeline = Pipeline(config, note)
+    pipeline = Pipeline(config, note, folder / ".cache")
     sets = {}
     if config.jobs is not None:
         pipeline.read_captions(plans)

@@ -143,7 +143,7 @@ def latent_entry(
         return {"z": z, "spread": std}
 
     shape = (layout.rows, layout.cols, layout.panel_width, layout.panel_height)
-    key = _key(
+    key = hash_values(
         "latents", example.sha256, shape, rule, sorted(masked), autoencoder, concat, *(["spread"] if spread else [])
     )
     return Entry(key, f"entry of {example.name}", make)
@@ -163,7 +163,7 @@ def reference_entry(example: Example, number: int, long_side: int, autoencoder: 
         mean, spread = map(pack, encode_posterior(network, to_tensor(picture)))
         return {"mean": mean[0].float(), "spread": spread[0].float()}
 
-    key = _key("reference", example.reference_sha256[number], long_side, autoencoder)
+    key = hash_values("reference", example.reference_sha256[number], long_side, autoencoder)
     return Entry(key, f"references of {example.name}", make)
 
 
@@ -180,7 +180,7 @@ def text_entry(text: str, length: int | None, dtype: torch.dtype, encoders: str)
         txt, vec = network.encode([text], length)
         return {"txt": txt[0], "vec": vec[0]}
 
-    return Entry(_key("text", text, length, str(dtype), encoders), f"caption {text[:40]!a}", make)
+    return Entry(hash_values("text", text, length, str(dtype), encoders), f"caption {text[:40]!a}", make)
 
 
 def text_encoder_paths(files: ModelFiles) -> list[Path]:
@@ -191,7 +191,7 @@ def text_encoder_paths(files: ModelFiles) -> list[Path]:
     return [*shards, *(path for path in (*settings, *tokenizers) if path.is_file())]
 
 
-def _key(*values: object) -> str:
+def hash_values(*values: object) -> str:
     """Hash plain values; their JSON tells apart what text alone would run together."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 

@@ -27,6 +27,7 @@ TIMES = ("logit-normal", "shifted", "uniform")
 REF_SIZES, COUNTS = (16, 2048), (1, 100_000)
 PLACE = {"path": True, "saved": False}  # where something lies, without influence on the result
 MODEL = {"path": True, "metavar": "NAME|PATH"}
+OFFLOAD = "stream the blocks from the CPU's memory, and read texts there: for small GPUs, slower"
 LORA = {"path": True, "metavar": "FILE[:STRENGTH]"}
 
 
@@ -140,6 +141,7 @@ class SampleConfig:
     dtype: str | None = option(None, "of the weights (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES)
     quantize: str | None = option(None, "fp8: half the memory, slightly other pictures", choices=("fp8",))
     compile: bool = option(False, "compile the blocks: slow to start, then faster; other last bits")
+    offload: bool = option(False, OFFLOAD, saved=False)
     tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
     jobs: str | None = option(
@@ -244,6 +246,7 @@ class TrainConfig:
     )
     quantize: str | None = option(None, "fp8: half the memory, slightly other gradients", choices=("fp8",))
     compile: bool = option(False, "compile the blocks, as sample.py's")
+    offload: bool = option(False, OFFLOAD, saved=False)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = option("runs/lora", "folder of the run, or a new one; a run found there goes on", metavar="DIR", **PLACE)
     config: str | None = option(

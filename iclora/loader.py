@@ -111,8 +111,8 @@ class Loader:
         pairs = [(layout, example) for layout, examples in buckets.items() for example in examples]
         captions = [(e.caption, layout) for layout, e in pairs] + [(text, self.layouts[0]) for text in ("", *prompts)]
         texts = [entry for caption in captions for entry in self._texts(*caption)]
-        dtype = getattr(torch, config.dtype)
-        read = self.cache.fill(texts, partial(load_text_encoders, files, config.device, dtype), "encoding texts")
+        dtype, device = getattr(torch, config.dtype), "cpu" if config.offload else config.device
+        read = self.cache.fill(texts, partial(load_text_encoders, files, device, dtype), "encoding texts")
         check_widths(*self._read_texts([""], self.layouts[0])[:2], files.flux.config, files.name)
         pictures = [self._latents(e, layout, masked) for layout, e in pairs for masked in self.masks[layout]]
         pictures += [entry for _, example in pairs for entry in self._references(example)]

@@ -13,6 +13,7 @@ from model.quantize import quantized_bytes
 from .config import ALONE, SampleConfig, TrainConfig, model_defaults
 from .layout import MAX_TOKENS, Layout
 
+BIG = 2e9  # bytes of a transformer in bfloat16, from which on what is exact and saves memory or time is on
 TEXT = 512  # tokens, at most
 ACTIVATIONS = 40  # values held at once, a token and unit of width; 24 to 47 were measured on a CPU
 KEPT = 22  # such values that training keeps of every block; 15 to 25 were counted

@@ -33,7 +33,7 @@ from sampling.latents import noise, pack, unpack
 
 from .config import ALONE, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
-from .memory import free_memory, stored_values
+from .memory import BIG, free_memory, stored_values
 from .plan import Note, Plan, Source, make_plan
 from .prepare import load_transformer, prepare
 from .prompts import texts_of
@@ -54,10 +54,14 @@ class Result:
 
 
 class Pipeline:
-    """The networks of one model, and the features of captions. note: is called with what is doubtful, in one line."""
+    """The networks of one model, and the features of captions.
 
-    def __init__(self, config: SampleConfig, note: Note = lambda line: None):
-        self.config, self.note = config, note
+    note: is called with what is doubtful, in one line
+    folder: where features that took large encoders are kept on disk, see features.py; None keeps none
+    """
+
+    def __init__(self, config: SampleConfig, note: Note = lambda line: None, folder: Path | None = None):
+        self.config, self.note, self.folder = config, note, folder
         self.texts: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.encoders: TextEncoders | None = None
         self.autoencoder: AutoEncoder | None = None
@@ -138,21 +142,28 @@ class Pipeline:
         if not plans:
             return
         files, config = plans[0].files, plans[0].config
-        short = 4 * stored_values(files.flux) > free_memory(config.device)  # bytes: the transformer's and as many more
+        device = "cpu" if config.offload else config.device
+        if large := self.folder and 2 * stored_values(files.flux) > BIG:
+            from .features import Features  # small models do without
+
+            features = Features(self, plans[0], device)
+            plans = features.recall(plans)
+        short = plans and 4 * stored_values(files.flux) > free_memory(
+            config.device
+        )  # bytes: the transformer's and as many more
         if short:
             self.flux = self.loaded = None
-        if self.encoders is None:
-            self.encoders = load_text_encoders(files, config.device, getattr(torch, config.dtype))
+        if self.encoders is None and plans:
+            self.encoders = load_text_encoders(files, device, getattr(torch, config.dtype))
         for plan in plans:
-            length, layout = plan.defaults.text_length, plan.layout
-            texts = texts_of(plan.caption, layout.rows, layout.cols, plan.text_mode)
-            for line in dict.fromkeys(line for text in texts for line in self.encoders.truncated(text, length)):
+            for line in doubts(self.encoders, plan):
                 self.note(line)
-            if words := self.encoders.spelled(plan.caption):
-                self.note(f"{files.name} does not know {', '.join(words[:6])}, so do not expect to see that")
+            length, layout = plan.defaults.text_length, plan.layout
             txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
             check_widths(txt, vec, files.flux.config, files.name)
-            self.texts[text_key(plan)] = txt, vec
+            self.texts[text_key(plan)] = txt.to(config.device), vec.to(config.device)
+        if large:
+            features.keep(plans)
         if short:
             self.encoders = None
             gc.collect()  # transformers' modules hold each other in cycles
@@ -173,6 +184,15 @@ class Pipeline:
 def text_key(plan: Plan) -> tuple[str, str, int, int]:
     """Tell captions apart by what is read of them."""
     return plan.caption, plan.text_mode, plan.layout.rows, plan.layout.cols
+
+
+def doubts(encoders: TextEncoders, plan: Plan) -> list[str]:
+    """Say in lines what of a caption the encoders do not read, or not as words."""
+    texts = texts_of(plan.caption, plan.layout.rows, plan.layout.cols, plan.text_mode)
+    lines = dict.fromkeys(line for text in texts for line in encoders.truncated(text, plan.defaults.text_length))
+    if words := encoders.spelled(plan.caption):
+        lines[f"{plan.files.name} does not know {', '.join(words[:6])}, so do not expect to see that"] = None
+    return list(lines)
 
 
 def encode_captions(

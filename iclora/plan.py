@@ -14,6 +14,7 @@ from model.compiled import check_compiler
 from model.flux import Flux
 from model.lora import shapes
 from model.lora_formats import LoraFile, check_shapes, read_lora
+from model.offload import check_offload
 from model.weights import ModelFiles, examples_folder, find_model
 from sampling.flow import times
 from sampling.images import fit, open_picture, picture_size, to_rgb

@@ -25,6 +25,7 @@ from model.compiled import check_compiler
 from model.flux import Flux
 from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.lora_formats import LoraFile, read_lora
+from model.offload import check_offload, offload
 from model.position import grid_ids
 from model.weights import ModelFiles, find_model
 from sampling.flow import interpolate, time_stretch

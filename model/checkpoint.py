@@ -5,6 +5,7 @@ Nothing is ever unpickled, and every header is read once: it is carried in a Che
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from .autoencoder import AutoEncoderConfig
 from .flux import FluxConfig
 from .infer import infer_autoencoder_config, infer_flux_config
+from .loading import BIG, read_pieces
 
 PREFIX = "model.diffusion_model."  # on every name in some repackaged files
 MAX_JSON = 16_000_000  # bytes, of headers too; parsed, they take 27 times as much
@@ -129,6 +131,10 @@ class Checkpoint:
         Errors: KeyError for what is no float
         """
         tensors, ready = {}, [key for key in keys if FLOATS[self.tensors[key].dtype] is dtype]
+        others = keys if torch.device(device).type == "cuda" else {*keys} - {*ready}
+        if sum(math.prod(self.tensors[key].shape) for key in others) * dtype.itemsize > BIG:
+            tensors = read_pieces({key: self.tensors[key] for key in sorted(others)}, FLOATS, dtype, device)
+            keys = ready = [key for key in ready if key not in tensors]
         for group in [ready, *([key] for key in sorted({*keys} - {*ready}))]:  # one by one, as mapped pages count too
             for path in dict.fromkeys(self.tensors[key].path for key in group):
                 with safe_open(path, framework="pt") as file:

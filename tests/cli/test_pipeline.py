@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 import re
 import shutil
 import weakref
@@ -455,6 +456,46 @@ def test_a_caption_is_read_once_whatever_else_changes(counted, tmp_path):
     assert counted.calls == LOADED and len(networks.texts) == 1
     networks(**{**SMALL, "grid": "2x1"})
     assert len(networks.texts) == 2, "of another grid, as panels may read their own parts"
+
+
+def test_captions_of_large_models_are_read_once_whatever_process_asks(counted, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "BIG", 0)
+    captions = [PROMPT, "[IMAGE1] a quincunx, [IMAGE2] " + "a very long caption, " * 200]
+    plans, made, notes = [small(prompt=caption) for caption in captions], [], ([], [], [])
+    for told in notes[:2]:
+        networks = Pipeline(plans[0].config, told.append, tmp_path / ".cache")
+        networks.read_captions(plans)
+        made.append(networks.texts)
+    assert counted.calls == ["load_text_encoders", "encode", "encode"]
+    assert notes[0] == notes[1] and len(notes[0]) > 1, "what was told of a caption is told again"
+    for key, features in made[0].items():
+        assert all(torch.equal(*pair) for pair in zip(features, made[1][key], strict=True))
+    entry = next((tmp_path / ".cache").glob("*/*/*.safetensors"))
+    entry.write_bytes(entry.read_bytes()[:-1])  # damaged: read anew
+    Pipeline(plans[0].config, notes[2].append, tmp_path / ".cache").read_captions(plans)
+    assert len(counted.calls) == 5 and sorted(notes[2]) == sorted(notes[0])
+    half = small(dtype="bfloat16")
+    Pipeline(half.config, notes[2].append, tmp_path / ".cache").read_captions([half])
+    assert len(counted.calls) == 7, "another type gives other features"
+
+
+def test_features_that_were_not_used_for_longest_go_first(tmp_path, monkeypatch):
+    from iclora import features
+
+    monkeypatch.setattr(pipeline, "BIG", 0)
+    monkeypatch.setattr(features, "MOST", 2)
+    plans = [small(prompt=f"[IMAGE1] a {word}, [IMAGE2] it") for word in ("cat", "dog", "fox")]
+    for number in (0, 1, 0, 2):
+        Pipeline(plans[0].config, folder=tmp_path).read_captions([plans[number]])
+        for path in tmp_path.glob("*/*/*.safetensors"):
+            os.utime(path, (path.stat().st_mtime - 10,) * 2)  # each request lies ten seconds behind the next
+    kept = features.Features(Pipeline(plans[0].config, folder=tmp_path), plans[0], "cpu")
+    assert [plan in kept.recall(plans) for plan in plans] == [False, True, False]
+
+
+def test_small_models_keep_no_captions_on_disk(tmp_path):
+    Pipeline(SampleConfig(), folder=tmp_path / ".cache").read_captions([small()])
+    assert not (tmp_path / ".cache").exists()
 
 
 def test_another_lora_loads_the_transformer_alone_and_the_same_one_nothing(counted, tmp_path):

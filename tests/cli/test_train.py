@@ -59,7 +59,7 @@ FLAGS = (
     "--data --method --stage --grid --preset --model --rank --targets --init-lora --lora-init --condition --concat "
     "--text --ref-size --offset --offset-scale --posterior --target-posterior --reference-attention --steps --batch "
     "--accumulate --lr --eps --warmup --decay --ema --dropout --times --panel-size --composite-size --fit --holdout "
-    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --quantize --compile "
+    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --quantize --compile --offload "
     "--tensorboard --out --config"
 )
 KEPT = (
