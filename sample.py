@@ -28,6 +28,7 @@ def run(config: SampleConfig) -> None:
     check_folder(folder)
     from tqdm import tqdm
 
+    from iclora.memory import fit_plans
     from iclora.pipeline import Pipeline
     from iclora.plan import Plan, make_plan
     from iclora.record import compare, describe, save, save_sheet
@@ -41,6 +42,11 @@ def run(config: SampleConfig) -> None:
             raise ValueError(f"{source}: {error}" if source else str(error)) from None
     for line in dict.fromkeys(notes):
         note(line)
+    plans = fit_plans(plans)
+    if plans[0].fit:
+        (print if config.dry_run else note)(str(plans[0].fit))
+    if config.dry_run:
+        return
     pipeline = Pipeline(config, note)
     sets = {}
     if config.jobs is not None:

@@ -136,13 +136,14 @@ def typed(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
     source: what the JSON is called, for messages
     Errors: ValueError naming the option, its value and what is right
     """
-    types, defaults = _types(kind), {field.name: field.default for field in fields(kind)}
+    types = _types(kind)
+    others = {f.name: (*f.metadata.get("words", ()), *[None] * (f.default is None)) for f in fields(kind)}
     for name, value in values.items():
         if name not in types:
             raise ValueError(
                 f"{source} sets {ascii(name[:40])}, which is unknown; {nearest(name, types)}remove it there"
             )
-        if not (value is None and defaults[name] is None) and not _is(value, types[name]):
+        if value not in others[name] and not _is(value, types[name]):
             shown = ascii(str(value)[:40])
             raise ValueError(f"{source} sets {name} to {shown}, which is not {TYPES[types[name]]}; correct it there")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -205,6 +206,19 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; see --help")
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """--name, --no-name, or --name auto."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.nargs, self.choices, self.metavar = "?", ("auto",), "auto"
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string.startswith("--no-") and values:
+            parser.error(f"{option_string} {values} says two things; leave one out")
+        setattr(namespace, self.dest, values or not option_string.startswith("--no-"))
+
+
 def _parse_flags(kind: type, argv: Sequence[str] | None, description: str, program: str | None) -> dict[str, Any]:
     """Read the flags that stand on the command line, and no defaults."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -217,7 +231,7 @@ def _parse_flags(kind: type, argv: Sequence[str] | None, description: str, progr
     for field in fields(kind):
         settings = dict(actions.get(types[field.name], {}))
         if types[field.name] is bool and field.default is None:
-            settings["action"] = argparse.BooleanOptionalAction
+            settings["action"] = _Switch
         if types[field.name] is not bool:
             settings["metavar"] = _metavar(field, types[field.name])
         parser.add_argument(flag(field.name), help=_help(field), default=argparse.SUPPRESS, **settings)
@@ -243,8 +257,8 @@ def _types(kind: type) -> dict[str, type]:
 
 def _from_text(name: str, kind: type, value: Any) -> Any:
     """Turn what was typed into the type of its field."""
-    if kind is tuple:
-        return tuple(value)
+    if kind in (tuple, bool):
+        return tuple(value) if kind is tuple else value
     value = "--" if value == [] else value  # which argparse drops, as in --rank=--
     try:
         return kind(value)

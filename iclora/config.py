@@ -28,6 +28,9 @@ REF_SIZES, COUNTS = (16, 2048), (1, 100_000)
 PLACE = {"path": True, "saved": False}  # where something lies, without influence on the result
 MODEL = {"path": True, "metavar": "NAME|PATH"}
 LORA = {"path": True, "metavar": "FILE[:STRENGTH]"}
+CARD = {"metavar": "GB", "valid": (0.001, 10_000), "saved": False}
+VRAM = "memory of a card to fit into, by whatever it takes (default: what the device has free)"
+DRY_RUN = "print what fits, and the memory it takes, and stop"
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -35,8 +38,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
     help: one line for --help; the default is added to it unless that is None, False or empty
     metadata: metavar, which stands for the value in --help; choices, the valid texts; valid, (least, most) of a
-        number; path=True if it says where something lies, which is kept out of pictures; saved=False if it has no
-        influence on the result and is not replayed
+        number; words, other than yes and no; path=True if it says where something lies, which is kept out of
+        pictures; saved=False if it has no influence on the result and is not replayed
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -148,6 +151,8 @@ class SampleConfig:
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(None, "of the weights (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES)
     tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
+    vram: float | None = option(None, VRAM, **CARD)
+    dry_run: bool = option(False, DRY_RUN, saved=False)
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
     jobs: str | None = option(
         None, "many requests: rows of options over those given here, UNO's .json or DreamBench", metavar="LIST", **PLACE
@@ -263,12 +268,16 @@ class TrainConfig:
     save_every: int = option(250, "steps between checkpoints", valid=(1, 10_000_000))
     sample_every: int = option(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
     sample_prompt: tuple[str, ...] = option((), "a text of your own that every sheet shows, or several", metavar="TEXT")
-    checkpointing: bool | None = option(None, "less memory, a third slower (default: yes; tiny no)")
+    checkpointing: "bool | str | None" = option(
+        None, "less memory, a third slower; auto: for as few blocks as fit (default: yes; tiny no)", words=("auto",)
+    )
     seed: int = option(0, "of everything that is drawn", valid=(0, LAST_SEED))
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(
         None, "of the base; the LoRA's is float32 (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2]
     )
+    vram: float | None = option(None, VRAM, **CARD)
+    dry_run: bool = option(False, DRY_RUN, saved=False)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = option("runs/lora", "folder of the run, or a new one; a run found there goes on", metavar="DIR", **PLACE)
     config: str | None = option(

@@ -34,7 +34,7 @@ from sampling.latents import noise, pack, unpack
 
 from .config import ALONE, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
-from .memory import free_memory, stored_values
+from .memory import fit_plans, free_memory, stored_values
 from .plan import Note, Plan, Source, make_plan
 from .prompts import texts_of
 from .references import encode, image_ids
@@ -95,6 +95,7 @@ class Pipeline:
 
         progress: called after every step
         """
+        (plan,) = fit_plans([plan])
         config, layout, seconds = plan.config, plan.layout, {}
         with timed(seconds, "text"):
             self.read_captions([plan])

@@ -57,6 +57,7 @@ class Plan:
     condition: str  # as a LoRA was trained: "clean" feeds kept panels clean, "none" noised
     concat: str  # "pixels" or "tokens", see iclora.layout.encode_by_panel
     text_mode: str  # "joint" or "panel", see iclora.prompts.texts_of
+    fit: object = None  # how it fits into memory, an iclora.cards.Fit; None is plainly
 
 
 def make_plan(config: SampleConfig, note: Note) -> Plan:
@@ -91,9 +92,8 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     layout, references = read_references(config, layout, files) if config.ref else (layout, ())
     if modes["text"] == "panel":
         if references:
-            raise ValueError(
-                "a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out"
-            )
+            told = "a LoRA of --lora gives each panel its own text, which says nothing of --ref; leave one out"
+            raise ValueError(told)
         texts_of(caption, layout.rows, layout.cols, "panel")  # refuses a caption that cannot be taken apart
     return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes.values())
 

@@ -54,7 +54,7 @@ class TrainingPlan:
     config: with nothing left undecided
     fingerprint: of what is learnt from, see iclora.loader.fingerprints
     train_on: the command that trains on from the run's LoRA, in a run of its own
-    checkpoint: what the run goes on from; None where it begins
+    checkpoint: what the run goes on from; None where it begins. fit: how it fits, from check_training_memory
     """
 
     config: TrainConfig
@@ -65,6 +65,7 @@ class TrainingPlan:
     fingerprint: dict[str, str]
     train_on: str
     checkpoint: Path | None
+    fit: object
 
 
 def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingPlan:
@@ -89,10 +90,10 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     examples = load(config.data, config.grid and parse_grid(config.grid), note, config.method)
     count = sum(p.numel() for p in trainable(flux))
     layouts = bucket(examples, sizes, defaults.long_sides(config.ref_size))
-    check_training_memory(config, layouts, files.flux, count, world_size)
+    fit = check_training_memory(config, layouts, files, count, world_size)
     fingerprint = fingerprints(examples, files, init_lora)
     refuse_other_run(begun, config, fingerprint, command, new_state(trainable(flux)))
-    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun)
+    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun, fit)
 
 
 def board_writer() -> type:
@@ -126,7 +127,7 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
     report = add_adapters(flux, config, plan.init_lora)
     if config.checkpointing:
-        checkpoint_blocks(flux)
+        checkpoint_blocks(flux, plan.fit and plan.fit.checkpointing)
     state = new_state(trainable(flux), config.eps)
     if plan.checkpoint:
         load_checkpoint(path, state, note)
@@ -168,9 +169,9 @@ def add_adapters(flux: Flux, config: TrainConfig, init_lora: LoraFile | None) ->
     return report
 
 
-def checkpoint_blocks(flux: Flux) -> None:
-    """Recompute every block in the backward pass instead of keeping what it computed."""
-    for block in (*flux.double_blocks, *flux.single_blocks):
+def checkpoint_blocks(flux: Flux, count: int | None = None) -> None:
+    """Recompute the first blocks, or all, in the backward pass instead of keeping what they computed."""
+    for block in [*flux.double_blocks, *flux.single_blocks][:count]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
