@@ -50,7 +50,7 @@ def run(config: TrainConfig) -> None:
     tell = note if rank == 0 else lambda line: None
     plan = plan_training(config, world_size, tell)
     if plan.fit and rank == 0:
-        (print if config.dry_run else note)(str(plan.fit))
+        print(plan.fit) if config.dry_run else note(plan.fit.line)
     if config.dry_run:
         return
     with lost_process_is_one_line(), only_run(Path(config.out)) if rank == 0 else contextlib.nullcontext():

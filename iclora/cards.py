@@ -33,6 +33,7 @@ from .flops import count_flops, count_tokens
 from .layout import MAX_TOKENS, Layout
 from .sizes import BIG, COPIES, DECODE, ENCODE, TEXT_WORK, TILE, Weights, forward_bytes, read_weights, step_bytes
 
+ROWS = 128  # steps whose tables are kept, in case a caption comes again
 DRAWS = 16  # steps of training whose tables are there at a time
 RESERVE = 0.04  # of a card: CUDA's own, and gaps that no tensor fits into
 RATE, LINK = 100e12, 20e9  # FLOP/s of a middling card and bytes/s of its slot, to guess what offload costs
@@ -77,6 +78,12 @@ class Fit:
         }
         return ", ".join(word for word, used in words.items() if used) or "nothing special"
 
+    @property
+    def line(self) -> str:
+        """Write the plan in a line."""
+        used = f"{self.peak / 1e9:.3g} of {self.budget / 1e9:.3g} GB"
+        return f"{self.tokens} tokens at once take about {used}, with {self.techniques}"
+
     def __str__(self) -> str:
         """Write the plan as a table."""
         rows = [*self.parts.items(), *((f"peak of {name}", size) for name, size in self.phases.items())]
@@ -114,18 +121,20 @@ def fit_sampling(plans: Sequence[Any], free: int) -> Fit:
     free: bytes that the device has, unless --vram says it
     Errors: ValueError with what the smallest setting needs, if none fits
     """
-    config, files, flux, works = plans[0].config, plans[0].files, plans[0].files.flux.config, []
+    config, files, works = plans[0].config, plans[0].files, []
+    flux, dtype = files.flux.config, getattr(torch, config.dtype)
     for plan in plans:
         layout, masked = plan.layout, plan.text_mode == "panel"
         text = (plan.defaults.text_length or SHORT) * (layout.panels if masked else 1)
         tokens = count_tokens(text, layout, plan.config.reference_attention)
-        size = forward_bytes(flux, getattr(torch, config.dtype), tokens, masked)
+        size = forward_bytes(flux, dtype, tokens, masked)
         flops = count_flops(flux, 1, tokens).forward
         works.append((len(tokens), flops, size, plan.config.steps, layout.width * layout.height))
     tokens, flops, sizes, steps, pixels = zip(*works, strict=True)
     held = max(sizes)
-    work = Work(max(tokens), min(flops), lambda again: held, 0, max(steps), max(pixels), bool(plans[0].loras))
-    return fit(config, files, work, free)
+    rows = max(max(steps), min(ROWS, sum(steps)))
+    work = Work(max(tokens), min(flops), lambda again: held, 0, rows, max(pixels), bool(plans[0].loras))
+    return fit(config, flux, read_weights(files, dtype), work, free)
 
 
 def share_fit(plans: Sequence[Any], free: int) -> list[Any]:
@@ -158,10 +167,11 @@ def fit_training(
     flops = count_flops(flux, share, sizes[0]).step
     pixels = max(layout.width * layout.height for layout in layouts)
     fixed = 4 * COPIES * trained + cast
-    return fit(config, files, Work(len(sizes[-1]), flops, held, fixed, DRAWS, pixels, False), free)
+    work = Work(len(sizes[-1]), flops, held, fixed, DRAWS, pixels, False)
+    return fit(config, flux, read_weights(files, dtype), work, free)
 
 
-def fit(config: SampleConfig | TrainConfig, files: ModelFiles, work: Work, free: int) -> Fit:
+def fit(config: SampleConfig | TrainConfig, flux: FluxConfig, weights: Weights, work: Work, free: int) -> Fit:
     """Choose the first setting that fits.
 
     config: with nothing left undecided
@@ -173,9 +183,8 @@ def fit(config: SampleConfig | TrainConfig, files: ModelFiles, work: Work, free:
     training, device = isinstance(config, TrainConfig), "cuda" if config.vram else config.device
     own = torch.cuda.memory_reserved() if device == "cuda" and not config.vram else 0  # of networks that are there
     budget = (config.vram * 1e9 if config.vram else free + own) * (1 - RESERVE)
-    weights, best = read_weights(files, getattr(torch, config.dtype)), None
-    text_on_cpu = weights.text * (1 + TEXT_WORK) > budget
-    for choice in settings(config, files.flux.config, weights.transformer > BIG, device):
+    text_on_cpu, best = weights.text * (1 + TEXT_WORK) > budget, None
+    for choice in settings(config, flux, weights.transformer > BIG, device):
         choice = replace(choice, text_on_cpu=text_on_cpu, budget=budget)
         choice = replace(choice, load_on_cpu=device == "cuda" and loading(choice, work, weights, training) > budget)
         choice = measured(choice, work, weights, device, training)

@@ -16,9 +16,10 @@ from model.weights import ModelFiles, open_checkpoint
 
 from .flops import Tokens
 
-# Values held at once, a token and unit of width, by the bytes of one: in a forward, and beside what training keeps
+# Values held at once, a token and unit of width, by the bytes of one: in a forward; and, beside what training keeps,
+# at work on a double and on a single block
 ACTIVATIONS = {2: 18.6, 4: 16.0}
-STEP = {2: 10.7, 4: 13.5}
+STEP = {2: (7.5, 10.2), 4: (7.2, 13.1)}
 # Values that training keeps of a double and of a single block, and where only attention is trained
 KEPT = {2: (25.8, 23.4), 4: (24.1, 19.1)}
 KEPT_ATTENTION = {2: (16.4, 21.2), 4: (15.1, 17.1)}
@@ -64,8 +65,14 @@ class Weights:
 
 def read_weights(files: ModelFiles, dtype: torch.dtype) -> Weights:
     """Add up the headers of a model. dtype: of transformer and text encoders; the autoencoder is float32"""
+    encoders = open_checkpoint(files.t5, "t5"), open_checkpoint(files.clip, "clip")
+    return weigh(files.flux, files.autoencoder, sum(stored_bytes(encoder, dtype) for encoder in encoders), dtype)
+
+
+def weigh(flux: Checkpoint, autoencoder: Checkpoint, text: int, dtype: torch.dtype) -> Weights:
+    """Add up headers. text: bytes of the text encoders; dtype: of the transformer"""
     sums, blocks, rows, largest = dict.fromkeys(("modulation", "linears", "rest"), 0), {}, 0, 0
-    for name, stored in files.flux.tensors.items():
+    for name, stored in flux.tensors.items():
         values, matrix = math.prod(stored.shape), len(stored.shape) == 2
         kind = "modulation" if MODULATION.search(name) else "linears" if "_blocks." in name else "rest"
         sums[kind] += dtype.itemsize * values
@@ -75,13 +82,9 @@ def read_weights(files: ModelFiles, dtype: torch.dtype) -> Weights:
             own[0] += dtype.itemsize * values
             own[1] += values + 4 * stored.shape[0] if matrix else dtype.itemsize * values  # rows have a scale each
     plain, fp8 = zip(*blocks.values(), strict=True)
-    encoders = open_checkpoint(files.t5, "t5"), open_checkpoint(files.clip, "clip")
-    text = sum(stored_bytes(encoder, dtype) for encoder in encoders)
     of_blocks = {"block": max(plain), "fp8": sum(fp8), "block_fp8": max(fp8), "merged": 8 * largest}
-    autoencoder, channels = stored_bytes(files.autoencoder, torch.float32), files.autoencoder.config.ch
-    return Weights(
-        **sums, **of_blocks, tables=dtype.itemsize * rows, text=text, autoencoder=autoencoder, channels=channels
-    )
+    of_autoencoder = {"autoencoder": stored_bytes(autoencoder, torch.float32), "channels": autoencoder.config.ch}
+    return Weights(**sums, **of_blocks, **of_autoencoder, tables=dtype.itemsize * rows, text=text)
 
 
 def stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -111,6 +114,8 @@ def step_bytes(
     size, kept = dtype.itemsize, (KEPT_ATTENTION if targets in ADAPTERS else KEPT)[dtype.itemsize]
     double, single = (values + ADAPTERS.get(targets, 6) * rank / flux.hidden_size for values in kept)
     each = [double] * flux.depth + [single] * flux.depth_single_blocks
-    values = again * INPUT + max(sum(each[again:]), max(each[:again], default=0.0)) + STEP[size]
+    work = [STEP[size][0]] * flux.depth + [STEP[size][1]] * flux.depth_single_blocks
+    redone = [one + more for one, more in zip(each, work, strict=True)][:again]
+    values = again * INPUT + max(sum(each[again:]) + work[-1], *redone, 0.0)
     alone = ALONE_KEPT[again > 0] * len(each) * tokens.refs * tokens.alone
     return size * flux.hidden_size * examples * (values * len(tokens) + alone)

@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: equal weights under other names, medians, taking turns, memory. No peer is needed."""
 
 import itertools
+import json
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lab.benchmarks import flux as cards
 from lab.benchmarks import peers, rounds, speed
 from model import lora
 
@@ -330,3 +332,39 @@ def test_only_the_benchmarks_ask_for_the_peers():
     assert not names("requirements.txt") & {"diffusers", "fluxbfl", "peft", "accelerate"}
     sources = itertools.chain.from_iterable((ROOT / folder).rglob("*.py") for folder in ("model", "sampling", "iclora"))
     assert not [path for path in sources if "fluxbfl" in path.read_text()]
+
+
+# a large model on a card
+
+
+def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        cards, "take_turns", lambda calls, *_, **more: {name: [call() is None or 1.0] for name, call in calls.items()}
+    )
+    monkeypatch.setitem(cards.TECHNIQUES, "offload", ("model.nowhere", "offload"))
+    command = [
+        "--size",
+        "small",
+        "--device",
+        "cpu",
+        "--ways",
+        "eager",
+        "tables, offload",
+        "--out",
+        str(tmp_path / "rows"),
+    ]
+    parts = ["--parts", "ceiling", "steps", "training", "budgets", "loading"]
+    assert cards.main([*command, *parts]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert {row["what"] for row in rows} == {"matrix product", "forward", "training step", "picture", "loading"}
+    why = {row["way"]: row["not available"] for row in rows if "not available" in row}
+    assert "is not available" in why["tables, offload"] and why["transformer"] == "no --model was given"
+    assert "0.01 is too little" in why["0.01 GB"]
+    for row in rows:
+        if row["what"] in ("forward", "training step") and "peak GB" in row:
+            assert 0.3 < row["predicted GB"] / row["peak GB"] < 2 and row["tflops"] > 0  # at this width norms count
+    table = capsys.readouterr().out
+    assert table.count("\n") == len(rows) + 2
+    assert cards.main([*command, *parts]) == 0
+    assert capsys.readouterr().out == table, "nothing is measured again"
+    assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)
