@@ -6,8 +6,10 @@ python sample.py --mask 2,4 --panels a.png b.png --panel-prompt "..." "..." "...
 python sample.py --ref cat.png --ref robot.png --prompt "a cat beside a robot"        with subjects of references
 python sample.py --config out/0001.json                     the same picture again
 python sample.py --jobs jobs.jsonl                          many requests, the model loaded once
+torchrun --nproc-per-node 2 -- sample.py --jobs jobs.jsonl    shared by two processes
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def run(config: SampleConfig) -> None:
     check_folder(folder)
     from tqdm import tqdm
 
+    from iclora.memory import fit_plans
     from iclora.pipeline import Pipeline
     from iclora.plan import Plan, make_plan
     from iclora.record import compare, describe, save, save_sheet
@@ -39,9 +42,21 @@ def run(config: SampleConfig) -> None:
             plans.append(make_plan(request, notes.append))  # a mistake is one line, without notes before it
         except ValueError as error:
             raise ValueError(f"{source}: {error}" if source else str(error)) from None
-    for line in dict.fromkeys(notes):
-        note(line)
-    pipeline = Pipeline(config, note, folder / ".cache")
+    plans = fit_plans(plans)
+    if os.environ.get("RANK", "0") == "0":  # of processes that torchrun has started
+        for line in dict.fromkeys(notes):
+            note(line)
+        if plans[0].fit:
+            print(plans[0].fit) if config.dry_run else note(plans[0].fit.line)
+    if config.dry_run:
+        return
+    if plans[0].fit:
+        from iclora.features import CachingPipeline as Pipeline
+    pipeline = Pipeline(config, note)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from iclora.shards import make_share
+
+        return print(*make_share(pipeline, plans), sep="\n")
     sets = {}
     if config.jobs is not None:
         pipeline.read_captions(plans)

@@ -49,6 +49,10 @@ def run(config: TrainConfig) -> None:
     rank, world_size = processes()
     tell = note if rank == 0 else lambda line: None
     plan = plan_training(config, world_size, tell)
+    if plan.fit and rank == 0:
+        print(plan.fit) if config.dry_run else note(plan.fit.line)
+    if config.dry_run:
+        return
     with lost_process_is_one_line(), only_run(Path(config.out)) if rank == 0 else contextlib.nullcontext():
         loader, flux, state = start_training(plan, rank, world_size, tell)
         with Monitor(plan, loader, flux, state, note) if rank == 0 else contextlib.nullcontext() as monitor:

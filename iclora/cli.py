@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from .config import flag
+from .config import SHARED, flag
 from .lists import read_rows
 from .prompts import nearest
 
@@ -136,13 +136,14 @@ def typed(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
     source: what the JSON is called, for messages
     Errors: ValueError naming the option, its value and what is right
     """
-    types, defaults = _types(kind), {field.name: field.default for field in fields(kind)}
+    types = _types(kind)
+    others = {f.name: (*f.metadata.get("words", ()), *[None] * (f.default is None)) for f in fields(kind)}
     for name, value in values.items():
         if name not in types:
             raise ValueError(
                 f"{source} sets {ascii(name[:40])}, which is unknown; {nearest(name, types)}remove it there"
             )
-        if not (value is None and defaults[name] is None) and not _is(value, types[name]):
+        if value not in others[name] and not _is(value, types[name]):
             shown = ascii(str(value)[:40])
             raise ValueError(f"{source} sets {name} to {shown}, which is not {TYPES[types[name]]}; correct it there")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -156,7 +157,7 @@ def read_jobs(config: Config) -> dict[str, Config]:
     """
     jobs = {}
     for source, row in read_rows(Path(config.jobs)).items():
-        if shared := row.keys() & {"model", "device", "dtype", "quantize", "compile", "out", "jobs", "config"}:
+        if shared := row.keys() & {*SHARED, "out", "jobs", "config"}:
             raise ValueError(f"{source} sets {min(shared)}, which holds for the whole job; give {flag(min(shared))}")
         options = typed(type(config), row, source)
         try:
@@ -205,6 +206,19 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; see --help")
 
 
+class _Switch(argparse.BooleanOptionalAction):
+    """--name, --no-name, or --name auto."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.nargs, self.choices, self.metavar = "?", ("auto",), "auto"
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string.startswith("--no-") and values:
+            parser.error(f"{option_string} {values} says two things; leave one out")
+        setattr(namespace, self.dest, values or not option_string.startswith("--no-"))
+
+
 def _parse_flags(kind: type, argv: Sequence[str] | None, description: str, program: str | None) -> dict[str, Any]:
     """Read the flags that stand on the command line, and no defaults."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -217,7 +231,7 @@ def _parse_flags(kind: type, argv: Sequence[str] | None, description: str, progr
     for field in fields(kind):
         settings = dict(actions.get(types[field.name], {}))
         if types[field.name] is bool and field.default is None:
-            settings["action"] = argparse.BooleanOptionalAction
+            settings["action"] = _Switch
         if types[field.name] is not bool:
             settings["metavar"] = _metavar(field, types[field.name])
         parser.add_argument(flag(field.name), help=_help(field), default=argparse.SUPPRESS, **settings)
@@ -243,8 +257,8 @@ def _types(kind: type) -> dict[str, type]:
 
 def _from_text(name: str, kind: type, value: Any) -> Any:
     """Turn what was typed into the type of its field."""
-    if kind is tuple:
-        return tuple(value)
+    if kind in (tuple, bool):
+        return tuple(value) if kind is tuple else value
     value = "--" if value == [] else value  # which argparse drops, as in --rank=--
     try:
         return kind(value)

@@ -27,8 +27,12 @@ TIMES = ("logit-normal", "shifted", "uniform")
 REF_SIZES, COUNTS = (16, 2048), (1, 100_000)
 PLACE = {"path": True, "saved": False}  # where something lies, without influence on the result
 MODEL = {"path": True, "metavar": "NAME|PATH"}
-OFFLOAD = "stream the blocks from the CPU's memory, and read texts there: for small GPUs, slower"
+OFFLOAD = "stream the blocks from the CPU's memory: for small GPUs, exact and slower"
 LORA = {"path": True, "metavar": "FILE[:STRENGTH]"}
+CARD = {"metavar": "GB", "valid": (0.001, 10_000), "saved": False}
+VRAM = "memory of a card to fit into, by whatever it takes (default: what the device has free)"
+DRY_RUN = "print what fits, and the memory it takes, and stop"
+SHARED = {"model", "device", "dtype", "quantize", "compile", "offload", "vram", "dry_run"}  # by all requests of a job
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -36,8 +40,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
     help: one line for --help; the default is added to it unless that is None, False or empty
     metadata: metavar, which stands for the value in --help; choices, the valid texts; valid, (least, most) of a
-        number; path=True if it says where something lies, which is kept out of pictures; saved=False if it has no
-        influence on the result and is not replayed
+        number; words, other than yes and no; path=True if it says where something lies, which is kept out of
+        pictures; saved=False if it has no influence on the result and is not replayed
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -143,6 +147,8 @@ class SampleConfig:
     compile: bool = option(False, "compile the blocks: slow to start, then faster; other last bits")
     offload: bool = option(False, OFFLOAD, saved=False)
     tile: bool = option(False, "decode in overlapping tiles: less memory, slightly other pixels")
+    vram: float | None = option(None, VRAM, **CARD)
+    dry_run: bool = option(False, DRY_RUN, saved=False)
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
     jobs: str | None = option(
         None, "many requests: rows of options over those given here, UNO's .json or DreamBench", metavar="LIST", **PLACE
@@ -238,7 +244,9 @@ class TrainConfig:
     save_every: int = option(250, "steps between checkpoints", valid=(1, 10_000_000))
     sample_every: int = option(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
     sample_prompt: tuple[str, ...] = option((), "a text of your own that every sheet shows, or several", metavar="TEXT")
-    checkpointing: bool | None = option(None, "less memory, a third slower (default: yes; tiny no)")
+    checkpointing: "bool | str | None" = option(
+        None, "less memory, a third slower; auto: for as few blocks as fit (default: yes; tiny no)", words=("auto",)
+    )
     seed: int = option(0, "of everything that is drawn", valid=(0, LAST_SEED))
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(
@@ -247,6 +255,8 @@ class TrainConfig:
     quantize: str | None = option(None, "fp8: half the memory, slightly other gradients", choices=("fp8",))
     compile: bool = option(False, "compile the blocks, as sample.py's")
     offload: bool = option(False, OFFLOAD, saved=False)
+    vram: float | None = option(None, VRAM, **CARD)
+    dry_run: bool = option(False, DRY_RUN, saved=False)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = option("runs/lora", "folder of the run, or a new one; a run found there goes on", metavar="DIR", **PLACE)
     config: str | None = option(

@@ -7,62 +7,56 @@ when they are encoded together may differ from that in the last bits, and here n
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.checkpoint import fingerprint
-from model.text import check_widths
 
 from .cache import Cache, hash_values, text_encoder_paths
+from .memory import stored_values
 from .pipeline import Pipeline, doubts, text_key
 from .plan import Plan
+from .sizes import BIG
 
 MOST = 200  # captions
 
 
-class Features:
-    """What a pipeline's encoders made of captions, by all that it depends on.
+class CachingPipeline(Pipeline):
+    """A pipeline that keeps what large encoders made of captions, beside its pictures; as Pipeline else."""
 
-    plan: one of those to come, which all have the same encoders
-    device: that these run on
-    """
+    def __init__(self, *settings: Any):
+        super().__init__(*settings)
+        self.cache, self.encoders_mark = Cache(Path(self.config.out) / ".cache"), ""
 
-    def __init__(self, pipeline: Pipeline, plan: Plan, device: str):
-        self.pipeline, self.cache = pipeline, Cache(pipeline.folder)
-        encoders = fingerprint(text_encoder_paths(plan.files), dated=True)
-        self.depends = (plan.defaults.text_length, device, plan.config.dtype, encoders)
-
-    def recall(self, plans: Sequence[Plan]) -> list[Plan]:
-        """Hand the pipeline what is there, and tell again what was told of it. Returns plans whose captions are new"""
-        new = []
-        for plan in plans:
-            if (tensors := self.cache.get(self._key(plan))) is None:
-                new.append(plan)
-                continue
+    def read_caption(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Read features from disk, and tell again what was told of them; else encode and keep them."""
+        if 2 * stored_values(plan.files.flux) <= BIG:
+            return super().read_caption(plan)
+        self.encoders_mark = self.encoders_mark or fingerprint(text_encoder_paths(plan.files), dated=True)
+        device = "cpu" if plan.fit and plan.fit.text_on_cpu else plan.config.device
+        depends = plan.defaults.text_length, device, plan.config.dtype, self.encoders_mark
+        key = hash_values("features", *text_key(plan), *depends)
+        if tensors := self.cache.get(key):
             with suppress(OSError):  # another process may have removed it by now
-                os.utime(self.cache.path(self._key(plan)))
+                os.utime(self.cache.path(key))
             for line in json.loads(bytes(tensors["lines"].tolist())):
-                self.pipeline.note(line)
-            txt, vec = (tensors[name].to(plan.config.device) for name in ("txt", "vec"))
-            check_widths(txt, vec, plan.files.flux.config, plan.files.name)
-            self.pipeline.texts[text_key(plan)] = txt, vec
-        return new
+                self.note(line)
+            return tensors["txt"].to(plan.config.device), tensors["vec"].to(plan.config.device)
+        txt, vec = super().read_caption(plan)
+        lines = bytearray(json.dumps(doubts(self.encoders, plan)).encode())
+        self.cache.put(key, {"txt": txt.cpu(), "vec": vec.cpu(), "lines": torch.frombuffer(lines, dtype=torch.uint8)})
+        self.forget()
+        return txt, vec
 
-    def keep(self, plans: Sequence[Plan]) -> None:
-        """Keep what the pipeline has read, and let go of what was not used for longest."""
-        for plan in plans:
-            txt, vec = self.pipeline.texts[text_key(plan)]
-            lines = json.dumps(doubts(self.pipeline.encoders, plan)).encode()
-            lines = torch.frombuffer(bytearray(lines), dtype=torch.uint8)
-            self.cache.put(self._key(plan), {"txt": txt, "vec": vec, "lines": lines})
+    def forget(self) -> None:
+        """Let go of what was not used for longest."""
         times = {}
         for path in self.cache.folder.glob("*/*/*.safetensors"):
             with suppress(OSError):
                 times[path] = path.stat().st_mtime
         for path in sorted(times, key=times.get)[:-MOST]:
             path.unlink(missing_ok=True)
-
-    def _key(self, plan: Plan) -> str:
-        return hash_values("features", *text_key(plan), *self.depends)

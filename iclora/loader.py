@@ -99,11 +99,12 @@ class Loader:
         self.encoders = fingerprint(text_encoder_paths(files), dated=True)
         self.masks = {layout: every_mask(layout) if config.condition == "clean" else [()] for layout in self.buckets}
 
-    def encode(self, note: Note, prompts: Sequence[str] = ()) -> None:
+    def encode(self, note: Note, prompts: Sequence[str] = (), text_device: str | None = None) -> None:
         """Encode examples as far as they are not in the cache, and free the encoders again.
 
         note: is told what was done, and what is doubtful
         prompts: of the first bucket's grid, that `prompt` will be asked for
+        text_device: of the text encoders, if it is another
         Errors: ValueError for captions that cannot be taken apart, or encoders of another model;
             OSError if the disk is full
         """
@@ -111,8 +112,8 @@ class Loader:
         pairs = [(layout, example) for layout, examples in buckets.items() for example in examples]
         captions = [(e.caption, layout) for layout, e in pairs] + [(text, self.layouts[0]) for text in ("", *prompts)]
         texts = [entry for caption in captions for entry in self._texts(*caption)]
-        dtype, device = getattr(torch, config.dtype), "cpu" if config.offload else config.device
-        read = self.cache.fill(texts, partial(load_text_encoders, files, device, dtype), "encoding texts")
+        load = partial(load_text_encoders, files, text_device or config.device, getattr(torch, config.dtype))
+        read = self.cache.fill(texts, load, "encoding texts")
         check_widths(*self._read_texts([""], self.layouts[0])[:2], files.flux.config, files.name)
         pictures = [self._latents(e, layout, masked) for layout, e in pairs for masked in self.masks[layout]]
         pictures += [entry for _, example in pairs for entry in self._references(example)]

@@ -1,24 +1,25 @@
-"""Refuse what takes more memory than there is, before anything is loaded or encoded; estimates made on a CPU."""
+"""Refuse what takes more memory than there is, before anything is loaded or encoded.
+
+Large models, and runs that ask for it, are planned by cards.py instead, which finds what fits.
+"""
 
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
 from model.checkpoint import Checkpoint
-from model.quantize import quantized_bytes
+from model.weights import ModelFiles
 
-from .config import ALONE, SampleConfig, TrainConfig, model_defaults
+from .config import SampleConfig, TrainConfig, model_defaults
+from .flops import count_tokens
 from .layout import MAX_TOKENS, Layout
+from .sizes import BIG, COPIES, forward_bytes, step_bytes
 
-BIG = 2e9  # bytes of a transformer in bfloat16, from which on what is exact and saves memory or time is on
 TEXT = 512  # tokens, at most
-ACTIVATIONS = 40  # values held at once, a token and unit of width; 24 to 47 were measured on a CPU
-KEPT = 22  # such values that training keeps of every block; 15 to 25 were counted
-ALONE_KEPT = 2, 4  # of every block, for a token of references alone: keys and values; and, if recomputed, gradients too
-COPIES = 5  # of what is trained, in float32: weights, gradients, averages, two moments
 
 
 def check_memory(config: SampleConfig, layout: Layout, flux: Checkpoint) -> None:
@@ -27,40 +28,45 @@ def check_memory(config: SampleConfig, layout: Layout, flux: Checkpoint) -> None
     layout: with the references' sizes
     Errors: ValueError with the tokens and an estimate of the memory
     """
-    count, target = layout.reference_tokens, layout.tokens_high * layout.tokens_wide
-    size, blocks = getattr(torch, config.dtype).itemsize, flux.config.depth + flux.config.depth_single_blocks
-    once = 2 * blocks * count if config.reference_attention == ALONE else 0  # keys and values
-    weights = quantized_bytes(flux, size) if config.quantize else size * stored_values(flux)
-    needed = weights + size * flux.config.hidden_size * (ACTIVATIONS * (TEXT + target + count) + once)
+    if planned(config, flux):
+        return
+    dtype, tokens = getattr(torch, config.dtype), count_tokens(TEXT, layout, config.reference_attention)
+    count, target, weights = tokens.refs, tokens.target, dtype.itemsize * stored_values(flux)
+    needed = weights + forward_bytes(flux.config, dtype, tokens)
     what = f"{count} tokens of references (--ref, {len(layout.references)} given) beside {target} of the picture"
     _refuse_above(needed, weights, target + count, config.device, what, "give fewer, or lower --ref-size")
 
 
 def check_training_memory(
-    config: TrainConfig, layouts: Iterable[Layout], flux: Checkpoint, trained: int, world_size: int
-) -> None:
+    config: TrainConfig, layouts: Collection[Layout], files: ModelFiles, trained: int, world_size: int
+) -> Any:
     """Refuse more tokens than a step of training can hold, before anything is encoded.
 
     layouts: of all batches; the largest decides
     trained: how many values
     world_size: processes; the estimate is for one of them
+    Returns how it fits, an iclora.cards.Fit; None is plainly
     Errors: ValueError with the tokens and an estimate of the memory
     """
-    sizes = [(layout.tokens_high * layout.tokens_wide, layout.reference_tokens, layout) for layout in layouts]
-    target, count, layout = max(sizes, key=lambda size: size[0] + size[1])
+    examples, flux, dtype = config.batch // (world_size * config.accumulate), files.flux, getattr(torch, config.dtype)
+    if planned(config, flux):
+        from .cards import fit_training  # the plain path does without
+
+        return fit_training(config, layouts, files, trained, examples, free_memory(config.device))
     text = model_defaults(flux.config).text_length or 0  # tiny's texts are short
-    examples = config.batch // (world_size * config.accumulate)
-    size, blocks = getattr(torch, config.dtype).itemsize, flux.config.depth + flux.config.depth_single_blocks
-    kept = blocks + KEPT if config.checkpointing else KEPT * blocks  # a block that is computed again keeps its input
-    once = ALONE_KEPT[config.checkpointing] * blocks * count if config.reference_attention == ALONE else 0
-    fixed = (quantized_bytes(flux, size) if config.quantize else size * stored_values(flux)) + 4 * COPIES * trained
-    needed = fixed + size * flux.config.hidden_size * (kept * (text + target + count) + once) * examples
+    sizes = [(count_tokens(text, layout, config.reference_attention), layout) for layout in layouts]
+    tokens, layout = max(sizes, key=lambda size: len(size[0]))
+    again = config.checkpointing * (flux.config.depth + flux.config.depth_single_blocks)
+    held = step_bytes(flux.config, dtype, examples, tokens, config.targets, config.rank, again)
+    fixed = dtype.itemsize * stored_values(flux) + 4 * COPIES * trained
+    count, target, needed = tokens.refs, tokens.target, fixed + held
     shown = f"{count} tokens of references ({len(layout.references)} in a row of --data) beside " if count else ""
     what = f"{shown}{target} {'' if count else 'tokens '}of the picture, {examples} examples at once,"
     size_flag = "--composite-size" if config.composite_size else "--panel-size"
     less = "raise --accumulate" if config.checkpointing else "use --checkpointing, raise --accumulate"
     advice = f"{less}, lower --ref-size or have fewer" if count else f"{less} or lower {size_flag}"
     _refuse_above(needed, fixed, target + count, config.device, what, advice)
+    return None
 
 
 def _refuse_above(needed: int, fixed: int, tokens: int, device: str, what: str, advice: str) -> None:
@@ -73,6 +79,21 @@ def _refuse_above(needed: int, fixed: int, tokens: int, device: str, what: str, 
         raise ValueError(f"{what}, but {device} has {free / 1e9:.3g} GB; {advice}")
     if tokens > MAX_TOKENS:
         raise ValueError(f"{what}; at most {MAX_TOKENS} tokens are possible, so {advice}")
+
+
+def planned(config: SampleConfig | TrainConfig, flux: Checkpoint) -> object:
+    """Tell whether cards.py plans a run: where a technique is asked for, and where a transformer is large."""
+    asked = config.quantize or config.compile or config.offload or config.vram is not None or config.dry_run
+    return asked or getattr(config, "checkpointing", None) == "auto" or 2 * stored_values(flux) > BIG
+
+
+def fit_plans(plans: list[Any]) -> list[Any]:
+    """Give the plans of one run how they fit into memory, if that is planned. plans: each an iclora.plan.Plan"""
+    if plans[0].fit or not planned(plans[0].config, plans[0].files.flux):
+        return plans
+    from .cards import share_fit  # the plain path does without
+
+    return share_fit(plans, free_memory(plans[0].config.device))
 
 
 def stored_values(flux: Checkpoint) -> int:

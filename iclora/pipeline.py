@@ -23,19 +23,19 @@ from PIL import Image
 from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
+from model.lora import load_lora, merge
 from model.text import TextEncoders, check_widths, load_text_encoders
-from model.weights import load_autoencoder
+from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
 from sampling.flow import interpolate, times
 from sampling.images import to_picture, to_tensor
 from sampling.inpaint import drafted_start, keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
 
-from .config import ALONE, SampleConfig
+from .config import ALONE, SHARED, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
-from .memory import BIG, free_memory, stored_values
+from .memory import fit_plans
 from .plan import Note, Plan, Source, make_plan
-from .prepare import load_transformer, prepare
 from .prompts import texts_of
 from .references import encode, image_ids
 
@@ -54,14 +54,10 @@ class Result:
 
 
 class Pipeline:
-    """The networks of one model, and the features of captions.
+    """The networks of one model, and the features of captions. note: is called with what is doubtful, in one line."""
 
-    note: is called with what is doubtful, in one line
-    folder: where features that took large encoders are kept on disk, see features.py; None keeps none
-    """
-
-    def __init__(self, config: SampleConfig, note: Note = lambda line: None, folder: Path | None = None):
-        self.config, self.note, self.folder = config, note, folder
+    def __init__(self, config: SampleConfig, note: Note = lambda line: None):
+        self.config, self.note = config, note
         self.texts: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.encoders: TextEncoders | None = None
         self.autoencoder: AutoEncoder | None = None
@@ -87,7 +83,7 @@ class Pipeline:
         options: those of sample.py by name, references being another name for ref; paths or PIL images
         Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option, or one of load
         """
-        if fixed := options.keys() & {"model", "device", "dtype", "quantize", "compile"}:
+        if fixed := options.keys() & SHARED:
             raise TypeError(f"{min(fixed)} is that of all requests; give it to Pipeline.load")
         options["ref"] = options.pop("references", options.get("ref", ()))
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -100,6 +96,7 @@ class Pipeline:
 
         progress: called after every step
         """
+        (plan,) = fit_plans([plan])
         config, layout, seconds = plan.config, plan.layout, {}
         with timed(seconds, "text"):
             self.read_captions([plan])
@@ -138,46 +135,47 @@ class Pipeline:
 
         Errors: ValueError if the transformer was made for other encoders
         """
-        plans = list({text_key(plan): plan for plan in plans if text_key(plan) not in self.texts}.values())
-        if not plans:
-            return
-        files, config = plans[0].files, plans[0].config
-        device = "cpu" if config.offload else config.device
-        if large := self.folder and 2 * stored_values(files.flux) > BIG:
-            from .features import Features  # small models do without
-
-            features = Features(self, plans[0], device)
-            plans = features.recall(plans)
-        short = plans and 4 * stored_values(files.flux) > free_memory(
-            config.device
-        )  # bytes: the transformer's and as many more
-        if short:
-            self.flux = self.loaded = None
-        if self.encoders is None and plans:
-            self.encoders = load_text_encoders(files, device, getattr(torch, config.dtype))
         for plan in plans:
-            for line in doubts(self.encoders, plan):
-                self.note(line)
-            length, layout = plan.defaults.text_length, plan.layout
-            txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
-            check_widths(txt, vec, files.flux.config, files.name)
-            self.texts[text_key(plan)] = txt.to(config.device), vec.to(config.device)
-        if large:
-            features.keep(plans)
-        if short:
+            if text_key(plan) not in self.texts:
+                self.texts[text_key(plan)] = self.read_caption(plan)
+        if plans[0].fit and plans[0].fit.free_text:
             self.encoders = None
             gc.collect()  # transformers' modules hold each other in cycles
-            if config.device == "cuda":
+            if plans[0].config.device == "cuda":
                 torch.cuda.empty_cache()
+
+    def read_caption(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Encode one caption. Returns txt: (1, T, C), vec: (1, V)"""
+        config, layout, length = plan.config, plan.layout, plan.defaults.text_length
+        if self.encoders is None:
+            if plan.fit and plan.fit.free_text:
+                self.flux = self.loaded = None
+            device = "cpu" if plan.fit and plan.fit.text_on_cpu else config.device
+            self.encoders = load_text_encoders(plan.files, device, getattr(torch, config.dtype))
+        for line in doubts(self.encoders, plan):
+            self.note(line)
+        txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
+        check_widths(txt, vec, plan.files.flux.config, plan.files.name)
+        return txt.to(config.device), vec.to(config.device)
 
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
-        wanted = [(lora.path, strength) for lora, strength in plan.loras]
+        files, config, wanted = plan.files, plan.config, ([(lora.path, much) for lora, much in plan.loras], plan.fit)
         if self.loaded == wanted:
             return
         self.flux = None
-        self.flux = load_transformer(plan.files.flux, plan.config, plan.loras, self.note)
-        prepare(self.flux, plan.files.flux, plan.config, self.note)
+        if plan.fit:
+            from .prepare import load_fitted, prepare  # the plain path does without
+
+            gc.collect()  # what streams or is compiled holds itself
+            self.flux = load_fitted(files.flux, config, plan.fit, plan.loras, self.note)
+            prepare(self.flux, config, plan.fit, self.note)
+        else:
+            self.flux = load_flux(files.flux, config.device, getattr(torch, config.dtype))
+            for lora, strength in plan.loras:
+                self.note(str(load_lora(self.flux, lora, strength)))
+            if plan.loras:
+                merge(self.flux)
         self.loaded = wanted
 
 

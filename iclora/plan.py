@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from model.compiled import check_compiler
 from model.flux import Flux
 from model.lora import shapes
 from model.lora_formats import LoraFile, check_shapes, read_lora
-from model.offload import check_offload
 from model.weights import ModelFiles, examples_folder, find_model
 from sampling.flow import times
 from sampling.images import fit, open_picture, picture_size, to_rgb
@@ -59,6 +57,7 @@ class Plan:
     condition: str  # as a LoRA was trained: "clean" feeds kept panels clean, "none" noised
     concat: str  # "pixels" or "tokens", see iclora.layout.encode_by_panel
     text_mode: str  # "joint" or "panel", see iclora.prompts.texts_of
+    fit: object = None  # how it fits into memory, an iclora.cards.Fit; None is plainly
 
 
 def make_plan(config: SampleConfig, note: Note) -> Plan:
@@ -77,9 +76,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
         note_other_modes([lora for lora, _ in loras], modes, note)
         config = follow_loras(config, [lora for lora, _ in loras])
         config = follow_release(config, loras, note) if defaults.name == "dev" else config
-    config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note, config.quantize))
-    if config.compile:
-        check_compiler(config.device)
+    config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
     if config.strength < 1:
@@ -189,10 +186,10 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(path), strength
 
 
-def pick_device(name: str, defaults: ModelDefaults, note: Note, quantize: str | None = None) -> str:
+def pick_device(name: str, defaults: ModelDefaults, note: Note) -> str:
     """Turn auto into cuda, mps or cpu, and note where that is slow for a model.
 
-    Errors: ValueError if the machine does not have it, or it does not have what --quantize needs
+    Errors: ValueError if the machine does not have it
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -201,8 +198,6 @@ def pick_device(name: str, defaults: ModelDefaults, note: Note, quantize: str | 
             note("torch finds no GPU, so the CPU is used, on which a model of this size is very slow")
     if not available[name]:
         raise ValueError(f"--device {name} is not available to torch on this machine; use cpu, or auto")
-    if quantize and name == "mps":
-        raise ValueError(f"--quantize {quantize} does not work on mps, which has no float8; leave it out, or use cpu")
     return name
 
 

@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.compiled import check_compiler
 from model.flux import Flux
 from model.lora import attach, load_lora, refuse_unnamed, trainable
 from model.lora_formats import LoraFile, read_lora
-from model.offload import check_offload, offload
 from model.position import grid_ids
-from model.weights import ModelFiles, find_model
+from model.weights import ModelFiles, find_model, load_flux
 from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
@@ -39,7 +37,7 @@ from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
-from .prepare import load_transformer, prepare
+from .prepare import load_fitted, prepare
 from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
@@ -56,7 +54,7 @@ class TrainingPlan:
     config: with nothing left undecided
     fingerprint: of what is learnt from, see iclora.loader.fingerprints
     train_on: the command that trains on from the run's LoRA, in a run of its own
-    checkpoint: what the run goes on from; None where it begins
+    checkpoint: what the run goes on from; None where it begins. fit: how it fits, from check_training_memory
     """
 
     config: TrainConfig
@@ -67,6 +65,7 @@ class TrainingPlan:
     fingerprint: dict[str, str]
     train_on: str
     checkpoint: Path | None
+    fit: object
 
 
 def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingPlan:
@@ -80,9 +79,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     if config.method == UNO and init_lora:
         config = follow_loras(config, [init_lora])
     config, begun = as_begun(config, note)
-    config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note, config.quantize))
-    if config.compile:
-        check_compiler(config.device)
+    config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared
     if config.tensorboard:
         board_writer()  # refuses what is not installed
@@ -93,10 +90,10 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     examples = load(config.data, config.grid and parse_grid(config.grid), note, config.method)
     count = sum(p.numel() for p in trainable(flux))
     layouts = bucket(examples, sizes, defaults.long_sides(config.ref_size))
-    check_training_memory(config, layouts, files.flux, count, world_size)
+    fit = check_training_memory(config, layouts, files, count, world_size)
     fingerprint = fingerprints(examples, files, init_lora)
     refuse_other_run(begun, config, fingerprint, command, new_state(trainable(flux)))
-    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun)
+    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun, fit)
 
 
 def board_writer() -> type:
@@ -124,14 +121,18 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     if rank > 0:
         torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
     loader = Loader(config, plan.examples, plan.files)
-    loader.encode(note, config.sample_prompt)
+    loader.encode(note, config.sample_prompt, "cpu" if plan.fit and plan.fit.text_on_cpu else config.device)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
-    flux = load_transformer(plan.files.flux, config, (), note)
+    if plan.fit:
+        flux = load_fitted(plan.files.flux, config, plan.fit, (), note)
+    else:
+        flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
     report = add_adapters(flux, config, plan.init_lora)
-    prepare(flux, plan.files.flux, config, note)
+    if plan.fit:
+        prepare(flux, config, plan.fit, note)
     if config.checkpointing:
-        checkpoint_blocks(flux)
+        checkpoint_blocks(flux, plan.fit and plan.fit.checkpointing)
     state = new_state(trainable(flux), config.eps)
     if plan.checkpoint:
         load_checkpoint(path, state, note)
@@ -170,9 +171,9 @@ def add_adapters(flux: Flux, config: TrainConfig, init_lora: LoraFile | None) ->
     return report
 
 
-def checkpoint_blocks(flux: Flux) -> None:
-    """Recompute every block in the backward pass instead of keeping what it computed."""
-    for block in (*flux.double_blocks, *flux.single_blocks):
+def checkpoint_blocks(flux: Flux, count: int | None = None) -> None:
+    """Recompute the first blocks, or all, in the backward pass instead of keeping what they computed."""
+    for block in [*flux.double_blocks, *flux.single_blocks][:count]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 

@@ -28,12 +28,6 @@ from torch.utils.checkpoint import checkpoint
 ALIGNMENT = 256  # bytes; GPU kernels want 16 at least
 
 
-def check_offload(wanted: bool, device: str) -> None:
-    """Refuse offloading, if it is wanted, on a device that shares the CPU's memory. Errors: ValueError"""
-    if wanted and device == "mps":
-        raise ValueError("--offload means nothing on mps, whose memory is the CPU's; leave it out")
-
-
 def offload(flux: nn.Module, device: str | torch.device) -> "Stream":
     """Let the blocks' frozen parameters and buffers stream to a device; all else moves there.
 

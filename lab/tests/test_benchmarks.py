@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: equal weights under other names, medians, taking turns, memory. No peer is needed."""
 
 import itertools
+import json
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lab.benchmarks import flux as cards
 from lab.benchmarks import peers, quantize, rounds, speed
 from model import lora
 from model.quantize import Fp8Linear, quantize_rows, scaled_product
@@ -352,3 +354,39 @@ def test_each_step_from_float32_to_codes_loses_more(monkeypatch):
     errors = [float(line[2].strip(" %")) for line in lines]
     assert [line[1].strip() for line in lines] == [*quantize.PLAIN[1:], *quantize.NARROW]
     assert 0.1 < errors[0] < 2 < errors[1] < errors[3] < 20
+
+
+# a large model on a card
+
+
+def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        cards, "take_turns", lambda calls, *_, **more: {name: [call() is None or 1.0] for name, call in calls.items()}
+    )
+    monkeypatch.setitem(cards.TECHNIQUES, "offload", ("model.nowhere", "offload"))
+    command = [
+        "--size",
+        "small",
+        "--device",
+        "cpu",
+        "--ways",
+        "eager",
+        "tables, offload",
+        "--out",
+        str(tmp_path / "rows"),
+    ]
+    parts = ["--parts", "ceiling", "steps", "training", "budgets", "loading"]
+    assert cards.main([*command, *parts]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert {row["what"] for row in rows} == {"matrix product", "forward", "training step", "picture", "loading"}
+    why = {row["way"]: row["not available"] for row in rows if "not available" in row}
+    assert "is not available" in why["tables, offload"] and why["transformer"] == "no --model was given"
+    assert "0.01 is too little" in why["0.01 GB"]
+    for row in rows:
+        if row["what"] in ("forward", "training step") and "peak GB" in row:
+            assert 0.3 < row["predicted GB"] / row["peak GB"] < 2 and row["tflops"] > 0  # at this width norms count
+    table = capsys.readouterr().out
+    assert table.count("\n") == len(rows) + 2
+    assert cards.main([*command, *parts]) == 0
+    assert capsys.readouterr().out == table, "nothing is measured again"
+    assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)

@@ -18,11 +18,12 @@ GOLDEN_LORAS = GOLDEN / "lora"
 FLAGS = {
     "sample": "--grid --mask --panels --set --ref --prompt --panel-prompt --preset --model --steps --guidance --seed "
     "--num --lora --panel-size --ref-size --offset --offset-scale --posterior --reference-attention --schedule "
-    "--strength --fit --device --dtype --offload --tile --out --config",
+    "--strength --fit --device --dtype --quantize --compile --offload --tile --vram --dry-run --out --config",
     "train": "--data --method --stage --grid --model --rank --targets --init-lora --condition --concat --text "
     "--ref-size --offset --offset-scale --posterior --reference-attention --steps --batch --accumulate --lr --warmup "
     "--decay --ema --dropout --times --panel-size --fit --holdout --save-every --sample-every --checkpointing "
-    "--no-checkpointing --seed --device --dtype --offload --tensorboard --out --config",
+    "--no-checkpointing --seed --device --dtype --quantize --compile --offload --vram --dry-run --tensorboard --out "
+    "--config",
     "data": "--data --grid --panel-size --ref-size --model",
     "convert": "--to --model --dtype",
 }

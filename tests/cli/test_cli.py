@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--grid --mask --panels --set --ref --prompt --panel-prompt --preset --model --steps --guidance --seed --num "
     "--lora --panel-size --ref-size --offset --offset-scale --posterior --reference-attention --schedule --strength "
-    "--fit --device --dtype --quantize --compile --offload --tile --out --jobs --config"
+    "--fit --device --dtype --quantize --compile --offload --tile --vram --dry-run --out --jobs --config"
 )
 
 

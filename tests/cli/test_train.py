@@ -59,8 +59,8 @@ FLAGS = (
     "--data --method --stage --grid --preset --model --rank --targets --init-lora --lora-init --condition --concat "
     "--text --ref-size --offset --offset-scale --posterior --target-posterior --reference-attention --steps --batch "
     "--accumulate --lr --eps --warmup --decay --ema --dropout --times --panel-size --composite-size --fit --holdout "
-    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --quantize --compile --offload "
-    "--tensorboard --out --config"
+    "--save-every --sample-every --sample-prompt --checkpointing --seed --device --dtype --quantize --compile "
+    "--offload --vram --dry-run --tensorboard --out --config"
 )
 KEPT = (
     "checkpoint.safetensors",

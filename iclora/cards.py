@@ -1,0 +1,275 @@
+"""Which techniques a run needs on a card: its peak in every phase, computed from headers before anything is loaded.
+
+The first setting that fits is taken, in this order, so the fastest of those that fit:
+
+  1. as it is, where weights are below BIG; above it the next is always on, as it is exact and costs no time
+  2. modulation tables: a quarter of the weights (27 %) leaves the card
+  3. text encoders leave before the transformer comes; a new caption reads them again
+  4. training: as many blocks as needed are computed again in the backward pass (--checkpointing auto), at most a third
+     slower; the first ones, as then one block alone is kept beside the inputs of the others
+  5. sampling: decoding in tiles takes seconds, but pixels near seams change slightly, so it is recorded as --tile
+  6. offload: exact, and free where a block is computed for longer than its copy takes: large pictures on slow cards.
+     It comes here if a step then takes at most SLOWER times as long
+  7. fp8: lossy, so it is told and recorded as --quantize; it comes where nothing exact keeps half of the speed
+  8. fp8 with offload
+Encoders that do not fit alone run on the CPU; weights that do not fit whole are read, merged and quantised there. What
+is asked for (--tile, --offload, --quantize, --no-checkpointing) is on in every setting.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from model.compiled import check_compiler
+from model.flux import FluxConfig
+from model.weights import ModelFiles
+
+from .config import SampleConfig, TrainConfig, model_defaults
+from .flops import count_flops, count_tokens
+from .layout import MAX_TOKENS, Layout
+from .sizes import BIG, COPIES, DECODE, ENCODE, TEXT_WORK, TILE, Weights, forward_bytes, read_weights, step_bytes
+
+ROWS = 128  # steps whose tables are kept, in case a caption comes again
+DRAWS = 16  # steps of training whose tables are there at a time
+RESERVE = 0.04  # of a card: CUDA's own, and gaps that no tensor fits into
+RATE, LINK = 100e12, 20e9  # FLOP/s of a middling card and bytes/s of its slot, to guess what offload costs
+SLOWER = 2
+SHORT = 128  # tokens of a text whose model has no fixed length
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The techniques of a run and its peak in every phase; equal to another one if the techniques are."""
+
+    tables: bool = False  # modulation outputs are computed ahead, and their layers leave the device
+    free_text: bool = False  # encoders leave before the transformer comes
+    text_on_cpu: bool = False  # encoders run there
+    load_on_cpu: bool = False  # the transformer is read, merged and quantised there, and then moved
+    checkpointing: int = 0  # so many blocks, from the first, are computed again in the backward pass
+    tile: bool = False  # decoding in tiles
+    offload: bool = False  # blocks stay in the machine's memory and stream
+    quantize: str | None = None  # "fp8"
+    phases: Mapping[str, float] = field(default_factory=dict, compare=False)  # bytes at the peak, by name
+    parts: Mapping[str, float] = field(default_factory=dict, compare=False)  # bytes of what there is, by name
+    tokens: int = field(default=0, compare=False)  # of one example, text and references included
+    budget: float = field(default=math.inf, compare=False)  # bytes
+
+    @property
+    def peak(self) -> float:
+        """The most bytes of any phase."""
+        return max(self.phases.values())
+
+    @property
+    def techniques(self) -> str:
+        """The techniques in words."""
+        words = {
+            "modulation tables": self.tables,
+            "text encoders freed first": self.free_text,
+            "text encoders on the CPU": self.text_on_cpu,
+            "loading through the CPU": self.load_on_cpu,
+            f"{self.checkpointing} blocks computed again": self.checkpointing,
+            "tiles": self.tile,
+            "offload": self.offload,
+            f"{self.quantize} (lossy)": self.quantize,
+        }
+        return ", ".join(word for word, used in words.items() if used) or "nothing special"
+
+    @property
+    def line(self) -> str:
+        """Write the plan in a line."""
+        used = f"{self.peak / 1e9:.3g} of {self.budget / 1e9:.3g} GB"
+        return f"{self.tokens} tokens at once take about {used}, with {self.techniques}"
+
+    def __str__(self) -> str:
+        """Write the plan as a table."""
+        rows = [*self.parts.items(), *((f"peak of {name}", size) for name, size in self.phases.items())]
+        rows.append(("allowed", self.budget))
+        sizes = [f"{name:<32}{size / 1e9:>9.3f} GB" for name, size in rows]
+        return "\n".join([f"{'tokens':<32}{self.tokens:>9}", *sizes, f"with {self.techniques}"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest that a run computes.
+
+    tokens: of one example
+    flops: of its cheapest step
+    activations: how many blocks are computed again -> bytes
+    fixed: bytes of what is trained, with gradients, averages and moments
+    steps: whose modulations are computed ahead
+    pixels: of the largest picture
+    merge: whether LoRAs are merged
+    """
+
+    tokens: int
+    flops: float
+    activations: Callable[[int], float]
+    fixed: int
+    steps: int
+    pixels: int
+    merge: bool
+
+
+def fit_sampling(plans: Sequence[Any], free: int) -> Fit:
+    """Choose techniques that all requests of a list fit with, as one transformer serves them.
+
+    plans: of one model, each an iclora.plan.Plan
+    free: bytes that the device has, unless --vram says it
+    Errors: ValueError with what the smallest setting needs, if none fits
+    """
+    config, files, works = plans[0].config, plans[0].files, []
+    flux, dtype = files.flux.config, getattr(torch, config.dtype)
+    for plan in plans:
+        layout, masked = plan.layout, plan.text_mode == "panel"
+        text = (plan.defaults.text_length or SHORT) * (layout.panels if masked else 1)
+        tokens = count_tokens(text, layout, plan.config.reference_attention)
+        size = forward_bytes(flux, dtype, tokens, masked)
+        flops = count_flops(flux, 1, tokens).forward
+        works.append((len(tokens), flops, size, plan.config.steps, layout.width * layout.height))
+    tokens, flops, sizes, steps, pixels = zip(*works, strict=True)
+    held = max(sizes)
+    rows = max(max(steps), min(ROWS, sum(steps)))
+    work = Work(max(tokens), min(flops), lambda again: held, 0, rows, max(pixels), bool(plans[0].loras))
+    return fit(config, flux, read_weights(files, dtype), work, free)
+
+
+def share_fit(plans: Sequence[Any], free: int) -> list[Any]:
+    """Give all requests of a list the same techniques; those that change pixels become options, to be recorded.
+
+    Errors: ValueError as fit_sampling
+    """
+    chosen = fit_sampling(plans, free)
+    changed = {name: getattr(chosen, name) for name in ("tile", "quantize") if hasattr(plans[0].config, name)}
+    return [replace(plan, fit=chosen, config=replace(plan.config, **changed)) for plan in plans]
+
+
+def fit_training(
+    config: TrainConfig, layouts: Collection[Layout], files: ModelFiles, trained: int, share: int, free: int
+) -> Fit:
+    """Choose techniques that the largest step of a training fits with.
+
+    config: with nothing left undecided
+    layouts: of all batches
+    trained: how many values
+    share: examples that one process works on at once
+    free: bytes that the device has, unless --vram says it
+    Errors: ValueError with what the smallest setting needs, if none fits
+    """
+    flux, dtype = files.flux.config, getattr(torch, config.dtype)
+    text = model_defaults(flux).text_length or SHORT
+    sizes = sorted((count_tokens(text, layout, config.reference_attention) for layout in layouts), key=len)
+    cast = trained * dtype.itemsize * (dtype is not torch.float32)  # of adapters, in the dtype of the base
+    held = partial(step_bytes, flux, dtype, share, sizes[-1], config.targets, config.rank or 0)
+    flops = count_flops(flux, share, sizes[0]).step
+    pixels = max(layout.width * layout.height for layout in layouts)
+    fixed = 4 * COPIES * trained + cast
+    work = Work(len(sizes[-1]), flops, held, fixed, DRAWS, pixels, False)
+    return fit(config, flux, read_weights(files, dtype), work, free)
+
+
+def fit(config: SampleConfig | TrainConfig, flux: FluxConfig, weights: Weights, work: Work, free: int) -> Fit:
+    """Choose the first setting that fits.
+
+    config: with nothing left undecided
+    free: bytes that the device has, unless --vram says it
+    Errors: ValueError with what the smallest setting needs, if none fits; or for too many tokens
+    """
+    check_device(config)
+    if work.tokens > MAX_TOKENS:
+        raise ValueError(f"{work.tokens} tokens are more than the {MAX_TOKENS} possible ones; use a smaller picture")
+    training, device = isinstance(config, TrainConfig), "cuda" if config.vram else config.device
+    own = torch.cuda.memory_reserved() if device == "cuda" and not config.vram else 0  # of networks that are there
+    budget = (config.vram * 1e9 if config.vram else free + own) * (1 - RESERVE)
+    text_on_cpu, best = weights.text * (1 + TEXT_WORK) > budget, None
+    for choice in settings(config, flux, weights.transformer > BIG, device):
+        choice = replace(choice, text_on_cpu=text_on_cpu, budget=budget)
+        choice = replace(choice, load_on_cpu=device == "cuda" and loading(choice, work, weights, training) > budget)
+        choice = measured(choice, work, weights, device, training)
+        asked = choice.quantize or getattr(config, "offload", False)
+        if choice.peak <= budget and (asked or copies(choice, weights, training) <= SLOWER * work.flops / RATE):
+            return choice
+        best = choice if best is None or choice.peak < best.peak else best
+    needed = math.ceil(10 * best.peak / (1 - RESERVE) / 1e9) / 10
+    given = f"--vram {config.vram:g}" if config.vram else f"{budget / 1e9:.3g} GB of {device}"
+    less = "fewer panels or --ref, or "
+    if training:
+        less = (
+            "a larger --accumulate or " if config.checkpointing else "--checkpointing auto, a larger --accumulate or "
+        )
+    raise ValueError(
+        f"{given} is too little for {work.tokens} tokens; the smallest setting ({best.techniques}) needs --vram "
+        f"{needed:g}; use that much, {less}a smaller --panel-size"
+    )
+
+
+def check_device(config: SampleConfig | TrainConfig) -> None:
+    """Refuse what a device cannot do. Errors: ValueError"""
+    if config.device == "mps" and config.quantize:
+        raise ValueError(f"--quantize {config.quantize} does not work on mps, which has no float8; leave it out")
+    if config.device == "mps" and config.offload:
+        raise ValueError("--offload means nothing on mps, whose memory is the CPU's; leave it out")
+    if config.compile:
+        check_compiler(config.device)
+
+
+def settings(config: SampleConfig | TrainConfig, flux: FluxConfig, big: bool, device: str) -> Iterator[Fit]:
+    """List settings, the fastest first; see the module. big: whether tables are on in any case"""
+    blocks = flux.depth + flux.depth_single_blocks
+    again = {"auto": range(blocks + 1), True: [blocks]}.get(getattr(config, "checkpointing", None), [0])
+    tiles = [False] if isinstance(config, TrainConfig) else [False, True]
+    plain = Fit(**{name: getattr(config, name) for name in ("quantize", "offload", "tile") if hasattr(config, name)})
+    tables, full = replace(plain, tables=True), replace(plain, tables=True, free_text=True)
+    streams = [False, True] if device == "cuda" else [False]
+    bases = [tables] if big else [plain, tables]
+    bases += [replace(full, offload=full.offload or stream) for stream in streams]
+    bases += [replace(base, quantize="fp8") for base in bases[-len(streams) :]]
+    for base, tile, number in product(bases, tiles, again):
+        yield replace(base, tile=base.tile or tile, checkpointing=number)
+
+
+def loading(choice: Fit, work: Work, weights: Weights, training: bool) -> float:
+    """Give the peak while the transformer is read on the device, whole."""
+    return beside(choice, weights, training) + weights.transformer + work.merge * weights.merged
+
+
+def beside(choice: Fit, weights: Weights, training: bool) -> int:
+    """Give the bytes that stand beside the transformer; training has freed all else by then."""
+    return 0 if training else weights.autoencoder + weights.text * (not choice.free_text and not choice.text_on_cpu)
+
+
+def copies(choice: Fit, weights: Weights, training: bool) -> float:
+    """Give the seconds that the copies of a step take; training needs every block twice."""
+    return choice.offload * (1 + training) * (weights.fp8 if choice.quantize else weights.linears) / LINK
+
+
+def measured(choice: Fit, work: Work, weights: Weights, device: str, training: bool) -> Fit:
+    """Compute the parts and the peak of every phase of a setting."""
+    tables, others = work.steps if choice.tables else None, beside(choice, weights, training)
+    standing = weights.standing(tables, choice.offload, choice.quantize == "fp8")
+    held, text = work.activations(choice.checkpointing), weights.text * (not choice.text_on_cpu)
+    image = 4 * weights.channels  # bytes a pixel of all channels, float32
+    step = "a training step" if training else "sampling"
+    phases = {
+        "text": text * (1 + TEXT_WORK),
+        "encoding": weights.autoencoder + text * (not choice.free_text) + ENCODE * image * work.pixels,
+        "loading": standing + others if choice.load_on_cpu else loading(choice, work, weights, training),
+        step: standing + others + work.fixed + held,
+    }
+    if not training:
+        whole = min(work.pixels, TILE**2) if choice.tile else work.pixels
+        phases["decoding"] = standing + others + DECODE[device] * image * whole
+    parts = {
+        "transformer": weights.transformer,
+        "of it modulation layers": weights.modulation,
+        "of it on the device": standing,
+        "text encoders": weights.text,
+        "autoencoder": weights.autoencoder,
+        "activations": held,
+    }
+    parts |= {"LoRA, gradients, moments": work.fixed} if training else {}
+    return replace(choice, phases=phases, parts=parts, tokens=work.tokens)
