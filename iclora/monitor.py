@@ -92,12 +92,12 @@ class Monitor:
 
     def log(self, loss: float) -> None:
         """Show and note the loss of the step just taken and how fast it was; where it is saved, the validation loss."""
-        seconds = time.perf_counter() - self.began
-        values = {"loss": loss, "seconds": round(seconds, 4), "tflops": float(f"{self.teraflops() / seconds:.4g}")}
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {values['tflops']:.3g} TFLOP/s", refresh=False)
+        speed = self.teraflops() / (time.perf_counter() - self.began)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.3g} TFLOP/s", refresh=False)
         self.bar.update()
         if self.bar.fp is not sys.stderr and self.due(LOGGED):
             sys.stderr.write(f"{self.bar}\n")
+        values = {"loss": loss}  # no times: a run that goes on repeats the file of one that was not stopped
         if self.due(self.config.save_every) and self.loader.held_out:
             with averaged(self.state):
                 values["validation"] = validation_loss(self.flux, self.loader, self.config.condition, self.device)

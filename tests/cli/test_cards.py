@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import iclora.monitor
 import sample
 import train
 from iclora import sizes
@@ -266,3 +267,10 @@ def test_recomputing_is_asked_for_by_flag_and_replayed(tmp_path, value):
 def test_another_word_is_refused(flags):
     with pytest.raises(ValueError, match="see --help"):
         parse(TrainConfig, flags, "")
+
+
+def test_the_speed_of_a_step_stands_beside_its_loss(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(iclora.monitor, "LOGGED", 1)
+    flags = ["--data", str(ROOT / "sets" / "sketch"), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert train.main([*flags, "--batch", "1", "--steps", "1", "--sample-every", "0", "--holdout", "0"]) == 0
+    assert re.search(r" 1/1 .*loss \d\.\d{4}, [\d.]+ TFLOP/s", capsys.readouterr().err)
