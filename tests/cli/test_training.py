@@ -545,7 +545,7 @@ CHANGES = {
 }  # fmt: skip
 FREE = {
     "steps": 9, "save_every": 9, "sample_every": 9, "sample_prompt": ("a fox",),
-    "accumulate": 2, "checkpointing": True, "device": "cuda",
+    "accumulate": 2, "checkpointing": "auto", "device": "cuda", "vram": 12.0, "dry_run": True,
     "tensorboard": True, "out": "elsewhere", "config": "a.json",
 }  # fmt: skip
 
