@@ -93,12 +93,12 @@ class Monitor:
 
     def log(self, loss: float) -> None:
         """Show and note the loss of the step just taken and how fast it was; where it is saved, the validation loss."""
-        seconds = time.perf_counter() - self.began
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.teraflops() / seconds:.3g} TFLOP/s", refresh=False)
+        speed = self.teraflops() / (time.perf_counter() - self.began)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.3g} TFLOP/s", refresh=False)
         self.bar.update()
         if self.bar.fp is not sys.stderr and self.due(LOGGED):
             sys.stderr.write(f"{self.bar}\n")
-        values = {"loss": loss}
+        values = {"loss": loss}  # no times: a run that goes on repeats the file of one that was not stopped
         if self.due(self.config.save_every) and self.loader.held_out:
             ask_for_validation(self.flux, self.loader)
             with averaged(self.state):

@@ -363,6 +363,7 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
     monkeypatch.setattr(
         cards, "take_turns", lambda calls, *_, **more: {name: [call() is None or 1.0] for name, call in calls.items()}
     )
+    monkeypatch.setattr(cards, "STEPS", 1)
     monkeypatch.setitem(cards.TECHNIQUES, "offload", ("model.nowhere", "offload"))
     command = [
         "--size",

@@ -546,7 +546,8 @@ CHANGES = {
 }  # fmt: skip
 FREE = {
     "steps": 9, "save_every": 9, "sample_every": 9, "sample_prompt": ("a fox",),
-    "accumulate": 2, "checkpointing": True, "device": "cuda", "compile": True,
+    "accumulate": 2, "checkpointing": "auto", "device": "cuda", "compile": True, "offload": True, "vram": 12.0,
+    "dry_run": True,
     "tensorboard": True, "out": "elsewhere", "config": "a.json",
 }  # fmt: skip
 
