@@ -181,7 +181,7 @@ class Pipeline:
         for lora, strength in plan.loras:
             self.note(str(load_lora(self.flux, lora, strength)))
         if plan.loras:
-            merge(self.flux)
+            merge(self.flux, in_place=True)
         if config.offload:
             offload(self.flux, config.device)
         self.loaded = wanted

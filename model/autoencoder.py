@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 CELL = 8  # pixels a latent cell covers
+LARGE = 2**26  # values of a tensor, from which on a convolution goes strip by strip
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,33 @@ def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def convolve(conv: nn.Conv2d, x: Tensor, scale: int = 1) -> Tensor:
+    """Convolve 3x3 or 1x1, large inputs in strips of rows, as what a convolution needs beside them grows with them.
+
+    x: (B, C, h, w), scale: to be enlarged by, nearest
+    Returns (B, C', scale h, scale w)
+    """
+    if x.numel() * scale**2 <= LARGE or torch.is_grad_enabled():
+        return conv(F.interpolate(x, scale_factor=float(scale), mode="nearest") if scale > 1 else x)
+    (high, wide), halo = x.shape[2:], conv.padding[0]
+    step = max(1, LARGE // (4 * scale**2 * x[:, :, 0].numel()))
+    out = x.new_empty(len(x), conv.out_channels, scale * high, scale * wide)
+    for top in range(0, high, step):
+        bottom = min(top + step, high)
+        low, most = max(top - halo, 0), min(bottom + halo, high)  # a row beyond, or one of zeros at the edge
+        part = x[:, :, low:most]
+        part = F.interpolate(part, scale_factor=float(scale), mode="nearest") if scale > 1 else part
+        part = part[:, :, scale - 1 if low < top else 0 : part.shape[2] - (scale - 1 if most > bottom else 0)]
+        part = F.pad(part, (halo, halo, halo * (low == top), halo * (most == bottom)))
+        out[:, :, scale * top : scale * bottom] = F.conv2d(part, conv.weight, conv.bias)
+    return out
+
+
+def silu(x: Tensor) -> Tensor:
+    """Overwrite what a norm has made, unless its gradient is wanted: decoding is at its peak here."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -40,9 +68,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        y = convolve(self.conv1, silu(self.norm1(x)))
+        y = convolve(self.conv2, silu(self.norm2(y)))
+        return y.add_(convolve(self.nin_shortcut, x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttnBlock(nn.Module):
@@ -78,7 +106,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return convolve(self.conv, x, scale=2)
 
 
 class Level(nn.Module):
@@ -132,7 +160,7 @@ class Encoder(nn.Module):
         x = self.conv_in(image)
         for down in self.down:
             x = down(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -156,7 +184,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for up in reversed(self.up):
             x = up(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return convolve(self.conv_out, silu(self.norm_out(x)))
 
 
 class AutoEncoder(nn.Module):

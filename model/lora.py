@@ -75,15 +75,17 @@ class LoraLinear(nn.Module):
         return self.base(x) + torch.cat(pieces, dim=-1)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """Give the base all changes, summed in float32 and cast once; its old tensors stay as they were."""
+    def merged(self, in_place: bool = False) -> nn.Linear:
+        """Give the base all changes, summed in float32 and cast once; in new tensors, or in place."""
         weight, bias = (p.to(torch.float32, copy=True) for p in (self.base.weight, self.base.bias))
         for adapter in self.adapters:
             adapter.add_to(weight[adapter.rows])
             if adapter.bias is not None:
                 bias[adapter.rows] += adapter.bias.float()
-        self.base.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
-        self.base.bias = nn.Parameter(bias.to(self.base.bias.dtype), requires_grad=False)
+        for name, new in (("weight", weight), ("bias", bias)):
+            old = getattr(self.base, name)
+            changed = old.copy_(new) if in_place else nn.Parameter(new.to(old.dtype), requires_grad=False)
+            setattr(self.base, name, changed)
         return self.base
 
 
@@ -197,10 +199,13 @@ def trainable(flux: nn.Module) -> list[nn.Parameter]:
     return [p for layer in layers(flux).values() for p in layer.adapters.parameters() if p.requires_grad]
 
 
-def merge(flux: nn.Module) -> None:
-    """Fold all adapters into the weights and take the wrappers away, so that a step costs what it cost before."""
+def merge(flux: nn.Module, in_place: bool = False) -> None:
+    """Fold all adapters into the weights and take the wrappers away, so that a step costs what it cost before.
+
+    in_place: overwrite the weights, so that none is there twice, not even a mapped one; a file stays as it is
+    """
     for name, layer in layers(flux).items():
-        flux.set_submodule(name, layer.merged())
+        flux.set_submodule(name, layer.merged(in_place))
 
 
 def detach(flux: nn.Module) -> None:

@@ -14,6 +14,15 @@ def autoencoder():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("large", [0, 2**12])
+def test_strips_give_what_the_whole_gives(autoencoder, monkeypatch, large):
+    image, z = torch.randn(2, 3, 48, 64), torch.randn(2, 16, 6, 9)
+    encoded, decoded = autoencoder.encode(image), autoencoder.decode(z)
+    monkeypatch.setattr("model.autoencoder.LARGE", large)
+    assert far(autoencoder.encode(image), encoded) < EXACT and far(autoencoder.decode(z), decoded) < EXACT
+
+
+@torch.no_grad()
 def test_encode_equals_the_official_autoencoder(autoencoder):
     golden, exact = case("ae"), copy.deepcopy(autoencoder).double()
     moments = torch.cat(exact.moments(golden["image"].double()), dim=1)

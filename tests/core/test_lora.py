@@ -248,6 +248,16 @@ def test_merging_keeps_names_and_leaves_the_old_tensors_alone(flux):
     assert not any(p.requires_grad for p in flux.parameters())
 
 
+def test_merging_in_place_gives_the_same_bits_in_the_old_tensors(flux):
+    held = flux.state_dict()
+    other = fresh()
+    for each in (flux, other):
+        load_lora(each, FILES / "diffusers_all_linears.safetensors")
+    merge(flux, in_place=True)
+    merge(other)
+    assert same(flux.state_dict(), other.state_dict()) and same(held, other.state_dict())
+
+
 def test_several_loras_add_up_with_their_strengths(flux):
     base = weights(flux)
     deltas = []
