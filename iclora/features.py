@@ -7,8 +7,9 @@ when they are encoded together may differ from that in the last bits, and here n
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -16,7 +17,6 @@ from model.checkpoint import fingerprint
 from model.text import check_widths
 
 from .cache import Cache, hash_values, text_encoder_paths
-from .pipeline import Pipeline, doubts, text_key
 from .plan import Plan
 
 MOST = 200  # captions
@@ -25,12 +25,15 @@ MOST = 200  # captions
 class Features:
     """What a pipeline's encoders made of captions, by all that it depends on.
 
+    pipeline: an iclora.pipeline.Pipeline
+    text_key, doubts: of that module, which uses this one
     plan: one of those to come, which all have the same encoders
     device: that these run on
     """
 
-    def __init__(self, pipeline: Pipeline, plan: Plan, device: str):
+    def __init__(self, pipeline: Any, plan: Plan, device: str, text_key: Callable, doubts: Callable):
         self.pipeline, self.cache = pipeline, Cache(pipeline.folder)
+        self.text_key, self.doubts = text_key, doubts
         encoders = fingerprint(text_encoder_paths(plan.files), dated=True)
         self.depends = (plan.defaults.text_length, device, plan.config.dtype, encoders)
 
@@ -47,14 +50,14 @@ class Features:
                 self.pipeline.note(line)
             txt, vec = (tensors[name].to(plan.config.device) for name in ("txt", "vec"))
             check_widths(txt, vec, plan.files.flux.config, plan.files.name)
-            self.pipeline.texts[text_key(plan)] = txt, vec
+            self.pipeline.texts[self.text_key(plan)] = txt, vec
         return new
 
     def keep(self, plans: Sequence[Plan]) -> None:
         """Keep what the pipeline has read, and let go of what was not used for longest."""
         for plan in plans:
-            txt, vec = self.pipeline.texts[text_key(plan)]
-            lines = json.dumps(doubts(self.pipeline.encoders, plan)).encode()
+            txt, vec = self.pipeline.texts[self.text_key(plan)]
+            lines = json.dumps(self.doubts(self.pipeline.encoders, plan)).encode()
             lines = torch.frombuffer(bytearray(lines), dtype=torch.uint8)
             self.cache.put(self._key(plan), {"txt": txt, "vec": vec, "lines": lines})
         times = {}
@@ -65,4 +68,4 @@ class Features:
             path.unlink(missing_ok=True)
 
     def _key(self, plan: Plan) -> str:
-        return hash_values("features", *text_key(plan), *self.depends)
+        return hash_values("features", *self.text_key(plan), *self.depends)

@@ -146,7 +146,7 @@ class Pipeline:
         if large := self.folder and 2 * stored_values(files.flux) > BIG:
             from .features import Features  # small models do without
 
-            features = Features(self, plans[0], device)
+            features = Features(self, plans[0], device, text_key, doubts)
             plans = features.recall(plans)
         short = plans and 4 * stored_values(files.flux) > free_memory(
             config.device

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .strips import convolve_strips
+
 CELL = 8  # pixels a latent cell covers
 LARGE = 2**26  # values of a tensor, from which on a convolution goes strip by strip
 
@@ -31,25 +33,10 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, scale: int = 1) -> Tensor:
-    """Convolve 3x3 or 1x1, large inputs in strips of rows, as what a convolution needs beside them grows with them.
-
-    x: (B, C, h, w), scale: to be enlarged by, nearest
-    Returns (B, C', scale h, scale w)
-    """
-    if x.numel() * scale**2 <= LARGE or torch.is_grad_enabled():
-        return conv(F.interpolate(x, scale_factor=float(scale), mode="nearest") if scale > 1 else x)
-    (high, wide), halo = x.shape[2:], conv.padding[0]
-    step = max(1, LARGE // (4 * scale**2 * x[:, :, 0].numel()))
-    out = x.new_empty(len(x), conv.out_channels, scale * high, scale * wide)
-    for top in range(0, high, step):
-        bottom = min(top + step, high)
-        low, most = max(top - halo, 0), min(bottom + halo, high)  # a row beyond, or one of zeros at the edge
-        part = x[:, :, low:most]
-        part = F.interpolate(part, scale_factor=float(scale), mode="nearest") if scale > 1 else part
-        part = part[:, :, scale - 1 if low < top else 0 : part.shape[2] - (scale - 1 if most > bottom else 0)]
-        part = F.pad(part, (halo, halo, halo * (low == top), halo * (most == bottom)))
-        out[:, :, scale * top : scale * bottom] = F.conv2d(part, conv.weight, conv.bias)
-    return out
+    """Convolve what is enlarged by scale, and large tensors strip by strip. x: (B, C, h, w)"""
+    if x.numel() * scale**2 > LARGE and not torch.is_grad_enabled():
+        return convolve_strips(conv, x, scale, LARGE // 4)
+    return conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if scale == 2 else x)
 
 
 def silu(x: Tensor) -> Tensor:

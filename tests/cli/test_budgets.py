@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ENTERED, READING = 1455, 4602  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
 FORMS = ("model/lora_formats.py", "model/lora_kinds.py", "model/checkpoint_forms.py", "iclora/data_forms.py")
-CARDS = ("model/offload.py", "model/loading.py", "iclora/features.py")  # large models on small cards
+CARDS = ("model/offload.py", "model/loading.py", "model/strips.py", "iclora/features.py")  # large models on small cards
 FACTORY = tuple(f"iclora/{name}.py" for name in "chat judge caption evaluate lists backbones".split())
 OURS = {str(ROOT), *(str(ROOT / folder) for folder in ("model", "sampling", "iclora", "examples", "lab"))}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

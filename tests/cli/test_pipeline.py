@@ -483,7 +483,8 @@ def test_features_that_were_not_used_for_longest_go_first(tmp_path, monkeypatch)
         Pipeline(plans[0].config, folder=tmp_path).read_captions([plans[number]])
         for path in tmp_path.glob("*/*/*.safetensors"):
             os.utime(path, (path.stat().st_mtime - 10,) * 2)  # each request lies ten seconds behind the next
-    kept = features.Features(Pipeline(plans[0].config, folder=tmp_path), plans[0], "cpu")
+    named = pipeline.text_key, pipeline.doubts
+    kept = features.Features(Pipeline(plans[0].config, folder=tmp_path), plans[0], "cpu", *named)
     assert [plan in kept.recall(plans) for plan in plans] == [False, True, False]
 
 
