@@ -27,12 +27,13 @@ import torch
 
 from model.compiled import check_compiler
 from model.flux import FluxConfig
+from model.loading import BIG
 from model.weights import ModelFiles
 
 from .config import SampleConfig, TrainConfig, model_defaults
 from .flops import count_flops, count_tokens
 from .layout import MAX_TOKENS, Layout
-from .sizes import BIG, COPIES, DECODE, ENCODE, TEXT_WORK, TILE, Weights, forward_bytes, read_weights, step_bytes
+from .sizes import COPIES, DECODE, ENCODE, TEXT_WORK, TILE, Weights, forward_bytes, read_weights, step_bytes
 
 ROWS = 128  # steps whose tables are kept, in case a caption comes again
 DRAWS = 16  # steps of training whose tables are there at a time

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import fingerprint
+from model.loading import BIG
 
 from .cache import Cache, hash_values, text_encoder_paths
 from .memory import stored_values
 from .pipeline import Pipeline, doubts, text_key
 from .plan import Plan
-from .sizes import BIG
 
 MOST = 200  # captions
 

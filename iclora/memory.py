@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from model.checkpoint import Checkpoint
+from model.loading import BIG
 from model.weights import ModelFiles
 
 from .config import SampleConfig, TrainConfig, model_defaults
 from .flops import count_tokens
 from .layout import MAX_TOKENS, Layout
-from .sizes import BIG, COPIES, forward_bytes, step_bytes
+from .sizes import COPIES, forward_bytes, step_bytes
 
 TEXT = 512  # tokens, at most
 

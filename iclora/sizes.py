@@ -5,13 +5,13 @@ four times as wide as the model. One H100 took 0.48 GB for a forward at 1024x102
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 
 from model.checkpoint import Checkpoint
 from model.flux import FluxConfig
+from model.tables import is_modulation
 from model.weights import ModelFiles, open_checkpoint
 
 from .flops import Tokens
@@ -27,12 +27,10 @@ ADAPTERS = {"attn": 4, "uno": 2}  # that a token meets in a block; with other ta
 INPUT = 1.02  # kept of a block that is computed again
 DECODE = {"cpu": 7.8, "mps": 9.6, "cuda": 9.6}  # values a pixel and channel; of the H100, whose convolutions need room
 ENCODE = 6.1
-BIG = 2e9  # bytes of weights, above which exact techniques are on
 ALONE_KEPT = 2, 4  # of every block, for a token of references alone: keys and values; and, if recomputed, gradients too
 COPIES = 5  # of what is trained, in float32: weights, gradients, averages, two moments
 TILE = 512  # pixels, as decode_tiled's
 TEXT_WORK = 0.03  # of the text encoders' bytes, beside them
-MODULATION = re.compile(r"_mod\.lin\.|\.modulation\.lin\.|adaLN_modulation\.")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def weigh(flux: Checkpoint, autoencoder: Checkpoint, text: int, dtype: torch.dty
     sums, blocks, rows, largest = dict.fromkeys(("modulation", "linears", "rest"), 0), {}, 0, 0
     for name, stored in flux.tensors.items():
         values, matrix = math.prod(stored.shape), len(stored.shape) == 2
-        kind = "modulation" if MODULATION.search(name) else "linears" if "_blocks." in name else "rest"
+        kind = "modulation" if is_modulation(name) else "linears" if "_blocks." in name else "rest"
         sums[kind] += dtype.itemsize * values
         rows += stored.shape[0] * (matrix and kind == "modulation")
         if kind == "linears":

@@ -219,10 +219,7 @@ class StepNoise:
 
 
 def sample_step(config: TrainConfig, step: int, count: int, layout: Layout) -> StepNoise:
-    """Draw everything random of a step, for all processes.
-
-    count: examples in the batch
-    """
+    """Draw everything random of a step, for all processes. count: examples in the batch"""
     tokens = layout.tokens_high * layout.tokens_wide
     generator = torch.Generator("cpu").manual_seed((config.seed * 1_000_003 + step) % 2**63)
     t = sample_times(config.times, count, tokens, generator)
