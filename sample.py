@@ -43,17 +43,16 @@ def run(config: SampleConfig) -> None:
         except ValueError as error:
             raise ValueError(f"{source}: {error}" if source else str(error)) from None
     plans = fit_plans(plans)
-    if os.environ.get("RANK", "0") == "0":  # of processes that torchrun has started
-        for line in dict.fromkeys(notes):
-            note(line)
-        if plans[0].fit:
-            print(plans[0].fit) if config.dry_run else note(plans[0].fit.line)
     if config.dry_run:
-        return
+        return print(plans[0].fit)
+    for line in dict.fromkeys(notes):
+        note(line)
     if plans[0].fit:
-        from iclora.features import CachingPipeline as Pipeline
+        from iclora.fitted import FittedPipeline as Pipeline  # the plain path does without
+
+        note(plans[0].fit.line)
     pipeline = Pipeline(config, note)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started several
         from iclora.shards import make_share
 
         return print(*make_share(pipeline, plans), sep="\n")

@@ -3,7 +3,9 @@
 Counted are matrix products and attention, as torch's FlopCounterMode does; tests/cli/test_cards.py compares.
 """
 
+import time
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +13,7 @@ from model.flux import FluxConfig
 from model.lora import layers
 from model.position import SINUSOID
 
-from .config import ALONE
+from .config import ALONE, TrainConfig
 from .layout import Layout
 
 ONCE = ("time_in", "guidance_in", "vector_in", "modulation", "img_mod", "txt_mod", "adaLN_modulation")  # of an example
@@ -89,3 +91,23 @@ def rows(name: str, tokens: Tokens) -> int:
     if any(part.startswith("txt_") for part in parts):
         return tokens.text
     return len(tokens) - tokens.text * any(part.startswith("img_") for part in parts)
+
+
+class Meter:
+    """How fast a training is: what its steps are credited with, over the time they take."""
+
+    def __init__(self, config: TrainConfig, flux: nn.Module, loader: Any):
+        self.config, self.flux, self.loader, self.known = config, flux, loader, {}
+        self.start()
+
+    def start(self) -> None:
+        """Begin to time a step; what is saved or shown between two does not count."""
+        self.began = time.perf_counter()
+
+    def teraflops(self, step: int) -> float:
+        """Give the TFLOP/s of the step just taken, of all processes."""
+        layout, _ = self.loader.batch(step - 1)
+        if layout not in self.known:
+            tokens = count_tokens(self.loader.prompt("", layout).txt.shape[1], layout, self.config.reference_attention)
+            self.known[layout] = count_flops(self.flux.config, self.config.batch, tokens, self.flux).step / 1e12
+        return self.known[layout] / (time.perf_counter() - self.began)

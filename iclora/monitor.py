@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import textwrap
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from .ahead import ask_for_validation
 from .checkpoint import CHECKPOINT, CURVE, MAX_STEPS, METRICS, RESULT, State, averaged, save_checkpoint, start_folder
 from .config import UNO, saved
 from .data import Example
-from .flops import count_flops, count_tokens
+from .flops import Meter
 from .layout import Layout, encode_by_panel, generate_mask
 from .loader import Batch, Loader
 from .plan import Note
@@ -68,7 +67,7 @@ class Monitor:
     def __enter__(self) -> "Monitor":
         """Begin or go on in the folder of the run; a sheet that a kill prevented is drawn."""
         self.config, self.device, self.saved = self.plan.config, self.state.parameters[0].device, -1  # after which step
-        self.folder, self.flops, self.began = Path(self.config.out), {}, time.perf_counter()
+        self.folder, self.meter = Path(self.config.out), Meter(self.config, self.flux, self.loader)
         start_folder(self.folder, self.config)
         self.metrics = Metrics(self.folder / METRICS, self.state.step, self.config.tensorboard)
         if self.due(self.config.sample_every) and not self.sheet.exists():
@@ -93,8 +92,7 @@ class Monitor:
 
     def log(self, loss: float) -> None:
         """Show and note the loss of the step just taken and how fast it was; where it is saved, the validation loss."""
-        speed = self.teraflops() / (time.perf_counter() - self.began)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:.3g} TFLOP/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.meter.teraflops(self.state.step):.3g} TFLOP/s", refresh=False)
         self.bar.update()
         if self.bar.fp is not sys.stderr and self.due(LOGGED):
             sys.stderr.write(f"{self.bar}\n")
@@ -104,16 +102,7 @@ class Monitor:
             with averaged(self.state):
                 values["validation"] = validation_loss(self.flux, self.loader, self.config.condition, self.device)
         self.metrics.add(self.state.step, **values)
-        self.began = time.perf_counter()
-
-    def teraflops(self) -> float:
-        """Count the work of the step just taken, of all processes."""
-        layout, _ = self.loader.batch(self.state.step - 1)
-        if layout not in self.flops:
-            text = self.loader.prompt("", layout).txt.shape[1]
-            tokens = count_tokens(text, layout, self.config.reference_attention)
-            self.flops[layout] = count_flops(self.flux.config, self.config.batch, tokens, self.flux).step / 1e12
-        return self.flops[layout]
+        self.meter.start()
 
     def save(self) -> None:
         """Write the checkpoint, the LoRA as it is now and the loss curve, unless this step has them; each whole."""
@@ -123,7 +112,8 @@ class Monitor:
         with averaged(self.state):
             save_lora(self.flux, self.folder / RESULT, DIALECTS[self.config.method], self.lora_metadata())
         draw_curve(self.metrics.rows(), self.folder / CURVE)
-        self.saved, self.began = self.state.step, time.perf_counter()
+        self.saved = self.state.step
+        self.meter.start()
 
     def lora_metadata(self) -> dict[str, str]:
         """List what a reader of the LoRA file should know; sample.py follows the settings among it."""
@@ -144,7 +134,7 @@ class Monitor:
             line = str(error).partition("\n")[0][:120]
             return self.note(f"{self.sheet} is left out ({line}); training goes on")
         write_atomic(self.sheet, to_png(labelled(columns, f"step {self.state.step}")))
-        self.began = time.perf_counter()
+        self.meter.start()
 
 
 class Metrics:

@@ -8,7 +8,6 @@ Letters: I image tokens of the composite, R reference tokens, T text tokens, C w
 CLIP vector.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from sampling.latents import noise, pack, unpack
 
 from .config import ALONE, SHARED, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
-from .memory import fit_plans
+from .memory import planned
 from .plan import Note, Plan, Source, make_plan
 from .prompts import texts_of
 from .references import encode, image_ids
@@ -73,9 +72,11 @@ class Pipeline:
         more: other options for all requests by name, such as quantize or compile
         Errors: ValueError in one line for whatever cannot work
         """
-        pipeline = cls(SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype, **more))
-        make_plan(replace(pipeline.config, prompt="", grid="1x1"), lambda line: None)
-        return pipeline
+        config = SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype, **more)
+        plan = make_plan(replace(config, prompt="", grid="1x1"), lambda line: None)
+        if planned(plan.config, plan.files.flux):
+            from .fitted import FittedPipeline as cls  # the plain path does without
+        return cls(config)
 
     def __call__(self, **options: Any) -> Result:
         """Make one set.
@@ -96,7 +97,6 @@ class Pipeline:
 
         progress: called after every step
         """
-        (plan,) = fit_plans([plan])
         config, layout, seconds = plan.config, plan.layout, {}
         with timed(seconds, "text"):
             self.read_captions([plan])
@@ -131,51 +131,34 @@ class Pipeline:
     def read_captions(self, plans: Sequence[Plan]) -> None:
         """Encode the captions that were not read before.
 
-        T5 is large: where memory is short, the encoders are never there together with the transformer.
-
         Errors: ValueError if the transformer was made for other encoders
         """
         for plan in plans:
             if text_key(plan) not in self.texts:
                 self.texts[text_key(plan)] = self.read_caption(plan)
-        if plans[0].fit and plans[0].fit.free_text:
-            self.encoders = None
-            gc.collect()  # transformers' modules hold each other in cycles
-            if plans[0].config.device == "cuda":
-                torch.cuda.empty_cache()
 
     def read_caption(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Encode one caption. Returns txt: (1, T, C), vec: (1, V)"""
-        config, layout, length = plan.config, plan.layout, plan.defaults.text_length
+        config, files, layout, length = plan.config, plan.files, plan.layout, plan.defaults.text_length
         if self.encoders is None:
-            if plan.fit and plan.fit.free_text:
-                self.flux = self.loaded = None
-            device = "cpu" if plan.fit and plan.fit.text_on_cpu else config.device
-            self.encoders = load_text_encoders(plan.files, device, getattr(torch, config.dtype))
+            self.encoders = load_text_encoders(files, config.device, getattr(torch, config.dtype))
         for line in doubts(self.encoders, plan):
             self.note(line)
         txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
-        check_widths(txt, vec, plan.files.flux.config, plan.files.name)
-        return txt.to(config.device), vec.to(config.device)
+        check_widths(txt, vec, files.flux.config, files.name)
+        return txt, vec
 
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
-        files, config, wanted = plan.files, plan.config, ([(lora.path, much) for lora, much in plan.loras], plan.fit)
+        wanted = [(lora.path, strength) for lora, strength in plan.loras]
         if self.loaded == wanted:
             return
         self.flux = None
-        if plan.fit:
-            from .prepare import load_fitted, prepare  # the plain path does without
-
-            gc.collect()  # what streams or is compiled holds itself
-            self.flux = load_fitted(files.flux, config, plan.fit, plan.loras, self.note)
-            prepare(self.flux, config, plan.fit, self.note)
-        else:
-            self.flux = load_flux(files.flux, config.device, getattr(torch, config.dtype))
-            for lora, strength in plan.loras:
-                self.note(str(load_lora(self.flux, lora, strength)))
-            if plan.loras:
-                merge(self.flux)
+        self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
+        for lora, strength in plan.loras:
+            self.note(str(load_lora(self.flux, lora, strength)))
+        if plan.loras:
+            merge(self.flux)
         self.loaded = wanted
 
 

@@ -90,7 +90,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     layout, references = read_references(config, layout, files) if config.ref else (layout, ())
     if modes["text"] == "panel":
         if references:
-            raise ValueError("a LoRA gives each panel its own text, which says nothing of --ref; leave one out")
+            raise ValueError("a LoRA of --lora gives each panel a text of its own, and --ref has none; leave one out")
         texts_of(caption, layout.rows, layout.cols, "panel")  # refuses a caption that cannot be taken apart
     return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes.values())
 

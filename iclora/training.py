@@ -33,11 +33,11 @@ from .buckets import parse_sides
 from .checkpoint import CHECKPOINT, RESULT, State, as_begun, load_checkpoint, new_state, refuse_other_run, train_command
 from .config import IN_CONTEXT, UNO, ModelDefaults, TrainConfig, model_defaults, resolve_training_defaults
 from .data import Example, bucket, load
+from .fitted import load_fitted, prepare
 from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
-from .prepare import load_fitted, prepare
 from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at

@@ -23,7 +23,7 @@ from .checkpoint_forms import Made
 from .flux import Flux
 from .lora import add, merge, shapes
 from .lora_formats import LoraFile, describe, read_deltas
-from .weights import Stay, empty_network, read_tensors
+from .weights import empty_network
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
 SCALED = (8, 9)  # the compute capability from which on torch._scaled_mm exists
@@ -129,7 +129,6 @@ def load_quantized(
     checkpoint: Checkpoint,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    stay: Stay = None,
     loras: Iterable[tuple[LoraFile, float]] = (),
     note: Callable[[str], object] = str,
 ) -> Flux:
@@ -140,7 +139,6 @@ def load_quantized(
 
     checkpoint: from find_model or open_checkpoint
     dtype: of what is not in fp8, and of the activations
-    stay: tells which parameters stay on the CPU, as for load_flux
     loras: with their strengths
     note: is told what each is
     Errors: ValueError as load_flux and load_lora
@@ -158,7 +156,7 @@ def load_quantized(
         merge(flux)
 
     def read(keys: list[str]) -> None:
-        flux.load_state_dict(read_tensors(checkpoint, keys, dtype, device, stay), strict=False, assign=True)
+        flux.load_state_dict(checkpoint.read(keys, dtype, device), strict=False, assign=True)
 
     coded = [key for key in flux.state_dict() if becomes_codes(key, tensors[key])]
     read([key for key in tensors if key not in {*coded}])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .autoencoder import AutoEncoder
 from .checkpoint import FLOATS, PREFIX, WANTED, Checkpoint, file_in, files_named, kind, mismatch, read_headers
@@ -27,7 +27,6 @@ PARTS = {
     "t5_tokenizer": "tokenizer_2/",
 }
 Source = str | Path | Checkpoint
-Stay = Callable[[str], bool] | None  # tells which parameters stay on the CPU; None: none does
 TOKENIZERS = {"tokenizer/", "tokenizer_2/"}
 DOWNLOAD = "hf download black-forest-labs/{} --exclude 'transformer/*' --exclude 'vae/*' --local-dir weights/{}"
 
@@ -148,18 +147,15 @@ def open_checkpoint(path: str | Path, wanted: str) -> Checkpoint:
     return checkpoint if official else open_form(checkpoint, metadata)
 
 
-def load_flux(
-    path: Source, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, stay: Stay = None
-) -> Flux:
+def load_flux(path: Source, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Flux:
     """Load a FLUX.1 transformer of any depth and width, frozen and in eval mode.
 
     path: a file with the official names or in a form of checkpoint_forms.py, an index JSON of such shards, a folder
         with one of them (flux1-*.safetensors, transformer/), or what find_model opened
     dtype: of the parameters; a file that has it already is mapped, not copied, on the CPU
-    stay: tells which parameters stay on the CPU, such as is_modulation of tables.py
     Errors: ValueError for anything else, saying what it is and what to use instead
     """
-    return _load(Flux, path, "transformer", device, dtype, stay)
+    return _load(Flux, path, "transformer", device, dtype)
 
 
 def load_autoencoder(
@@ -174,13 +170,11 @@ def load_autoencoder(
     return _load(AutoEncoder, path, "autoencoder", device, dtype)
 
 
-def _load(
-    network: Callable, path: Source, wanted: str, device: str | torch.device, dtype: torch.dtype, stay: Stay = None
-) -> nn.Module:
+def _load(network: Callable, path: Source, wanted: str, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
     """Build a network on the meta device and give it its tensors."""
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, wanted)
     module = empty_network(network, checkpoint)
-    module.load_state_dict(read_tensors(checkpoint, checkpoint.tensors, dtype, device, stay), assign=True)
+    module.load_state_dict(checkpoint.read(checkpoint.tensors, dtype, device), assign=True)
     return module.requires_grad_(False).eval()
 
 
@@ -192,12 +186,3 @@ def empty_network(network: Callable, checkpoint: Checkpoint) -> nn.Module:
     if shapes != {key: (tensor.shape, True) for key, tensor in module.state_dict().items()}:
         raise mismatch(checkpoint, module)
     return module
-
-
-def read_tensors(
-    checkpoint: Checkpoint, keys: Iterable[str], dtype: torch.dtype, device: str | torch.device, stay: Stay
-) -> dict[str, Tensor]:
-    """Read tensors of a checkpoint, those that stay onto the CPU."""
-    at_home = [key for key in keys if stay and stay(key)]
-    tensors = checkpoint.read([key for key in keys if key not in at_home], dtype, device)
-    return tensors | checkpoint.read(at_home, dtype) if at_home else tensors

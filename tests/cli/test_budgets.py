@@ -16,7 +16,7 @@ FORMS = ("model/lora_formats.py", "model/lora_kinds.py", "model/checkpoint_forms
 FACTORY = tuple(f"iclora/{name}.py" for name in "chat judge caption evaluate lists backbones".split())
 CARDS = (  # large models on small cards
     *(f"model/{name}.py" for name in "tables quantize compiled offload loading".split()),
-    *(f"iclora/{name}.py" for name in "ahead prepare features cards sizes flops shards".split()),
+    *(f"iclora/{name}.py" for name in "ahead fitted cards sizes flops shards".split()),
 )
 OURS = {str(ROOT), *(str(ROOT / folder) for folder in ("model", "sampling", "iclora", "examples", "lab"))}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+import iclora.fitted as fitting
 import iclora.pipeline as pipeline
-import iclora.plan as planning
-import iclora.prepare as prepare
 import sample
 from golden import FLUX, GOLDEN
+from iclora.cards import Fit
 from iclora.cli import read_jobs
 from iclora.config import SampleConfig
+from iclora.fitted import FittedPipeline
 from iclora.layout import generate_mask
 from iclora.pipeline import Pipeline, encode_panels
 from iclora.plan import make_plan
@@ -26,9 +27,9 @@ from iclora.record import describe
 from iclora.records import read_set
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.compiled import WAIT
-from model.tables import is_modulation
+from model.tables import make_tables
 from model.text import TextEncoders
-from model.weights import examples_folder, find_model, load_flux
+from model.weights import examples_folder, find_model
 from sampling.flow import euler
 from sampling.images import fit, open_picture, to_picture
 from sampling.latents import noise, pack, unpack
@@ -422,7 +423,7 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        for name in ("load_text_encoders", "load_autoencoder", "load_transformer"):
+        for name in ("load_text_encoders", "load_autoencoder", "load_flux"):
             monkeypatch.setattr(pipeline, name, self.counting(name, getattr(pipeline, name)))
         monkeypatch.setattr(TextEncoders, "encode", self.counting("encode", TextEncoders.encode))
 
@@ -435,7 +436,7 @@ def counted(monkeypatch):
     return Counted(monkeypatch)
 
 
-LOADED = ["load_text_encoders", "encode", "load_autoencoder", "load_transformer"]
+LOADED = ["load_text_encoders", "encode", "load_autoencoder", "load_flux"]
 
 
 def test_a_second_request_loads_no_network_again(counted):
@@ -458,87 +459,104 @@ def test_a_caption_is_read_once_whatever_else_changes(counted, tmp_path):
     assert len(networks.texts) == 2, "of another grid, as panels may read their own parts"
 
 
+def with_fit(plan, **techniques):
+    return replace(plan, fit=Fit(**techniques))
+
+
 def test_captions_of_large_models_are_read_once_whatever_process_asks(counted, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "BIG", 0)
+    monkeypatch.setattr(fitting, "BIG", 0)
+    monkeypatch.setattr(fitting, "load_text_encoders", pipeline.load_text_encoders)  # which is counted
     captions = [PROMPT, "[IMAGE1] a quincunx, [IMAGE2] " + "a very long caption, " * 200]
-    plans, made, notes = [small(prompt=caption) for caption in captions], [], ([], [], [])
+    plans, made, notes = [with_fit(small(prompt=caption, out=str(tmp_path))) for caption in captions], [], ([], [], [])
     for told in notes[:2]:
-        networks = Pipeline(plans[0].config, told.append, tmp_path / ".cache")
+        networks = FittedPipeline(plans[0].config, told.append)
         networks.read_captions(plans)
         made.append(networks.texts)
     assert counted.calls == ["load_text_encoders", "encode", "encode"]
     assert notes[0] == notes[1] and len(notes[0]) > 1, "what was told of a caption is told again"
-    for key, features in made[0].items():
-        assert all(torch.equal(*pair) for pair in zip(features, made[1][key], strict=True))
+    for key, tensors in made[0].items():
+        assert all(torch.equal(*pair) for pair in zip(tensors, made[1][key], strict=True))
     entry = next((tmp_path / ".cache").glob("*/*/*.safetensors"))
     entry.write_bytes(entry.read_bytes()[:-1])  # damaged: read anew
-    Pipeline(plans[0].config, notes[2].append, tmp_path / ".cache").read_captions(plans)
+    FittedPipeline(plans[0].config, notes[2].append).read_captions(plans)
     assert len(counted.calls) == 5 and sorted(notes[2]) == sorted(notes[0])
-    half = small(dtype="bfloat16")
-    Pipeline(half.config, notes[2].append, tmp_path / ".cache").read_captions([half])
+    half = with_fit(small(dtype="bfloat16", out=str(tmp_path)))
+    FittedPipeline(half.config, notes[2].append).read_captions([half])
     assert len(counted.calls) == 7, "another type gives other features"
 
 
-def test_features_that_were_not_used_for_longest_go_first(tmp_path, monkeypatch):
-    from iclora import features
-
-    monkeypatch.setattr(pipeline, "BIG", 0)
-    monkeypatch.setattr(features, "MOST", 2)
-    plans = [small(prompt=f"[IMAGE1] a {word}, [IMAGE2] it") for word in ("cat", "dog", "fox")]
+def test_features_that_were_not_used_for_longest_go_first(counted, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "BIG", 0)
+    monkeypatch.setattr(fitting, "MOST", 2)
+    texts = [f"[IMAGE1] a {word}, [IMAGE2] it" for word in ("cat", "dog", "fox")]
+    plans = [with_fit(small(prompt=text, out=str(tmp_path))) for text in texts]
     for number in (0, 1, 0, 2):
-        Pipeline(plans[0].config, folder=tmp_path).read_captions([plans[number]])
-        for path in tmp_path.glob("*/*/*.safetensors"):
+        FittedPipeline(plans[0].config).read_captions([plans[number]])
+        for path in tmp_path.glob(".cache/*/*/*.safetensors"):
             os.utime(path, (path.stat().st_mtime - 10,) * 2)  # each request lies ten seconds behind the next
-    kept = features.Features(Pipeline(plans[0].config, folder=tmp_path), plans[0], "cpu")
-    assert [plan in kept.recall(plans) for plan in plans] == [False, True, False]
+    known = []
+    for plan in plans[::2] + plans[1:2]:
+        counted.calls.clear()
+        FittedPipeline(plans[0].config).read_captions([plan])
+        known.append(not counted.calls)
+    assert known == [True, True, False]
 
 
 def test_small_models_keep_no_captions_on_disk(tmp_path):
-    Pipeline(SampleConfig(), folder=tmp_path / ".cache").read_captions([small()])
-    assert not (tmp_path / ".cache").exists()
+    FittedPipeline(SampleConfig(out=str(tmp_path / "out"))).read_captions([with_fit(small())])
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_lora_loads_the_transformer_alone_and_the_same_one_nothing(counted, tmp_path):
     networks, lora = Pipeline.load("tiny", device="cpu"), str(find_model("tiny").root / "loras" / "uno.safetensors")
     plain = networks(**SMALL)
     networks(**SMALL, lora=[lora])
-    assert counted.calls == [*LOADED, "load_transformer"]
+    assert counted.calls == [*LOADED, "load_flux"]
     networks(**SMALL, lora=[lora], seed=1)
-    assert counted.calls == [*LOADED, "load_transformer"]
+    assert counted.calls == [*LOADED, "load_flux"]
     networks(**SMALL, lora=[f"{lora}:0.5"])
-    assert counted.calls == [*LOADED, "load_transformer", "load_transformer"]
+    assert counted.calls == [*LOADED, "load_flux", "load_flux"]
     assert networks(**SMALL).composite.tobytes() == plain.composite.tobytes()
 
 
-def test_a_large_model_on_a_gpu_has_tables_of_modulations_and_gives_the_same_pixels(monkeypatch):
-    checkpoint, config = find_model("tiny").flux, SampleConfig(dtype="bfloat16", device="cuda")
-    assert not prepare.has_tables(checkpoint, config)
+def make_fitted(monkeypatch, **techniques):
+    """A pipeline with techniques of a card, on the CPU."""
+    monkeypatch.setattr(fitting, "fit_plans", lambda plans: [with_fit(plan, **techniques) for plan in plans])
+    return FittedPipeline(SampleConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_large_model_on_a_gpu_has_tables_of_modulations_and_on_a_cpu_none(monkeypatch, device):
+    made = []
+    for name in ("make_tables", "move", "offload"):
+        monkeypatch.setattr(fitting, name, lambda *given, name=name: made.append(name))
+    fitting.prepare(None, SampleConfig(device=device), Fit(tables=True), None)
+    assert made == ["make_tables"] * (device == "cuda") + ["move"]
+
+
+def test_all_that_is_exact_gives_the_same_pixels_together(monkeypatch):
     lora = str(find_model("tiny").root / "loras" / "uno.safetensors")
     plain = [Pipeline.load("tiny", device="cpu")(**SMALL, **more) for more in ({}, {"lora": [lora]})]
-    monkeypatch.setattr(prepare, "BIG", 1e6)
-    assert prepare.has_tables(checkpoint, config) and not prepare.has_tables(checkpoint, replace(config, device="cpu"))
-    monkeypatch.setattr(prepare, "has_tables", lambda *given: True)
-    networks = Pipeline.load("tiny", device="cpu")
+    everything = {"free_text": True, "text_on_cpu": True, "load_on_cpu": True, "offload": True, "tables": True}
+    networks, prepare = make_fitted(monkeypatch, **everything), fitting.prepare
+
+    def on_a_card(network, config, fit, note):
+        make_tables(network)
+        prepare(network, config, fit, note)
+
+    monkeypatch.setattr(fitting, "prepare", on_a_card)
     for result, more in zip(plain, ({}, {"lora": [lora]}), strict=True):
         assert networks(**SMALL, **more).composite.tobytes() == result.composite.tobytes()
-        assert networks.flux.tables.passes == 1
+        assert networks.encoders is None and networks.flux.tables.passes == 1
     networks(**SMALL, lora=[lora], seed=5)
     assert networks.flux.tables.passes == 1, "the same caption and times"
 
 
-def test_a_parameter_that_stays_is_on_the_cpu_and_the_others_are_not():
-    flux = load_flux(find_model("tiny").flux, "meta", torch.float32, is_modulation)
-    places = {name: p.device.type for name, p in flux.named_parameters()}
-    assert {places[name] for name in places if is_modulation(name)} == {"cpu"}
-    assert {places[name] for name in places if not is_modulation(name)} == {"meta"}
-
-
 def test_compile_is_that_of_all_requests_and_told_of(monkeypatch, tmp_path):
     compiled, notes = [], []
-    monkeypatch.setattr("model.compiled.compile_blocks", compiled.append)
-    monkeypatch.setattr(planning, "check_compiler", lambda device: notes.append(device))
+    monkeypatch.setattr(fitting, "compile_blocks", compiled.append)
+    monkeypatch.setattr("iclora.cards.check_compiler", lambda device: notes.append(device))
     networks = Pipeline.load("tiny", device="cpu", compile=True)
-    assert notes == ["cpu"] and not compiled
     networks.note = notes.append
     networks(**SMALL), networks(**SMALL, seed=1)
     assert len(compiled) == 1 and notes.count(WAIT) == 1
@@ -553,7 +571,7 @@ def test_compile_is_that_of_all_requests_and_told_of(monkeypatch, tmp_path):
 @pytest.mark.parametrize("short", [True, False], ids=["short", "plenty"])
 def test_where_memory_is_short_encoders_and_transformer_are_never_there_together(monkeypatch, short):
     alive, seen, order = {"encoders": [], "flux": []}, [], []
-    load_text, load_flux = pipeline.load_text_encoders, pipeline.load_transformer
+    load_text, load_flux = pipeline.load_text_encoders, pipeline.load_flux
 
     def watched(name, load):
         def loads(*args):
@@ -567,10 +585,11 @@ def test_where_memory_is_short_encoders_and_transformer_are_never_there_together
         return loads
 
     monkeypatch.setattr(pipeline, "load_text_encoders", watched("encoders", load_text))
-    monkeypatch.setattr(pipeline, "load_transformer", watched("flux", load_flux))
+    monkeypatch.setattr(pipeline, "load_flux", watched("flux", load_flux))
     if short:
-        monkeypatch.setattr(pipeline, "free_memory", lambda device: 1_000_000)
-    networks = Pipeline.load("tiny", device="cpu")
+        monkeypatch.setattr(fitting, "load_text_encoders", watched("encoders", load_text))
+        monkeypatch.setattr(fitting, "load_flux", watched("flux", load_flux))
+    networks = make_fitted(monkeypatch, free_text=True) if short else Pipeline.load("tiny", device="cpu")
     gc.disable()  # so that nothing is freed by chance
     try:
         first = networks(**SMALL)

@@ -36,6 +36,7 @@ import model.checkpoint
 import sample
 import train
 from golden import WHOLE
+from iclora.cards import Fit
 from iclora.cli import parse
 from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, flag, resolve_training_defaults
 from iclora.data import load
@@ -50,7 +51,7 @@ from model.checkpoint import read_header, save_safetensors
 from model.flux import Flux, FluxConfig
 from model.lora import attach, save_lora, trainable
 from model.lora_formats import read_lora
-from model.tables import Tables
+from model.tables import Tables, make_tables
 from model.weights import find_model, load_flux
 from sampling.latents import pack
 
@@ -324,7 +325,8 @@ def test_running_out_of_memory_is_one_line(world, out, capsys, monkeypatch):
 
 
 def test_a_large_model_is_trained_with_tables_of_modulations_to_the_same_bits(world, whole, out, monkeypatch):
-    monkeypatch.setattr("iclora.prepare.has_tables", lambda *given: True)
+    monkeypatch.setattr(iclora.training, "check_training_memory", lambda *given: Fit(tables=True))
+    monkeypatch.setattr(iclora.training, "prepare", lambda flux, *given: make_tables(flux))
     passes = []
     monkeypatch.setattr(Tables, "clear", lambda tables, clear=Tables.clear: passes.append(1) or clear(tables))
     assert go(world, out) == 0
@@ -395,14 +397,15 @@ def test_a_bar_shows_loss_speed_and_time_left_on_a_terminal_from_before_the_firs
     assert go(world, out) == 0
     bars = [part for part in capsys.readouterr().err.split("\r") if part.startswith("training: ")]
     assert "| 0/6 [00:00<?, ?step/s]" in bars[0]
-    assert re.search(r"100%\|#+\| 6/6 \[00:0\d<00:00, +\d+\.\d+step/s, loss \d\.\d{4}\]", bars[-1])
+    assert re.search(r"100%\|#+\| 6/6 \[00:0\d<00:00, +\d+\.\d+step/s, loss \d\.\d{4}, [\d.e-]+ TFLOP/s\]", bars[-1])
 
 
 def test_a_log_gets_a_line_every_fifty_steps_and_at_the_end(world, out, capsys):
     assert go(world, out, "--holdout", "0", "--save-every", "200", steps=120) == 0
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("training: ")]
-    assert [re.search(r" (\d+)/120 \[.*step/s, loss \d\.\d{4}\]$", line)[1] for line in lines] == ["50", "100", "120"]
+    found = [re.search(r" (\d+)/120 \[.*step/s, loss \d\.\d{4}, [\d.e-]+ TFLOP/s\]$", line) for line in lines]
+    assert [each[1] for each in found] == ["50", "100", "120"]
     assert "\r" not in err and "\x1b" not in err
 
 

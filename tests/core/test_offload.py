@@ -7,8 +7,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from golden import FLUX
+from iclora.cards import check_device
+from iclora.config import SampleConfig
 from model.lora import attach, trainable
-from model.offload import check_offload, offload
+from model.offload import offload
 from model.weights import load_flux
 from sampling.denoise import denoise
 
@@ -152,6 +154,6 @@ def test_compiled_blocks_stream_too():
 
 def test_a_device_that_shares_memory_is_refused():
     with pytest.raises(ValueError, match="--offload means nothing on mps"):
-        check_offload(True, "mps")
-    check_offload(False, "mps")
-    check_offload(True, "cuda")
+        check_device(SampleConfig(offload=True, device="mps"))
+    check_device(SampleConfig(device="mps"))
+    check_device(SampleConfig(offload=True, device="cuda"))

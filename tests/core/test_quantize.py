@@ -1,7 +1,6 @@
 """fp8: how far codes are from weights, products of codes, gradients, what a file has in fp8, LoRAs beside it."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +9,9 @@ from test_checkpoint_forms import DEV, E5M2, SCALED, diffusers_flux, scaled, wri
 
 import sample
 from golden import FLUX
+from iclora.cards import check_device
 from iclora.cli import parse
-from iclora.config import TINY, SampleConfig, TrainConfig, resolve_training_defaults
-from iclora.layout import Layout
-from iclora.memory import check_training_memory
-from iclora.plan import pick_device
+from iclora.config import SampleConfig, TrainConfig
 from lora_cases import PLAIN, fresh, run, same, scramble
 from model.checkpoint import Checkpoint
 from model.lora import LoraLinear, attach, layers, load_lora, merge, trainable
@@ -335,21 +332,10 @@ def test_quantised_pictures_replay_to_the_same_bytes_and_differ_from_plain_ones(
     assert configs == [None, "fp8"]
 
 
-def test_what_cannot_work_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="^--quantize fp8 does not work on mps, which has no float8; leave it out, or"):
-        pick_device("mps", None, pytest.fail, "fp8")
-    assert pick_device("mps", None, pytest.fail) == "mps"
+def test_what_cannot_work_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="^--quantize fp8 does not work on mps, which has no float8; leave it out"):
+        check_device(SampleConfig(quantize="fp8", device="mps"))
+    check_device(SampleConfig(quantize="fp8", device="cpu"))
     for config in (SampleConfig, TrainConfig):
         with pytest.raises(ValueError, match="--quantize 'fp4' is unknown; .*choose one of fp8"):
             parse(config, ["--quantize", "fp4"], "")
-
-
-def test_training_that_fits_in_fp8_only_is_not_refused_with_it(monkeypatch):
-    plain = replace(resolve_training_defaults(TrainConfig(), TINY, "cpu"), dtype="bfloat16", device="cuda")
-    monkeypatch.setattr("iclora.memory.free_memory", lambda device: quantized_bytes(opened(), 2) + 40)
-    layout = [Layout(1, 1, 16, 16)]
-    with pytest.raises(ValueError, match="the weights alone take about"):
-        check_training_memory(plain, layout, opened(), 1, 1)
-    with pytest.raises(ValueError, match="in the transformer, but cuda has"):
-        check_training_memory(replace(plain, quantize="fp8"), layout, opened(), 1, 1)

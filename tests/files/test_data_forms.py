@@ -416,7 +416,7 @@ def test_the_check_counts_sets_and_crops_by_form(tmp_path, capsys):
 
 def test_an_empty_grid_is_one_line(capsys):
     assert data.main([str(ROOT / "sets" / "sketch"), "--grid", ""]) == 2
-    assert capsys.readouterr().err == "error: grid '' is not ROWSxCOLS; write for example 2x2, or 3x1 for three rows\n"
+    assert capsys.readouterr().err == "error: --grid is empty; give it a value, or leave it out\n"
 
 
 # bounds
