@@ -31,7 +31,7 @@ def run(config: SampleConfig) -> None:
     from tqdm import tqdm
 
     from iclora.memory import fit_plans
-    from iclora.pipeline import Pipeline
+    from iclora.pipeline import pipeline_for
     from iclora.plan import Plan, make_plan
     from iclora.record import compare, describe, save, save_sheet
 
@@ -48,10 +48,8 @@ def run(config: SampleConfig) -> None:
     for line in dict.fromkeys(notes):
         note(line)
     if plans[0].fit:
-        from iclora.fitted import FittedPipeline as Pipeline  # the plain path does without
-
         note(plans[0].fit.line)
-    pipeline = Pipeline(config, note)
+    pipeline = pipeline_for(plans[0])(config, note)
     if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started several
         from iclora.shards import make_share
 

@@ -9,7 +9,7 @@ were used last: T5-XXL, 9.5 GB, is read only where a caption is new. Whoever del
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,10 @@ from .cache import Cache, hash_values, text_encoder_paths
 from .cards import Fit
 from .config import SampleConfig, TrainConfig
 from .memory import fit_plans, stored_values
-from .pipeline import Pipeline, Progress, Result, doubts, text_key
-from .plan import Plan
+from .plan import Note, Plan, text_key
 
 MOST = 200  # captions
 Config = SampleConfig | TrainConfig  # with nothing left undecided
-Note = Callable[[str], None]
 
 
 def load_fitted(
@@ -73,16 +71,16 @@ def prepare(network: Flux, config: Config, fit: Fit, note: Note) -> None:
         move(network, config.device)
 
 
-class FittedPipeline(Pipeline):
-    """A pipeline whose plans say how they fit; as Pipeline else."""
+class Fitted:
+    """What a pipeline does otherwise where plans say how they fit; see iclora.pipeline.pipeline_for."""
 
     def __init__(self, *settings: Any):
         super().__init__(*settings)
         self.cache, self.encoders_mark = Cache(Path(self.config.out) / ".cache"), ""
 
-    def run(self, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[Result]:
+    def run(self, plan: Plan, *progress: Any) -> Iterator[Any]:
         """Choose techniques, unless the plan has them, and make its sets."""
-        yield from super().run(*fit_plans([plan]), progress)
+        yield from super().run(*fit_plans([plan]), *progress)
 
     def read_captions(self, plans: Sequence[Plan]) -> None:
         """Read captions, and let the encoders go where there is no room for them beside the transformer."""
@@ -107,7 +105,7 @@ class FittedPipeline(Pipeline):
                 self.encoders = load_text_encoders(plan.files, "cpu", getattr(torch, plan.config.dtype))
                 move(self.encoders.t5, device), move(self.encoders.clip, device)
             txt, vec = super().read_caption(plan)
-            lines = bytearray(json.dumps(doubts(self.encoders, plan)).encode())
+            lines = bytearray(json.dumps(self.doubts(plan)).encode())
             tensors = {"txt": txt, "vec": vec, "lines": torch.frombuffer(lines, dtype=torch.uint8)}
             if large:
                 self.cache.put(key, tensors)
@@ -121,12 +119,9 @@ class FittedPipeline(Pipeline):
 
     def forget(self) -> None:
         """Let go of what was not used for longest."""
-        times = {}
-        for path in self.cache.folder.glob("*/*/*.safetensors"):
-            with suppress(OSError):
-                times[path] = path.stat().st_mtime
-        for path in sorted(times, key=times.get)[:-MOST]:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may have removed one by now
+            for path in sorted(self.cache.folder.glob("*/*/*.safetensors"), key=os.path.getmtime)[:-MOST]:
+                path.unlink(missing_ok=True)
 
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, and make it ready, unless it is there."""

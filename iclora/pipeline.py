@@ -34,7 +34,7 @@ from sampling.latents import noise, pack, unpack
 from .config import ALONE, SHARED, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
 from .memory import planned
-from .plan import Note, Plan, Source, make_plan
+from .plan import Note, Plan, Source, make_plan, text_key
 from .prompts import texts_of
 from .references import encode, image_ids
 
@@ -74,9 +74,7 @@ class Pipeline:
         """
         config = SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype, **more)
         plan = make_plan(replace(config, prompt="", grid="1x1"), lambda line: None)
-        if planned(plan.config, plan.files.flux):
-            from .fitted import FittedPipeline as cls  # the plain path does without
-        return cls(config)
+        return pipeline_for(plan)(config)
 
     def __call__(self, **options: Any) -> Result:
         """Make one set.
@@ -133,20 +131,24 @@ class Pipeline:
 
         Errors: ValueError if the transformer was made for other encoders
         """
-        for plan in plans:
-            if text_key(plan) not in self.texts:
-                self.texts[text_key(plan)] = self.read_caption(plan)
+        new = {text_key(plan): plan for plan in plans if text_key(plan) not in self.texts}
+        self.texts |= {key: self.read_caption(plan) for key, plan in new.items()}
 
     def read_caption(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Encode one caption. Returns txt: (1, T, C), vec: (1, V)"""
-        config, files, layout, length = plan.config, plan.files, plan.layout, plan.defaults.text_length
         if self.encoders is None:
-            self.encoders = load_text_encoders(files, config.device, getattr(torch, config.dtype))
-        for line in doubts(self.encoders, plan):
+            self.encoders = load_text_encoders(plan.files, plan.config.device, getattr(torch, plan.config.dtype))
+        for line in self.doubts(plan):
             self.note(line)
-        txt, vec = encode_captions(self.encoders, [plan.caption], length, layout, plan.text_mode)
-        check_widths(txt, vec, files.flux.config, files.name)
+        how = plan.defaults.text_length, plan.layout, plan.text_mode
+        txt, vec = encode_captions(self.encoders, [plan.caption], *how)
+        check_widths(txt, vec, plan.files.flux.config, plan.files.name)
         return txt, vec
+
+    def doubts(self, plan: Plan) -> list[str]:
+        """Say in lines what of a caption the encoders do not read, or not as words."""
+        texts = texts_of(plan.caption, plan.layout.rows, plan.layout.cols, plan.text_mode)
+        return self.encoders.doubts(texts, plan.defaults.text_length, plan.files.name)
 
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
@@ -162,18 +164,13 @@ class Pipeline:
         self.loaded = wanted
 
 
-def text_key(plan: Plan) -> tuple[str, str, int, int]:
-    """Tell captions apart by what is read of them."""
-    return plan.caption, plan.text_mode, plan.layout.rows, plan.layout.cols
+def pipeline_for(plan: Plan) -> type[Pipeline]:
+    """Choose the plain pipeline, or one that does what cards.py has chosen."""
+    if not planned(plan.config, plan.files.flux):
+        return Pipeline
+    from .fitted import Fitted  # the plain path does without
 
-
-def doubts(encoders: TextEncoders, plan: Plan) -> list[str]:
-    """Say in lines what of a caption the encoders do not read, or not as words."""
-    texts = texts_of(plan.caption, plan.layout.rows, plan.layout.cols, plan.text_mode)
-    lines = dict.fromkeys(line for text in texts for line in encoders.truncated(text, plan.defaults.text_length))
-    if words := encoders.spelled(plan.caption):
-        lines[f"{plan.files.name} does not know {', '.join(words[:6])}, so do not expect to see that"] = None
-    return list(lines)
+    return type("FittedPipeline", (Fitted, Pipeline), {})
 
 
 def encode_captions(

@@ -154,10 +154,7 @@ def mode_of(loras: Loras, name: str, plain: str, other: str) -> str:
 
 
 def note_other_modes(loras: Sequence[LoraFile], modes: Mapping[str, str], note: Note) -> None:
-    """Tell of LoRAs that were trained in other modes than they are used in, which is possible, but seldom meant.
-
-    modes: condition, concat and text, as for TrainConfig
-    """
+    """Tell of LoRAs that were trained in other modes (condition, concat, text) than they are used in; seldom meant."""
     for lora in loras:
         for name, value in modes.items():
             if (trained := lora.metadata.get(f"iclora.{name}", value)) != value:
@@ -355,3 +352,8 @@ def read_source(item: str | Path | Image.Image) -> Source:
         return Source("a PIL image", hashlib.sha256(picture.tobytes()).hexdigest(), picture)
     picture = open_picture(item)
     return Source(os.path.abspath(item), hashlib.sha256(Path(item).read_bytes()).hexdigest(), picture)
+
+
+def text_key(plan: Plan) -> tuple[str, str, int, int]:
+    """Tell captions apart by what is read of them."""
+    return plan.caption, plan.text_mode, plan.layout.rows, plan.layout.cols

@@ -5,8 +5,6 @@ import math
 import os
 import platform
 import re
-import time
-from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.metadata import version
 from itertools import count
@@ -25,7 +23,6 @@ from .config import SampleConfig, saved
 from .pipeline import Result
 from .plan import Note, Plan
 
-HOUR = 3600  # seconds
 LABEL = 14  # pixels above each picture of a contact sheet
 SHEET = 8_192  # pixels of a sheet's side, beyond which its pictures are shrunk
 PATHS = {option.name for option in fields(SampleConfig) if option.metadata.get("path")}  # kept out of pictures
@@ -128,10 +125,6 @@ def next_number(folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = os.listdir(folder)
-        for scrap in folder.glob(".[0-9]*.tmp"):  # what a kill left half written, or what another process writes now
-            with suppress(FileNotFoundError):
-                if time.time() - scrap.stat().st_mtime > HOUR:
-                    scrap.unlink()
     except OSError as error:
         raise unusable(folder, error) from None
     return 1 + max((int(match[1]) for name in names if (match := re.match(r"(\d{4,9})[.-]", name))), default=0)

@@ -5,6 +5,7 @@ Letters: B batch, T text tokens, C width of the T5 tokens, V width of the CLIP v
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,6 +82,12 @@ class TextEncoders:
         if clip := _lost(self.clip_tokenizer, prompt, self._clip_limit()):
             lines.append(f"CLIP reads only the start, which is usual for joint prompts (T5 gives the rest): {clip}")
         return lines
+
+    def doubts(self, texts: Sequence[str], max_length: int | None, name: str) -> list[str]:
+        """Say in lines what of texts is not read, or not as words. name: of the model"""
+        lines = dict.fromkeys(line for text in texts for line in self.truncated(text, max_length))
+        words = list(dict.fromkeys(word for text in texts for word in self.spelled(text)))
+        return [*lines, *[f"{name} does not know {', '.join(words[:6])}, so do not expect to see that"] * bool(words)]
 
     def spelled(self, prompt: str) -> list[str]:
         """List the words that T5 does not know and reads letter by letter; real ones have none."""

@@ -19,7 +19,7 @@ from golden import FLUX, GOLDEN
 from iclora.cards import Fit
 from iclora.cli import read_jobs
 from iclora.config import SampleConfig
-from iclora.fitted import FittedPipeline
+from iclora.fitted import Fitted
 from iclora.layout import generate_mask
 from iclora.pipeline import Pipeline, encode_panels
 from iclora.plan import make_plan
@@ -457,6 +457,9 @@ def test_a_caption_is_read_once_whatever_else_changes(counted, tmp_path):
     assert counted.calls == LOADED and len(networks.texts) == 1
     networks(**{**SMALL, "grid": "2x1"})
     assert len(networks.texts) == 2, "of another grid, as panels may read their own parts"
+
+
+FittedPipeline = type("FittedPipeline", (Fitted, Pipeline), {})
 
 
 def with_fit(plan, **techniques):

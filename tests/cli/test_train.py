@@ -325,7 +325,7 @@ def test_running_out_of_memory_is_one_line(world, out, capsys, monkeypatch):
 
 
 def test_a_large_model_is_trained_with_tables_of_modulations_to_the_same_bits(world, whole, out, monkeypatch):
-    monkeypatch.setattr(iclora.training, "check_training_memory", lambda *given: Fit(tables=True))
+    monkeypatch.setattr(iclora.training, "check_training_memory", lambda *given: Fit(tables=True, phases={"step": 1.0}))
     monkeypatch.setattr(iclora.training, "prepare", lambda flux, *given: make_tables(flux))
     passes = []
     monkeypatch.setattr(Tables, "clear", lambda tables, clear=Tables.clear: passes.append(1) or clear(tables))
