@@ -119,7 +119,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "cropped": Row(
         "Do references cut out of the target teach pasting?",
         Headline("two", "cut out", "pasted", against="redrawn by stage I"),
-        paper="UNO, table 3: DINO 52.9 cut out, 54.2 generated",
+        answer="No difference was seen.",
+        paper="UNO, table 3: DINO 52.9 cut out, 54.2 generated; not seen",
     ),
     "cold": Row(
         "Is a first stage of one reference needed?",
@@ -134,7 +135,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "circle": Row(
         "Does UNO come out of nothing but the base?",
         Headline("two", "own pairs, both stages", "look", against="true pairs, both stages"),
-        paper="UNO: all its data are such pairs",
+        answer="One reference largely; stage II had too few pairs.",
+        paper="UNO: all its data are such pairs; agrees in part",
     ),
     "scale": Row(
         "Do references follow better from further away?",

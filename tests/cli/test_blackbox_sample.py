@@ -122,6 +122,7 @@ def kept_are_equal(made, stored, grid, generated):
 # pictures
 
 
+@pytest.mark.slow
 def test_the_readmes_first_command_makes_its_picture_and_keeps_three_panels_bit_for_bit(tmp_path):
     command = [sys.executable, "sample.py", "--grid", "2x2", "--mask", "3", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

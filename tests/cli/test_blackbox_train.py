@@ -243,6 +243,7 @@ def start(out, name, *flags, env=None):
     return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_same_bytes(out):
     direct = out.with_name(f"{out.name}-direct")
     threads = torch.get_num_threads()

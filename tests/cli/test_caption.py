@@ -307,7 +307,11 @@ def test_an_endpoint_captions_sets_and_corrects_itself(sets, capsys, monkeypatch
         ([], "the endpoint is no address"),
         (["--captioner", "ftp://host/v1", "--captioner-model", "seer"], "the endpoint is no address"),
         (["--captioner", "http://127.0.0.1:9/v1"], "names no model"),
-        (["--captioner", "http://127.0.0.1:9/v1", "--captioner-model", "seer"], "is it running|ConnectError"),
+        pytest.param(
+            ["--captioner", "http://127.0.0.1:9/v1", "--captioner-model", "seer"],
+            "is it running|ConnectError",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_endpoint_that_cannot_work_costs_a_line(sets, capsys, flags, line):

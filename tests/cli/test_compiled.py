@@ -45,6 +45,7 @@ def graphs(backend="eager"):
     return CompileCounterWithBackend(backend)
 
 
+@pytest.mark.slow
 def test_all_blocks_of_a_kind_share_one_graph_and_all_sizes_a_second_one():
     plain, compiled, counter = network(), network(), graphs()
     make_tables(compiled)

@@ -40,7 +40,12 @@ def start(command, *argv, **more):
 # streams
 
 
-@pytest.mark.parametrize("kind", ["full", "closed", "ascii", "nobody listens"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["full", *(pytest.param(k, marks=SLOW) for k in ("closed", "ascii", "nobody listens"))]
+)
 def test_a_set_is_saved_whatever_becomes_of_stdout(kind, tmp_path):
     more = {"env": os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}} if kind == "ascii" else {}
     if kind == "full":
@@ -55,7 +60,7 @@ def test_a_set_is_saved_whatever_becomes_of_stdout(kind, tmp_path):
     assert len(list((tmp_path / "\u00e9").iterdir())) == 3, "composite, panel, JSON"
 
 
-@pytest.mark.parametrize("kind", ["full", "nobody listens"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=SLOW), "nobody listens"])
 def test_a_run_is_trained_and_saved_whatever_becomes_of_stderr(kind, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
