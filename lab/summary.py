@@ -135,7 +135,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "circle": Row(
         "Does UNO come out of nothing but the base?",
         Headline("two", "own pairs, both stages", "look", against="true pairs, both stages"),
-        answer="One reference largely; stage II had too few pairs.",
+        answer="One reference largely; two do not.",
         paper="UNO: all its data are such pairs; agrees in part",
     ),
     "scale": Row(
