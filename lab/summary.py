@@ -64,7 +64,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "few": Row(
         "Do more sets help?",
         Headline("sketch", "100 sets", "from text", against="20 sets"),
-        paper="In-Context LoRA: 20 to 100 sets; no figures",
+        answer="Yes; copying needs a hundred sets or more.",
+        paper="In-Context LoRA: 20 to 100 sets; no figures; agrees",
     ),
     "silent": Row(
         "Does a given panel tell who it is if captions are silent?",

@@ -907,11 +907,11 @@ for name in ("fsync", "replace"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disk", ["", SLOW_DISK], ids=["disk", "slow disk"])
-def test_twenty_random_kills_end_in_the_same_bytes_and_locks_die_with_their_process(world, out, disk):
+def test_random_kills_end_in_the_same_bytes_and_locks_die_with_their_process(world, out, disk):
     steps, draw, inside = 1200, random.Random(len(disk)), 0
     assert go(world, beside(out, "whole"), *LONG, steps=steps) == 0
     folder = beside(out, "killed")
-    for number in range(20):
+    for number in range(10 if disk else 20):
         if number % 2:
             place = draw.choice(["os.replace", "os.fsync", "model.checkpoint.save_file"])
             process = start(world, folder, *LONG, steps=steps, code=disk + hit(place, draw.randint(3, 9)))
