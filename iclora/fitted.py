@@ -48,7 +48,7 @@ def load_fitted(
     note: is told what each is
     """
     device, dtype = "cpu" if fit.offload or fit.load_on_cpu else config.device, getattr(torch, config.dtype)
-    if config.quantize:
+    if fit.quantize:
         return load_quantized(flux, device, dtype, loras, note)
     network = load_flux(flux, device, dtype)
     for lora, strength in loras:
@@ -84,8 +84,9 @@ class Fitted:
 
     def read_captions(self, plans: Sequence[Plan]) -> None:
         """Read captions, and let the encoders go where there is no room for them beside the transformer."""
+        plans = fit_plans(list(plans)) if plans else []
         super().read_captions(plans)
-        if plans[0].fit.free_text:
+        if plans and plans[0].fit.free_text:
             self.encoders = None
             gc.collect()  # transformers' modules hold each other in cycles
             if plans[0].config.device == "cuda":

@@ -21,7 +21,7 @@ from iclora.layout import Layout
 from iclora.memory import fit_plans
 from iclora.plan import make_plan
 from iclora.sizes import forward_bytes, step_bytes
-from iclora.training import checkpoint_blocks, flow_loss
+from iclora.training import checkpoint_blocks, flow_loss, plan_training
 from lab.benchmarks import peers, rounds
 from model import lora
 from model.autoencoder import AutoEncoder, AutoEncoderConfig
@@ -253,6 +253,12 @@ def test_dry_run_prints_the_plan_and_stops(dev, tmp_path, capsys):
     assert train.main([*flags, "--vram", "0.01"]) == 2
     assert capsys.readouterr().err.count("error: --vram 0.01 is too little") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_fp8_that_makes_a_training_fit_is_recorded_as_if_it_had_been_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("iclora.training.check_training_memory", lambda *given: Fit(quantize="fp8"))
+    config = TrainConfig(data=str(ROOT / "sets" / "sketch"), out=str(tmp_path / "run"))
+    assert config.quantize is None and plan_training(config, 1, lambda line: None).config.quantize == "fp8"
 
 
 @pytest.mark.parametrize("value", [True, False, "auto"])

@@ -537,6 +537,21 @@ def test_a_large_model_on_a_gpu_has_tables_of_modulations_and_on_a_cpu_none(monk
     assert made == ["make_tables"] * (device == "cuda") + ["move"]
 
 
+def test_captions_of_plans_that_nobody_fitted_are_read_and_none_are_nothing():
+    networks = Pipeline.load("tiny", device="cpu", quantize="fp8")
+    networks.read_captions([])
+    assert networks.encoders is None
+    networks.read_captions([small(quantize="fp8")])
+    assert len(networks.texts) == 1
+
+
+def test_fp8_that_a_plan_chooses_is_what_is_loaded():
+    flux = fitting.load_fitted(
+        find_model("tiny").flux, SampleConfig(device="cpu", dtype="float32"), Fit(quantize="fp8"), (), None
+    )
+    assert flux.double_blocks[0].img_attn.qkv.weight.itemsize == 1
+
+
 def test_all_that_is_exact_gives_the_same_pixels_together(monkeypatch):
     lora = str(find_model("tiny").root / "loras" / "uno.safetensors")
     plain = [Pipeline.load("tiny", device="cpu")(**SMALL, **more) for more in ({}, {"lora": [lora]})]
