@@ -91,9 +91,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     count = sum(p.numel() for p in trainable(flux))
     layouts = bucket(examples, sizes, defaults.long_sides(config.ref_size))
     fit = check_training_memory(config, layouts, files, count, world_size)
-    config = (
-        replace(config, quantize=fit.quantize) if fit else config
-    )  # which may be what makes it fit, and is recorded
+    config = replace(config, quantize=fit.quantize) if fit else config  # fp8 may be what makes it fit; recorded
     fingerprint = fingerprints(examples, files, init_lora)
     refuse_other_run(begun, config, fingerprint, command, new_state(trainable(flux)))
     return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun, fit)
