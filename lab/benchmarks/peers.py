@@ -24,7 +24,7 @@ from model.lora_formats import names_in, slice_of, swap, template
 from model.position import grid_ids
 from model.weights import load_flux, open_checkpoint
 
-BUNDLED = Path(__file__).parents[2] / "weights" / "tiny" / "flux1-tiny.safetensors"
+TINY = Path(__file__).parents[2] / "weights" / "tiny" / "flux1-tiny.safetensors"
 
 # The norms of queries and keys, which are no Linears: the released name -> diffusers'
 NORMS = {
@@ -41,14 +41,14 @@ NORMS = {
 class Shape:
     """A size to measure at; side of the image and length of the text in tokens."""
 
-    config: FluxConfig | None  # None is the bundled model, with its own weights
+    config: FluxConfig | None  # None is the tiny model, with its own weights
     side: int
     text: int
     forward_batch: int
     train_batch: int
 
     def read_config(self) -> FluxConfig:
-        return self.config or open_checkpoint(BUNDLED, "transformer").config
+        return self.config or open_checkpoint(TINY, "transformer").config
 
 
 def flux_config(hidden: int, heads: int, double: int, single: int, context: int, vec: int) -> FluxConfig:
@@ -61,8 +61,7 @@ def flux_config(hidden: int, heads: int, double: int, single: int, context: int,
 
 
 SHAPES = {
-    "tiny": Shape(flux_config(192, 6, 3, 6, 128, 128), 8, 80, forward_batch=1, train_batch=8),
-    "bundled": Shape(None, 8, 80, forward_batch=1, train_batch=8),
+    "tiny": Shape(None, 8, 80, forward_batch=1, train_batch=8),
     "small": Shape(flux_config(512, 8, 4, 8, 512, 256), 16, 64, forward_batch=1, train_batch=1),
     "dev": Shape(flux_config(3072, 24, 19, 38, 4096, 768), 32, 512, forward_batch=1, train_batch=4),
 }
@@ -72,9 +71,9 @@ SHAPES = {
 
 
 def new_flux(shape: Shape, device: torch.device, dtype: torch.dtype) -> Flux:
-    """Make this project's transformer, frozen: the bundled one, or one with random weights of a sensible size."""
+    """Make this project's transformer, frozen: the tiny one, or one with random weights of a sensible size."""
     if shape.config is None:
-        return load_flux(BUNDLED, device, dtype)
+        return load_flux(TINY, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         flux = Flux(shape.config)

@@ -186,7 +186,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write everything to this file")
     args = parser.parse_args(argv)
     large = args.device.startswith("cuda")
-    args.shapes = args.shapes or ["tiny", "bundled", "small", *(["dev"] if large else [])]
+    args.shapes = args.shapes or ["tiny", "small", *(["dev"] if large else [])]
     args.dtypes = args.dtypes or (["bfloat16"] if large else ["float32", "bfloat16"])
     return args
 

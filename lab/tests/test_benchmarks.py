@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from lab.benchmarks import commands, peers, quantize, rounds, speed
 from lab.benchmarks import flux as cards
-from lab.benchmarks import peers, quantize, rounds, speed
 from model import lora
 from model.quantize import Fp8Linear, quantize_rows, scaled_product
 
@@ -303,12 +303,12 @@ def test_a_missing_peer_is_named_with_what_installs_it(monkeypatch, capsys):
 
     monkeypatch.setattr(peers, "version", missing)
     for measure, name in (("forward", "fluxbfl"), ("train", "diffusers")):
-        assert speed.main(["--measure", measure, "--shapes", "bundled", "--device", "cpu"]) == 2
+        assert speed.main(["--measure", measure, "--shapes", "tiny", "--device", "cpu"]) == 2
         assert f"{name} is not installed; run pip install -r lab/benchmarks/requirements.txt" in capsys.readouterr().err
 
 
 def test_training_needs_the_peer_that_trains(capsys):
-    assert speed.main(["--measure", "train", "--shapes", "bundled", "--device", "cpu", "--peers", "official"]) == 2
+    assert speed.main(["--measure", "train", "--shapes", "tiny", "--device", "cpu", "--peers", "official"]) == 2
     assert "add diffusers to --peers" in capsys.readouterr().err
 
 
@@ -391,3 +391,19 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
     assert cards.main([*command, *parts]) == 0
     assert capsys.readouterr().out == table, "nothing is measured again"
     assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)
+
+
+# every command
+
+
+def test_each_command_is_measured_with_its_memory_in_a_process_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "COMMANDS", ("-c 'held = b\"x\" * 3 * 10**8'", "-m iclora.data OUT/sets"))
+    assert commands.main([]) == 0
+    large, data = (line.split("|")[2:5] for line in capsys.readouterr().out.splitlines()[2:])
+    assert float(large[2]) > 300 and float(data[1]) > float(large[1])
+
+
+def test_a_command_that_fails_is_named_with_its_last_line(monkeypatch, capsys):
+    monkeypatch.setattr(commands, "COMMANDS", ("-c 'import sys; print(\"why\"); sys.exit(3)'",))
+    assert commands.main([]) == 2
+    assert "ended with status 3: why" in capsys.readouterr().err
