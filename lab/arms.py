@@ -254,6 +254,7 @@ EXPERIMENTS = {
         Arm("two", "base"),
         Arm("two", "own pairs, stage I", MADE),
         Arm("two", "own pairs, both stages", Training((("made-second", 1000),), (), 2, MADE)),
+        Arm("two", "both stages, II unfiltered", Training((("made-second-all", 1000),), (), 2, MADE)),
         Arm("two", "true pairs, both stages", then("two")),
     ),
     "scale": uno(

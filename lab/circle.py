@@ -39,7 +39,10 @@ FILTERS = {  # what stage I learns from, as conditions of iclora.curate --where
     "made-judge-3": f"{EVERYTHING} AND dino >= 0.5 AND judge >= 3",
     "made-judge-4": f"{EVERYTHING} AND dino >= 0.5 AND judge >= 4",
 }
-SECOND = "made-second"  # what stage II learns from
+SECOND = {  # what stage II learns from: what its own filters leave, or all that was drawn again
+    "made-second": None,
+    "made-second-all": FILTERS["made-judge-3"],
+}
 
 
 def options(work: Path, model: str, **more) -> CurateConfig:
@@ -55,7 +58,7 @@ def options(work: Path, model: str, **more) -> CurateConfig:
 def made_pairs(what: str, lora: Path | None, work: Path, model: str) -> Path:
     """Make the pairs that a training learns from, as far as they are not made yet.
 
-    what: a key of FILTERS, or SECOND
+    what: a key of FILTERS or of SECOND
     lora: of stage I, which draws the second subjects again
     Returns UNO's JSON
     """
@@ -64,9 +67,9 @@ def made_pairs(what: str, lora: Path | None, work: Path, model: str) -> Path:
     path = folder / f"{what}.json"
     if path.exists():
         return path
-    if what == SECOND:
+    if what in SECOND:
         locator = "world", WorldLocator(truth_reader(model))
-        filters = {"dino": 0.5, "judge_score": 3, "seam": 0.65, "lora": str(lora)}
+        filters = {"dino": 0.5, "judge_score": 3, "seam": 0.65, "lora": str(lora), "where": SECOND[what]}
         curate(options(work, model, **filters), note, locator=locator)
         made = "pairs-2.json"
     else:

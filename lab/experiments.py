@@ -110,7 +110,7 @@ def draw_data(training: Training, start: Path | None, args: argparse.Namespace) 
     """
     work = args.work
     if training.stage:
-        if training.data[0][0] in (*circle.FILTERS, circle.SECOND):
+        if training.data[0][0] in (*circle.FILTERS, *circle.SECOND):
             return circle.made_pairs(training.data[0][0], start, work, args.model)
         by = f"-{start.parent.name}" if "redrawn" in dict(training.data) else ""
         path = work / "pairs" / f"{data_name(training)}{by}.json"

@@ -224,7 +224,7 @@ def test_every_training_is_a_command_that_parses_and_pairs_that_exist():
     for one in OURS.values():
         for training in (step for arm in one.arms for step in chain(arm.training)):
             parse(TrainConfig, ["--method", "uno", "--stage", str(training.stage), *training.flags], "")
-            made = {*circle.FILTERS, circle.SECOND}
+            made = {*circle.FILTERS, *circle.SECOND}
             assert {kind for kind, _ in training.data} <= {*pairs.KINDS, "redrawn", *made}
             enough = circle.COUNT if training.data[0][0] in made else 0.95 * 2000
             assert sum(count for _, count in training.data) >= enough
