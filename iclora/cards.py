@@ -145,7 +145,7 @@ def share_fit(plans: Sequence[Any], free: int) -> list[Any]:
     Errors: ValueError as fit_sampling
     """
     chosen = fit_sampling(plans, free)
-    changed = {name: getattr(chosen, name) for name in ("tile", "quantize") if hasattr(plans[0].config, name)}
+    changed = {"tile": chosen.tile, "quantize": chosen.quantize}
     return [replace(plan, fit=chosen, config=replace(plan.config, **changed)) for plan in plans]
 
 
@@ -191,7 +191,7 @@ def fit(config: SampleConfig | TrainConfig, flux: FluxConfig, weights: Weights, 
         choice = replace(choice, text_on_cpu=text_on_cpu, budget=budget)
         choice = replace(choice, load_on_cpu=device == "cuda" and loading(choice, work, weights, training) > budget)
         choice = measured(choice, work, weights, device, training)
-        asked = choice.quantize or getattr(config, "offload", False)
+        asked = choice.quantize or config.offload
         if choice.peak <= budget and (asked or copies(choice, weights, training) <= SLOWER * work.flops / RATE):
             return choice
         best = choice if best is None or choice.peak < best.peak else best
@@ -224,9 +224,10 @@ def settings(config: SampleConfig | TrainConfig, flux: FluxConfig, big: bool, de
     again = {"auto": range(blocks + 1), True: [blocks]}.get(getattr(config, "checkpointing", None), [0])
     tiles = [False] if isinstance(config, TrainConfig) else [False, True]
     plain = Fit(**{name: getattr(config, name) for name in ("quantize", "offload", "tile") if hasattr(config, name)})
-    tables, full = replace(plain, tables=True), replace(plain, tables=True, free_text=True)
+    tables = replace(plain, tables=device != "cpu")  # whose memory has the weights in any case
+    full = replace(tables, free_text=True)
     streams = [False, True] if device == "cuda" else [False]
-    bases = [tables] if big else [plain, tables]
+    bases = ([] if device == "cpu" else [tables]) if big else [plain, tables]  # others need the machine's memory too
     bases += [replace(full, offload=full.offload or stream) for stream in streams]
     bases += [replace(base, quantize="fp8") for base in bases[-len(streams) :]]
     for base, tile, number in product(bases, tiles, again):
@@ -234,8 +235,9 @@ def settings(config: SampleConfig | TrainConfig, flux: FluxConfig, big: bool, de
 
 
 def loading(choice: Fit, work: Work, weights: Weights, training: bool) -> float:
-    """Give the peak while the transformer is read on the device, whole."""
-    return beside(choice, weights, training) + weights.transformer + work.merge * weights.merged
+    """Give the peak while the transformer is read on the device: whole, or into fp8 block by block."""
+    whole = weights.standing(fp8=True) + weights.block if choice.quantize else weights.transformer
+    return beside(choice, weights, training) + whole + work.merge * weights.merged
 
 
 def beside(choice: Fit, weights: Weights, training: bool) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.flux import FluxConfig
+from model.quantize import becomes_codes
 from model.tables import is_modulation
 from model.weights import ModelFiles, open_checkpoint
 
@@ -43,6 +44,7 @@ class Weights:
     block: int  # of linears, those of the largest block
     fp8: int  # linears as such
     block_fp8: int
+    modulation_fp8: int  # as such only where the file has it so
     tables: int  # modulation outputs of one step
     merged: int  # copies of the largest Linear while a LoRA is merged
     text: int
@@ -58,7 +60,8 @@ class Weights:
         """Give what of the transformer stays on the device. tables: steps whose modulations are there instead"""
         linears, block = (self.fp8, self.block_fp8) if fp8 else (self.linears, self.block)
         linears = min(linears, 2 * block) if offload else linears
-        return linears + self.rest + (self.modulation if tables is None else tables * self.tables)
+        modulation = self.modulation_fp8 if fp8 else self.modulation
+        return linears + self.rest + (modulation if tables is None else tables * self.tables)
 
 
 def read_weights(files: ModelFiles, dtype: torch.dtype) -> Weights:
@@ -69,16 +72,18 @@ def read_weights(files: ModelFiles, dtype: torch.dtype) -> Weights:
 
 def weigh(flux: Checkpoint, autoencoder: Checkpoint, text: int, dtype: torch.dtype) -> Weights:
     """Add up headers. text: bytes of the text encoders; dtype: of the transformer"""
-    sums, blocks, rows, largest = dict.fromkeys(("modulation", "linears", "rest"), 0), {}, 0, 0
+    sums, blocks, rows, largest = dict.fromkeys(("modulation", "linears", "rest", "modulation_fp8"), 0), {}, 0, 0
     for name, stored in flux.tensors.items():
         values, matrix = math.prod(stored.shape), len(stored.shape) == 2
+        coded = values + 4 * stored.shape[0] if becomes_codes(name, stored) else dtype.itemsize * values
         kind = "modulation" if is_modulation(name) else "linears" if "_blocks." in name else "rest"
         sums[kind] += dtype.itemsize * values
         rows += stored.shape[0] * (matrix and kind == "modulation")
+        sums["modulation_fp8"] += coded * (kind == "modulation")
         if kind == "linears":
             own, largest = blocks.setdefault(tuple(name.split(".")[:2]), [0, 0]), max(largest, values)
             own[0] += dtype.itemsize * values
-            own[1] += values + 4 * stored.shape[0] if matrix else dtype.itemsize * values  # rows have a scale each
+            own[1] += coded
     plain, fp8 = zip(*blocks.values(), strict=True)
     of_blocks = {"block": max(plain), "fp8": sum(fp8), "block_fp8": max(fp8), "merged": 8 * largest}
     of_autoencoder = {"autoencoder": stored_bytes(autoencoder, torch.float32), "channels": autoencoder.config.ch}

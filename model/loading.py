@@ -23,7 +23,10 @@ BIG = 2e9  # bytes, from which on it is worth the threads
 
 
 class Senders:
-    """Threads that fill tensors piece by piece. Leaving it waits for all of them. device: of the tensors"""
+    """Threads that fill tensors piece by piece. Leaving it waits for all, and has the errors of reading.
+
+    device: of the tensors
+    """
 
     def __init__(self, device: str | torch.device):
         self.device, self.local, self.left = torch.device(device), local(), []
@@ -33,8 +36,12 @@ class Senders:
         self.pool = ThreadPoolExecutor(THREADS, initializer=self._begin)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.pool.shutdown(cancel_futures=True)
+    def __exit__(self, failed: Any, *error: Any) -> None:
+        try:
+            for future in () if failed else self.left:
+                future.result()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
 
     def _begin(self) -> None:
         self.local.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=self.cuda)
@@ -59,12 +66,6 @@ class Senders:
         if stream:
             stream.synchronize()  # the buffer is free for the next piece then
 
-    def wait(self) -> None:
-        """Wait for what was begun. Errors: those of reading"""
-        for future in self.left:
-            future.result()
-        self.left = []
-
 
 def read_pieces(
     tensors: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], dtype: torch.dtype, device: str | torch.device
@@ -77,21 +78,21 @@ def read_pieces(
     Errors: ValueError for a file that is cut short meanwhile, KeyError for what is no float
     """
     starts: dict[Path, dict[str, int]] = {}
+    results: dict[str, Any] = {}
     with Senders(device) as senders:
-        results: dict[str, Any] = {}
         if senders.cuda:
             torch.cuda.synchronize(senders.device)  # memory that is free again may be in use until now
         for key, stored in tensors.items():
             source = dtypes[stored.dtype]
             if not hasattr(stored, "key"):
                 results[key] = senders.pool.submit(lambda made: made.read(None, dtype).to(device), stored)
+                senders.left.append(results[key])
                 continue
             if stored.path not in starts:
                 starts[stored.path] = data_starts(stored.path)
             results[key] = torch.empty(stored.shape, dtype=dtype, device=device)
             senders.fill(results[key], source, _reader(stored.path, starts[stored.path][stored.key]))
-        senders.wait()
-        return {key: result if isinstance(result, Tensor) else result.result() for key, result in results.items()}
+    return {key: result if isinstance(result, Tensor) else result.result() for key, result in results.items()}
 
 
 def data_starts(path: Path) -> dict[str, int]:
@@ -124,7 +125,6 @@ def move(module: nn.Module, device: str | torch.device) -> nn.Module:
             for p in parameters:
                 source, p.data = p.data.view(-1).view(torch.uint8), torch.empty_like(p, device=device)
                 senders.fill(p.data, p.dtype, _copier(source))
-            senders.wait()
     return module.to(device)  # what is left
 
 

@@ -13,7 +13,7 @@ import iclora.monitor
 import sample
 import train
 from iclora import sizes
-from iclora.cards import Fit, fit_training
+from iclora.cards import Fit, fit_sampling, fit_training
 from iclora.cli import parse
 from iclora.config import SampleConfig, TrainConfig, model_defaults, resolve_training_defaults, saved
 from iclora.flops import Tokens, count_flops
@@ -209,6 +209,14 @@ def test_the_first_setting_that_fits_is_taken(dev, flags, vram, wanted):
     assert plan.fit == wanted and plan.fit.peak <= 0.96e9 * float(vram)
     assert plan.config.tile == wanted.tile, "which changes pixels, so it is recorded"
     assert "vram" not in saved(plan.config) and saved(plan.config)["tile"] == wanted.tile
+
+
+def test_on_a_cpu_encoders_leave_and_fp8_is_loaded_block_by_block(dev):
+    argv = ["--model", dev, "--grid", "1x1", "--prompt", "a cat", "--device", "cpu", "--dtype", "bfloat16"]
+    plan = make_plan(parse(SampleConfig, [*argv, "--quantize", "fp8"], "", "sample.py"), print)
+    chosen = fit_sampling([plan], int(24e9))
+    assert chosen == Fit(free_text=True, quantize="fp8")
+    assert chosen.phases["sampling"] < chosen.phases["loading"] < 17e9, "which is less than the weights in bfloat16"
 
 
 def test_too_little_is_refused_with_the_least_that_would_do(dev):
