@@ -115,8 +115,9 @@ class Catalogue:
 
     def settle(self, stage: str, settings: Mapping[str, str]) -> None:
         """Note what makes a stage's results. Errors: ValueError if those that are there were made otherwise"""
+        made = stage == "taxonomy" or self.db.execute("SELECT 1 FROM results WHERE stage = ?", [stage]).fetchone()
         for name, value in settings.items():
-            if (before := self.noted(stage, name) or value) != value:
+            if made and (before := self.noted(stage, name) or value) != value:
                 line = f"{self.path.parent} has a {stage} made with {name} {before}, not {value}"
                 raise ValueError(f"{line}; give the same, or --redo {stage}, or another --out")
             self.note(stage, name, value)

@@ -191,11 +191,12 @@ def test_parts_of_other_processes_are_taken_over_once(catalogue):
 
 
 def test_other_settings_are_refused_until_the_stage_is_forgotten(catalogue):
-    catalogue.settle("judge", {"judge": "clip 1234"})
+    catalogue.settle("judge", {"judge": "a wrong name"})
+    catalogue.settle("judge", {"judge": "clip 1234"})  # as nothing was made by the other
+    catalogue.record(1, "judge", Outcome(4), 3)
     catalogue.settle("judge", {"judge": "clip 1234"})
     with pytest.raises(ValueError, match="has a judge made with judge clip 1234, not gpt; .*--redo judge"):
         catalogue.settle("judge", {"judge": "gpt"})
-    catalogue.record(1, "judge", Outcome(4), 3)
     catalogue.forget(CHAIN[CHAIN.index("judge") :])
     catalogue.settle("judge", {"judge": "gpt"})
     assert not catalogue.db.execute("SELECT * FROM results").fetchall() and len(passed(catalogue.db, "diptych")) == 6
