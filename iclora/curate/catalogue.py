@@ -188,10 +188,11 @@ def selected(db: sqlite3.Connection, stage: str, where: str) -> list[Item]:
     where: over the columns of the view pairs, such as "dino > 0.7 and judge >= 3"
     Errors: ValueError if it is none
     """
-    pictures = "EXISTS (SELECT 1 FROM results WHERE item = id AND kept AND stage = ?) AND seam IS NOT NULL"
-    query = f"SELECT {', '.join(COLUMNS)} FROM pairs WHERE {pictures} AND ({where}\n) ORDER BY id"
+    query = "SELECT * FROM items WHERE id IN (SELECT item FROM results WHERE stage = ?) ORDER BY id"
     try:
-        return [Item(*row) for row in db.execute(query, ["redraw" if stage == "export2" else "diptych"])]
+        ids = {id_ for (id_,) in db.execute(f"SELECT id FROM pairs WHERE {where}")}
     except (sqlite3.Error, sqlite3.Warning) as error:
         columns = ", ".join([*COLUMNS, *SCORES.values()])
         raise ValueError(f"--where {ascii(where[:60])}: {error}; write an SQL condition over {columns}") from None
+    items = (Item(*row) for row in db.execute(query, ["redraw" if stage == "export2" else "split"]))
+    return [item for item in items if item.id in ids]
