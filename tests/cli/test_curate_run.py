@@ -287,6 +287,23 @@ def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_lost(tmp_path, d
     assert content(tmp_path)[0][0] == before
 
 
+@pytest.mark.parametrize(
+    "flags", [["--where", "dino >"], ["--seed", "1"], ["--steps", "3", "--stages", "diptych,dino"]]
+)
+def test_what_is_to_be_made_again_is_kept_where_the_command_cannot_work(tmp_path, drawn, flags):
+    run(tmp_path)
+    before = content(tmp_path)
+    assert main(["--out", str(tmp_path), "--count", str(COUNT), "--dino", "-1", "--redo", "split", *flags]) == 2
+    assert content(tmp_path) == before
+
+
+def test_hidden_files_of_others_in_the_folder_are_left_alone(tmp_path, drawn):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".notes.tmp").write_text("mine")
+    run(tmp_path, count=1)
+    assert (tmp_path / "mine" / ".notes.tmp").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "version"])
 def test_a_damaged_catalogue_or_one_of_another_version_is_left_as_it_is(tmp_path, drawn, capsys, damage):
     run(tmp_path)
