@@ -78,9 +78,14 @@ class Catalogue:
             raise sqlite3.DatabaseError(state)
 
     def close(self) -> None:
-        """Bring everything into the one file, so that it can be read without its log."""
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Bring everything into the one file, so that it can be read without its log.
+
+        Errors: ValueError if another program has begun to read it and does not end
+        """
+        (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self.db.close()
+        if busy:
+            raise ValueError(f"{self.path} cannot be written whole while another program reads it; close that")
 
     def write(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run a query for every row, all or none."""

@@ -366,6 +366,19 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, drawn, capsys):
     assert "another run works in" in capsys.readouterr().err
 
 
+def test_a_program_that_reads_the_catalogue_without_end_costs_a_line_and_no_stage_is_passed_over(
+    tmp_path, drawn, capsys, monkeypatch
+):
+    monkeypatch.setattr(catalogue_module, "WAIT", 0.1)
+    run(tmp_path, stages="taxonomy")
+    with contextlib.closing(sqlite3.connect(tmp_path / NAME).execute("SELECT * FROM items")) as rows:
+        rows.fetchone()
+        assert main(["--out", str(tmp_path), "--count", str(COUNT + 1), "--stages", "taxonomy,diptych"]) == 2
+        assert f"{NAME} cannot be written whole while another program reads it; close that" in capsys.readouterr().err
+    run(tmp_path, stages="taxonomy,diptych", count=COUNT + 1)
+    assert query(tmp_path, "SELECT count(*) FROM results") == [(COUNT + 1,)]
+
+
 def test_help_names_every_stage(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
