@@ -78,9 +78,14 @@ class Catalogue:
             raise sqlite3.DatabaseError(state)
 
     def close(self) -> None:
-        """Bring everything into the one file, so that it can be read without its log."""
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Bring everything into the one file, so that it can be read without its log.
+
+        Errors: ValueError if another program has begun to read it and does not end
+        """
+        (busy, *_) = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self.db.close()
+        if busy:
+            raise ValueError(f"{self.path} cannot be written whole while another program reads it; close that")
 
     def write(self, query: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run a query for every row, all or none."""
@@ -115,8 +120,9 @@ class Catalogue:
 
     def settle(self, stage: str, settings: Mapping[str, str]) -> None:
         """Note what makes a stage's results. Errors: ValueError if those that are there were made otherwise"""
+        made = stage == "taxonomy" or self.db.execute("SELECT 1 FROM results WHERE stage = ?", [stage]).fetchone()
         for name, value in settings.items():
-            if (before := self.noted(stage, name) or value) != value:
+            if made and (before := self.noted(stage, name) or value) != value:
                 line = f"{self.path.parent} has a {stage} made with {name} {before}, not {value}"
                 raise ValueError(f"{line}; give the same, or --redo {stage}, or another --out")
             self.note(stage, name, value)
@@ -187,10 +193,11 @@ def selected(db: sqlite3.Connection, stage: str, where: str) -> list[Item]:
     where: over the columns of the view pairs, such as "dino > 0.7 and judge >= 3"
     Errors: ValueError if it is none
     """
-    pictures = "EXISTS (SELECT 1 FROM results WHERE item = id AND kept AND stage = ?) AND seam IS NOT NULL"
-    query = f"SELECT {', '.join(COLUMNS)} FROM pairs WHERE {pictures} AND ({where}\n) ORDER BY id"
+    query = "SELECT * FROM items WHERE id IN (SELECT item FROM results WHERE stage = ?) ORDER BY id"
     try:
-        return [Item(*row) for row in db.execute(query, ["redraw" if stage == "export2" else "diptych"])]
+        ids = {id_ for (id_,) in db.execute(f"SELECT id FROM pairs WHERE {where}")}
     except (sqlite3.Error, sqlite3.Warning) as error:
         columns = ", ".join([*COLUMNS, *SCORES.values()])
         raise ValueError(f"--where {ascii(where[:60])}: {error}; write an SQL condition over {columns}") from None
+    items = (Item(*row) for row in db.execute(query, ["redraw" if stage == "export2" else "split"]))
+    return [item for item in items if item.id in ids]

@@ -59,18 +59,23 @@ def curate(config: CurateConfig, note: Note, judge: NamedJudge = None, locator: 
 
 
 def start(workshop: Workshop, path: Path) -> None:
-    """Make the folder and its catalogue, clear away what a kill left, and refuse a condition that is none."""
+    """Make the folder and its catalogue, clear away what a kill left, and forget what is to be made again.
+
+    Errors: ValueError before that for a condition that is none, or other settings of what is kept
+    """
     with closing(Catalogue(path)) as catalogue:
-        for folder in FOLDERS:
+        for folder in ("", *FOLDERS):  # the whole tree may hold others' files
             (workshop.out / folder).mkdir(exist_ok=True)
-        for left in workshop.out.glob("**/.*.tmp"):
-            left.unlink()
+            for left in (workshop.out / folder).glob(".*.tmp"):
+                left.unlink()
         catalogue.merge_parts()
-        if workshop.config.redo:
-            catalogue.forget(CHAIN[CHAIN.index(workshop.config.redo) :])
         if workshop.config.where is not None:
             with closing(reader(path)) as db:
                 selected(db, "export", workshop.config.where)
+        kept = CHAIN.index(workshop.config.redo) if workshop.config.redo else len(CHAIN)
+        for stage in filter(workshop.config.chosen.__contains__, CHAIN[:kept]):
+            catalogue.settle(stage, workshop.settings(stage))
+        catalogue.forget(CHAIN[kept:])
 
 
 def prepare(workshop: Workshop, stage: str, path: Path) -> None:

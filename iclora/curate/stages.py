@@ -45,6 +45,7 @@ class Workshop:
 
     def __init__(self, config: CurateConfig, note: Note, judge: NamedJudge, locator: NamedLocator):
         self.config, self.out, self.files = config, Path(config.out), find_model(config.model)
+        self.mark = f"{self.files.name} {fingerprint(weight_files(self.files))[:8]}"
         self.note = lru_cache(note)  # tells each line once, not for every picture
         tiny = model_defaults(self.files.flux.config).name == "tiny"
         self.words_path = Path(config.words) if config.words else HERE / f"words{'-tiny' * tiny}.json"
@@ -59,8 +60,7 @@ class Workshop:
         """Say what makes a stage's results, besides what the stages before it have made."""
         config, digest = self.config, hashlib.sha256(json.dumps(self.words, sort_keys=True).encode()).hexdigest()
         words = {"seed": str(config.seed), "words": f"{self.words_path.name} {digest[:8]}"}
-        model = f"{self.files.name} {fingerprint(weight_files(self.files))[:8]}"
-        drawn = words | {"model": model, "steps": str(config.steps)}
+        drawn = words | {"model": self.mark, "steps": str(config.steps)}
         lora, strength = parse_lora(config.lora) if config.lora else (None, 1)
         return {
             "taxonomy": words | {"writer": config.writer_model if config.writer else "none"},

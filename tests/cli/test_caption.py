@@ -133,6 +133,12 @@ def test_markers_and_beginning_are_those_of_the_preset(tmp_path, capsys):
     assert calls[1][3] == [(rest, "it does not begin with [MOVIE-SHOTS]")]
 
 
+def test_a_set_json_that_cannot_be_read_is_named(sets, capsys):
+    lay(sets, **{"set.json": '{"grid": '})
+    status, _, (line,) = run(capsys, sets, tell_by(GOOD))
+    assert status == 2 and line.startswith("error: ") and "set.json" in line and "is no folder with sets" not in line
+
+
 # what is there already
 
 

@@ -287,6 +287,23 @@ def test_what_cannot_work_is_refused_in_one_line_and_nothing_is_lost(tmp_path, d
     assert content(tmp_path)[0][0] == before
 
 
+@pytest.mark.parametrize(
+    "flags", [["--where", "dino >"], ["--seed", "1"], ["--steps", "3", "--stages", "diptych,dino"]]
+)
+def test_what_is_to_be_made_again_is_kept_where_the_command_cannot_work(tmp_path, drawn, flags):
+    run(tmp_path)
+    before = content(tmp_path)
+    assert main(["--out", str(tmp_path), "--count", str(COUNT), "--dino", "-1", "--redo", "split", *flags]) == 2
+    assert content(tmp_path) == before
+
+
+def test_hidden_files_of_others_in_the_folder_are_left_alone(tmp_path, drawn):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".notes.tmp").write_text("mine")
+    run(tmp_path, count=1)
+    assert (tmp_path / "mine" / ".notes.tmp").exists()
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "version"])
 def test_a_damaged_catalogue_or_one_of_another_version_is_left_as_it_is(tmp_path, drawn, capsys, damage):
     run(tmp_path)
@@ -347,6 +364,19 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, drawn, capsys):
 
     curate(CurateConfig(out=str(tmp_path), count=2, dino=-1, seam=0), print, ("half", meanwhile))
     assert "another run works in" in capsys.readouterr().err
+
+
+def test_a_program_that_reads_the_catalogue_without_end_costs_a_line_and_no_stage_is_passed_over(
+    tmp_path, drawn, capsys, monkeypatch
+):
+    monkeypatch.setattr(catalogue_module, "WAIT", 0.1)
+    run(tmp_path, stages="taxonomy")
+    with contextlib.closing(sqlite3.connect(tmp_path / NAME).execute("SELECT * FROM items")) as rows:
+        rows.fetchone()
+        assert main(["--out", str(tmp_path), "--count", str(COUNT + 1), "--stages", "taxonomy,diptych"]) == 2
+        assert f"{NAME} cannot be written whole while another program reads it; close that" in capsys.readouterr().err
+    run(tmp_path, stages="taxonomy,diptych", count=COUNT + 1)
+    assert query(tmp_path, "SELECT count(*) FROM results") == [(COUNT + 1,)]
 
 
 def test_help_names_every_stage(capsys):

@@ -170,8 +170,9 @@ def test_a_condition_selects_and_changes_nothing(catalogue, tmp_path):
         catalogue.record(number, "dino", Outcome(number / 4), 0.9)
     with closing(reader(catalogue.path)) as db:
         assert [one.id for one in selected(db, "export", "dino > 0.3 AND dropped LIKE 'dino%'")] == [2, 3]
-        assert [one.id for one in selected(db, "export", "1 = 1 -- all")] == [1, 2, 3]
-        for where in ("dinno > 1", "1; DROP TABLE items", "1) OR (load_extension('x')", "dino >", "1 UNION", ")("):
+        for where in ("1 = 1 -- all", "1 = 0 OR 1 = 1"):
+            assert [one.id for one in selected(db, "export", where)] == [1, 2, 3]
+        for where in ("dinno > 1", "1; DROP TABLE items", "load_extension('x')", "dino >", "1 UNION", ")(", "0) OR (1"):
             with pytest.raises(ValueError, match="--where .* write an SQL condition over id, category"):
                 selected(db, "export", where)
         with pytest.raises(sqlite3.DatabaseError):
@@ -191,11 +192,12 @@ def test_parts_of_other_processes_are_taken_over_once(catalogue):
 
 
 def test_other_settings_are_refused_until_the_stage_is_forgotten(catalogue):
-    catalogue.settle("judge", {"judge": "clip 1234"})
+    catalogue.settle("judge", {"judge": "a wrong name"})
+    catalogue.settle("judge", {"judge": "clip 1234"})  # as nothing was made by the other
+    catalogue.record(1, "judge", Outcome(4), 3)
     catalogue.settle("judge", {"judge": "clip 1234"})
     with pytest.raises(ValueError, match="has a judge made with judge clip 1234, not gpt; .*--redo judge"):
         catalogue.settle("judge", {"judge": "gpt"})
-    catalogue.record(1, "judge", Outcome(4), 3)
     catalogue.forget(CHAIN[CHAIN.index("judge") :])
     catalogue.settle("judge", {"judge": "gpt"})
     assert not catalogue.db.execute("SELECT * FROM results").fetchall() and len(passed(catalogue.db, "diptych")) == 6
