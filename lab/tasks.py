@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from iclora.layout import Layout, stitch
+from iclora.layout import Layout, paste
 from iclora.prompts import markers_for
 from sampling.images import to_picture, to_tensor
 
@@ -230,7 +230,8 @@ def write_tasks(folder: Path, count: int = COUNT) -> None:
         for number, one in enumerate(task_sets(task, count, SEED), start=1):
             stem = f"{number:02d}"
             if task == "sketch":
-                composite = stitch(one.pictures, Layout(rows, cols, PANEL, PANEL))
+                panels, layout = dict(enumerate(one.pictures, start=1)), Layout(rows, cols, PANEL, PANEL)
+                composite = paste(Image.new("RGB", (layout.width, layout.height)), panels, layout)
                 composite.save(place / f"{stem}.png", optimize=True)
                 (place / f"{stem}.txt").write_text(one.caption + "\n")
                 continue
