@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(args: argparse.Namespace) -> None:
     """Measure everything, print each table as it comes, and write base.md, its sheets and the values of every set."""
     networks, model = load_networks(args.model), Path(args.model).name
-    reader = load_reader(find_model(args.model).root / "truth" / "model.safetensors")
+    reader = load_reader(args.model)
     few = max(2, args.sets // 4)
     text, kept = text_figures(networks, reader, args.sets), kept_figures(networks, reader, args.sets)
     experiments = {
