@@ -66,7 +66,7 @@ class EvaluateConfig:
     resize: str = option(
         "own", "how DINO gets pictures: as its folder says, or as UNO's script does it", choices=("own", "uno")
     )
-    device: str = option("auto", "auto is cuda if there is one, else cpu", choices=DEVICES)
+    device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     out: str | None = option(None, "also write every value to this file", metavar="FILE.json", path=True)
 
     def __post_init__(self) -> None:

@@ -349,6 +349,11 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, drawn, capsys):
     assert "another run works in" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--device", "mps"]) == 2
+    assert "--device mps is not available" in capsys.readouterr().err
+
+
 def test_help_names_every_stage(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
