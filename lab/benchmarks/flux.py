@@ -29,6 +29,7 @@ from iclora.config import SampleConfig
 from iclora.flops import Tokens, count_flops
 from iclora.sizes import forward_bytes, step_bytes, weigh
 from iclora.training import checkpoint_blocks
+from lab import entry
 from model.autoencoder import AutoEncoder, AutoEncoderConfig, decode_tiled
 from model.checkpoint import Checkpoint, Stored
 from model.flux import Flux, FluxConfig
@@ -371,13 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", nargs="+", type=float, help="GB of cards to keep to")
     parser.add_argument("--model", help="a whole model, whose loading is timed")
     parser.add_argument("--out", type=Path, help="rows as JSON, a line each; what is there is not measured again")
-    args = parser.parse_args(argv)
-    try:
-        print("\n".join(show(measure_all(args))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return entry.run(parser, lambda args: print("\n".join(show(measure_all(args)))), argv)
 
 
 if __name__ == "__main__":
