@@ -1,6 +1,6 @@
 """What --quantize fp8 loses: the relative error of the velocity, and the PSNR of pictures.
 
-    python -m lab.benchmarks.quantize --out lab/results/quantize.md
+    python -m lab.benchmarks.fp8 --out runs/fp8.md
 
 On the bundled model, along the way of pictures of its bundled captions, and on random weights of FLUX.1-dev's width.
 All on a CPU: what a card does, whose codes are multiplied, is emulated by a product in float32 of both rounded factors.
@@ -158,7 +158,7 @@ def random(name: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lab.benchmarks.quantize",
+        prog="python -m lab.benchmarks.fp8",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
