@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lab.benchmarks import commands, fp8, peers, rounds, speed
-from lab.benchmarks import flux as cards
+from lab.benchmarks import cards, commands, fp8, peers, rounds, speed
 from model import lora
 from model.quantize import Fp8Linear, quantize_rows, scaled_product
 

@@ -1,7 +1,7 @@
 """What FLUX.1-dev takes on a card: steps, training and budgets, with random weights of its size; one table.
 
-    python -m lab.benchmarks.flux --out runs/flux.jsonl             on a GPU; goes on where it was stopped
-    python -m lab.benchmarks.flux --size small --device cpu --ways eager "tables, offload"      to try it
+    python -m lab.benchmarks.cards --out runs/cards.jsonl            on a GPU; goes on where it was stopped
+    python -m lab.benchmarks.cards --size small --device cpu --ways eager "tables, offload"      to try it
 
 Every row is a line of JSON with card, versions and commit, written when it is measured; a row that is there is not
 measured again. What cannot be measured here has a reason instead of figures. lab/benchmarks/speed.py compares with
@@ -363,7 +363,7 @@ def show(rows: list[dict]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lab.benchmarks.flux", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab.benchmarks.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="dev")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
