@@ -67,13 +67,9 @@ def check(config: Any) -> None:
                 raise ValueError(f"{flag(item.name)} {str(value)[:40]} is out of range; use {least} to {most}")
 
 
-def saved(config: Any, paths: bool = True) -> dict[str, Any]:
-    """List the options that make the result, to be written beside it and replayed.
-
-    paths: False leaves out what says where something lies
-    """
-    kept = [f for f in fields(config) if f.metadata.get("saved", True) and (paths or not f.metadata.get("path"))]
-    return {f.name: getattr(config, f.name) for f in kept}
+def saved(config: Any) -> dict[str, Any]:
+    """List the options that make the result, to be written beside it and replayed."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("saved", True)}
 
 
 def flag(name: str) -> str:

@@ -30,6 +30,7 @@ from sampling.images import open_picture, picture_size
 from .backbones import CLIP, DINO, SHAPE, UNO, Backbone
 from .cli import guard, note, parse, plain, read_jobs
 from .config import DEVICES, SampleConfig, check, model_defaults, option
+from .intervals import bonett_price, wilson
 from .layout import parse_grid
 from .plan import pick_device
 from .prompts import clean, has_markers, lint, preset, texts_of
@@ -48,7 +49,7 @@ GOALS = {  # of UNO's release, arXiv:2504.02160 tables 1 and 2: by the number of
     1: {"DINO": 0.760, "CLIP-I": 0.835, "CLIP-T": 0.304},
     2: {"DINO": 0.542, "CLIP-I": 0.733, "CLIP-T": 0.322},
 }
-ROUNDS, Z = 1000, 1.959964  # of resampling; deviations on either side of 95 %
+ROUNDS = 1000  # of resampling
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class EvaluateConfig:
     resize: str = option(
         "own", "how DINO gets pictures: as its folder says, or as UNO's script does it", choices=("own", "uno")
     )
-    device: str = option("auto", "auto is cuda if there is one, else cpu", choices=DEVICES)
+    device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     out: str | None = option(None, "also write every value to this file", metavar="FILE.json", path=True)
 
     def __post_init__(self) -> None:
@@ -240,32 +241,19 @@ def score_all(items: Sequence[Item], systems: Systems, eyes: Eyes) -> dict[str, 
 
 
 def interval(values: Sequence[float], rate: bool = False) -> Interval:
-    """Return the mean of items and its 95 % interval, bootstrapped over items; of a rate it is Wilson's.
-
-    Source: Wilson, doi.org/10.1080/01621459.1927.10502953
-    """
+    """Return the mean of items and its 95 % interval, bootstrapped over items; of a rate it is Wilson's."""
     values = np.asarray(values, dtype=float)
-    count, mean = len(values), values.mean()
     if rate:
-        centre, wide = mean + Z**2 / (2 * count), Z * np.sqrt(mean * (1 - mean) / count + (Z / (2 * count)) ** 2)
-        low, high = (np.array((centre - wide, centre + wide)) / (1 + Z**2 / count)).clip(0, 1)
-    else:
-        drawn = np.random.default_rng(0).integers(count, size=(ROUNDS, count))
-        low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
-    return float(mean), float(low), float(high)
+        return float(values.mean()), *wilson(values)
+    drawn = np.random.default_rng(0).integers(len(values), size=(ROUNDS, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
 
 
 def difference(values: Sequence[float], others: Sequence[float], rate: bool = False) -> Interval:
-    """Return the mean of values less others, paired by item, and its 95 % interval; of rates it is Bonett and Price's.
-
-    Source: Bonett and Price, doi.org/10.3102/1076998611411915
-    """
+    """Return the mean of values less others, paired by item, and its 95 % interval; of rates Bonett and Price's."""
     less = np.subtract(values, others)
-    if not rate:
-        return interval(less)
-    wider = np.append(less, (1, -1))
-    wide = Z * wider.std() / np.sqrt(len(wider))
-    return float(less.mean()), max(-1.0, float(wider.mean() - wide)), min(1.0, float(wider.mean() + wide))
+    return (float(less.mean()), *bonett_price(less)) if rate else interval(less)
 
 
 def summarise(values: Mapping[str, Values]) -> dict[str, dict[str, Interval]]:

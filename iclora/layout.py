@@ -1,11 +1,11 @@
-"""Panel grids: geometry, stitching and splitting, masks.
+"""Panel grids: geometry, splitting and pasting, masks.
 
 Panels are numbered from 1 in reading order. Grids are rows x columns, sizes width x height in pixels.
 Letters: I image tokens of 16x16 pixels, row by row; h, w the composite's height and width in pixels.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -138,12 +138,6 @@ def parse_mask(text: str, panels: int) -> tuple[int, ...]:
             raise ValueError(f"mask {_shown(text)}: {item.strip()} does not fit the grid; {_valid(panels)}")
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
-
-
-def stitch(pictures: Sequence[Image.Image], layout: Layout) -> Image.Image:
-    """Join all panels, in reading order and of panel size, into the composite. Errors: ValueError for another number"""
-    panels = dict(zip(range(1, layout.panels + 1), pictures, strict=True))
-    return paste(Image.new("RGB", (layout.width, layout.height)), panels, layout)
 
 
 def split(picture: Image.Image, layout: Layout) -> list[Image.Image]:

@@ -5,20 +5,18 @@ python -m lab.caption YOURS
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 from iclora import caption
 from iclora.prompts import markers_for
-from model.weights import find_model
 from sampling.images import fit, to_tensor
 
 from .captions import joint_caption
 from .sets import PANEL
-from .truth import Reader, Reading, load_reader, read
-from .world import Panel, Placed, Subject
+from .truth import Reader, load_reader, read
 
 
 @dataclass(frozen=True)
@@ -35,22 +33,15 @@ class ReaderTeller:
         readings = read(self.reader, image)
         if empty := [number for number, reading in enumerate(readings, start=1) if not reading.seen]:
             raise ValueError(f"the reader sees nobody in panel {empty[0]}; it knows drawn panels only")
-        text = joint_caption(tuple(map(_panel, readings)), len(panels), 1)
+        text = joint_caption(tuple(reading.specify() for reading in readings), len(panels), 1)
         for ours, asked in zip(markers_for("image", len(panels), 1), markers, strict=False):
             text = text.replace(ours, asked)
         return f"{tag} {text}".strip()
 
 
-def _panel(reading: Reading) -> Panel:
-    """The specification of what was read."""
-    shown = [field.name for field in fields(Subject)]
-    placed = [Placed(Subject(**{t: getattr(one, t) for t in shown}), one.position, one.size) for one in reading.seen]
-    return Panel(reading.scene, tuple(placed), 0)
-
-
 def make_teller(config: caption.CaptionConfig, limit: int, answers: list) -> ReaderTeller:
     """Load the reader that lies beside the model's files."""
-    return ReaderTeller(load_reader(find_model(config.model).root / "truth" / "model.safetensors"))
+    return ReaderTeller(load_reader(config.model))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,6 @@ from iclora.curate.chain import curate
 from iclora.curate.options import CurateConfig
 from iclora.curate.taxonomy import HERE
 from model.checkpoint import read_json, write_atomic
-from model.weights import find_model
 from sampling.images import open_picture
 
 from . import entry
@@ -68,7 +67,7 @@ def made_pairs(what: str, lora: Path | None, work: Path, model: str) -> Path:
     if path.exists():
         return path
     if what in SECOND:
-        locator = "world", WorldLocator(truth_reader(model))
+        locator = "world", WorldLocator(load_reader(model))
         filters = {"dino": 0.5, "judge_score": 3, "seam": 0.65, "lora": str(lora), "where": SECOND[what]}
         curate(options(work, model, **filters), note, locator=locator)
         made = "pairs-2.json"
@@ -79,14 +78,10 @@ def made_pairs(what: str, lora: Path | None, work: Path, model: str) -> Path:
     return path
 
 
-def truth_reader(model: str):
-    return load_reader(find_model(model).root / "truth" / "model.safetensors")
-
-
 def report(args: argparse.Namespace) -> None:
     """Run stage I of the factory and write how much of it is true, by filter."""
     made_pairs("made", None, args.work, args.model)
-    folder, judge = args.work / "factory", TruthJudge(truth_reader(args.model))
+    folder, judge = args.work / "factory", TruthJudge(load_reader(args.model))
     with closing(reader(folder / NAME)) as db:
         rows = db.execute("SELECT id, seam, dino, judge, second FROM pairs WHERE judge IS NOT NULL").fetchall()
         passing = {

@@ -15,12 +15,11 @@ from iclora.curate.eyes import Box
 from iclora.curate.options import CurateConfig
 from iclora.judge import Verdict
 from model.checkpoint import fingerprint
-from model.weights import find_model
 from sampling.images import fit, to_tensor
 
 from .sets import PANEL
-from .truth import Reader, Reading, Seen, load_reader, read, same_traits
-from .world import SHAPES, Panel, Placed, box
+from .truth import Reader, Reading, Seen, load_reader, read, reader_path, same_traits
+from .world import SHAPES, box
 
 CROP, GROUND = 40, 62  # a crop's side, and where it ends in a panel: its subject is small and stands in the middle then
 
@@ -66,11 +65,10 @@ class WorldLocator:
 
     def __call__(self, picture: Image.Image, words: str) -> Box | None:
         (reading,) = read(self.reader, to_tensor(fit(picture, PANEL, PANEL)))
-        panel = Panel(reading.scene, tuple(Placed(one, one.position, one.size) for one in reading.seen), 0)
         shapes = [shape for shape in SHAPES if shape in words.split()]
         for which, one in enumerate(reading.seen):
             if one.shape in shapes:
-                return tuple(edge * picture.width / 64 for edge in box(panel, which))
+                return tuple(edge * picture.width / 64 for edge in box(reading.specify(), which))
         return None
 
 
@@ -80,10 +78,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(config: CurateConfig) -> None:
     """Run the factory with the reader that lies beside the model's files, unless another judge is asked for."""
-    path = find_model(config.model).root / "truth" / "model.safetensors"
+    path = reader_path(config.model)
     if not path.is_file():
         raise ValueError(f"{path.parent} has no reader; python -m iclora.curate needs none")
-    name, reader = f"truth {fingerprint([path])[:8]}", load_reader(path)
+    name, reader = f"truth {fingerprint([path])[:8]}", load_reader(config.model)
     judge = None if config.judge else (name, TruthJudge(reader))
     curate(config, note, judge, None if config.detector else (name, WorldLocator(reader)))
 

@@ -152,9 +152,9 @@ def redrawn(count: int, lora: Path, args: argparse.Namespace) -> list[Pair]:
 
 def load_ruler(model: str) -> Ruler:
     """The reader of a model, and CLIP and DINOv2 where it has them."""
-    files = find_model(model)
-    eyes = load_eyes(model) if (files.root / "clip").is_dir() and (files.root / "dinov2").is_dir() else None
-    return Ruler(load_reader(files.root / "truth" / "model.safetensors"), eyes)
+    root = find_model(model).root
+    eyes = load_eyes(model) if (root / "clip").is_dir() and (root / "dinov2").is_dir() else None
+    return Ruler(load_reader(model), eyes)
 
 
 def judge_one(judge: Judge, task: str, lora: Path | None, ruler: Ruler, args: argparse.Namespace) -> Found:

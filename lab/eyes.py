@@ -234,10 +234,10 @@ def auc(same: np.ndarray, other: np.ndarray) -> float:
     return float((below + up_to).mean() / 2 / len(other))
 
 
-def auc_interval(same: np.ndarray, other: np.ndarray, rounds: int = 1000) -> tuple[float, float, float]:
+def auc_interval(same: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
     """The AUC and its 95 % bootstrap interval over subjects, each of which has one score of both kinds."""
     rng = np.random.default_rng(0)
-    drawn = rng.integers(len(same), size=(rounds, len(same)))
+    drawn = rng.integers(len(same), size=(1000, len(same)))
     found = [auc(same[some], other[some]) for some in drawn]
     return auc(same, other), float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
 

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iclora.layout import Layout, stitch
-from sampling.images import to_tensor
+from iclora.layout import Layout, compose
 
 from .eyes import Eyes
 from .generate import Networks, Options, generate
@@ -116,7 +115,7 @@ def measure_silent_truth(task: str, networks: Networks, ruler: Ruler, count: int
 def to_tensors(sets: list[TaskSet]) -> Tensor:
     """The sets as composites: (N, 3, h, w) in -1..1."""
     layout = Layout(*sets[0].grid, PANEL, PANEL)
-    return torch.cat([to_tensor(stitch(one.pictures, layout)) for one in sets])
+    return torch.cat([compose(dict(enumerate(one.pictures, start=1)), layout) for one in sets])
 
 
 def only_first(image: Tensor) -> Tensor:

@@ -215,14 +215,14 @@ def borders(networks: Networks, count: int) -> list[str]:
 # contact sheets
 
 
-def sheet(networks: Networks, columns: int, masked: bool, zoom: int = 2) -> Image.Image:
+def sheet(networks: Networks, columns: int, masked: bool) -> Image.Image:
     """Generated sets in a row, each above the set that its caption was written for; a generated panel is outlined."""
     rng = np.random.default_rng(SEED + 100)
     sets = [random_set(rng, 2, 2, 2 if column % 3 == 2 else 1, held_out=True) for column in range(columns)]
     true, captions = to_tensors(sets), [joint_caption(panels, 2, 2) for panels in sets]
     kept = dict(kept=without(true, 3), masked=(3,)) if masked else {}
     made = generate(networks, captions, (2, 2), list(range(columns)), **kept)
-    side, gap = 2 * PANEL * zoom, 8
+    side, gap = 4 * PANEL, 8  # two panels, twice as large
     page = Image.new("RGB", (columns * (side + gap) - gap, 2 * side + gap), "white")
     pen = ImageDraw.Draw(page)
     for column in range(columns):
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
 def write(args: argparse.Namespace) -> None:
     """Measure everything, print each table as it comes, and write base.md, its sheets and the values of every set."""
     networks, model = load_networks(args.model), Path(args.model).name
-    reader = load_reader(find_model(args.model).root / "truth" / "model.safetensors")
+    reader = load_reader(args.model)
     few = max(2, args.sets // 4)
     text, kept = text_figures(networks, reader, args.sets), kept_figures(networks, reader, args.sets)
     experiments = {

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iclora.intervals import bonett_price, wilson
+
 from .sets import PANEL, composite
 from .truth import SHOWN, Reader, Reading, Seen, read, same_hidden, same_traits
 from .world import Panel, Subject
@@ -69,7 +71,7 @@ def traits_shown(reading: Reading, subject: Subject | Seen) -> dict[str, float]:
 
 # means and their intervals
 
-ROUNDS, ENDS, Z = 1000, (0.025, 0.975), 1.959964  # of resampling; 95 %, in shares and in deviations
+ROUNDS, ENDS = 1000, (0.025, 0.975)  # of resampling; 95 %
 Values = Sequence[float] | np.ndarray  # (N,) of every set, or (S, N) of S trainings; NaN where a set cannot tell
 Interval = tuple[float, float, float]  # mean, lower and upper end
 Figures = dict[str, list[float]]  # name -> a value of every set
@@ -79,22 +81,20 @@ def interval(values: Values) -> Interval:
     """Mean and 95 % interval of a figure: Wilson's of a rate (all values 0 or 1), else bootstrapped.
 
     What is alike in all sets counts as a rate. Trainings are resampled beside sets, and a rate spans both intervals.
-    Source: Wilson, doi.org/10.1080/01621459.1927.10502953
     """
-    return _interval(np.atleast_2d(np.asarray(values, dtype=float)), (0, 1), _wilson)
+    return _interval(np.atleast_2d(np.asarray(values, dtype=float)), (0, 1), wilson)
 
 
 def difference(values: Values, others: Values) -> Interval:
     """Mean and 95 % interval of values minus others, paired by set, and by training as far as both have several.
 
-    Of rates it is Bonett and Price's: the normal one, with a set more of +1 and one of -1, so that it has width.
-    Source: Bonett and Price, doi.org/10.3102/1076998611411915
+    Of rates it is Bonett and Price's.
     """
     values, others = (np.atleast_2d(np.asarray(figure, dtype=float)) for figure in (values, others))
     both = min(len(values), len(others))
     if both > 1:
         values, others = values[:both], others[:both]
-    return _interval(values - others, (-1, 0, 1), _bonett_price)
+    return _interval(values - others, (-1, 0, 1), bonett_price)
 
 
 def above_chance(own: Values, none: Values, ceiling: Values) -> Interval | None:
@@ -140,18 +140,6 @@ def _is_discrete(values: np.ndarray, steps: tuple[int, ...]) -> bool:
     values = values[~np.isnan(values)]
     alike = np.ptp(values) < 1e-9 and steps[0] <= values[0] <= steps[-1]
     return bool(alike or np.isin(values, steps).all())
-
-
-def _wilson(values: np.ndarray) -> tuple[float, float]:
-    count, rate = len(values), values.mean()
-    centre, width = rate + Z**2 / (2 * count), Z * np.sqrt(rate * (1 - rate) / count + (Z / (2 * count)) ** 2)
-    return max(0.0, (centre - width) / (1 + Z**2 / count)), min(1.0, (centre + width) / (1 + Z**2 / count))
-
-
-def _bonett_price(values: np.ndarray) -> tuple[float, float]:
-    values = np.append(values, (1, -1))
-    width = Z * values.std() / np.sqrt(len(values))
-    return max(-1.0, values.mean() - width), min(1.0, values.mean() + width)
 
 
 def _means(*figures: Values) -> np.ndarray:

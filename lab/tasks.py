@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from iclora.layout import Layout, stitch
+from iclora.layout import Layout, paste
 from iclora.prompts import markers_for
 from sampling.images import to_picture, to_tensor
 
@@ -61,26 +61,25 @@ class TaskSet:
 # making sets
 
 
-def task_sets(task: str, count: int, seed: int, held_out: bool | None = False, size: int = PANEL) -> list[TaskSet]:
+def task_sets(task: str, count: int, seed: int, held_out: bool | None = False) -> list[TaskSet]:
     """Draw sets of a task; the same arguments give the same bytes.
 
     task: a key of GRIDS
     held_out: as for lab.world.random_subject
-    size: side of a panel in pixels
     Errors: ValueError for another task
     """
     if task not in GRIDS:
         raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(GRIDS)}")
     rng = np.random.default_rng([seed, tuple(GRIDS).index(task)])
-    return [_task_set(task, rng, held_out, size) for _ in range(count)]
+    return [_task_set(task, rng, held_out) for _ in range(count)]
 
 
-def _task_set(task: str, rng: np.random.Generator, held_out: bool | None, size: int) -> TaskSet:
+def _task_set(task: str, rng: np.random.Generator, held_out: bool | None) -> TaskSet:
     subject = random_subject(rng, held_out)
     scene, how_big, seed = _pick(rng, tuple(SCENES)), _pick(rng, SIZES), int(rng.integers(2**31))
     places = WALK if task == "walk" else (_pick(rng, POSITIONS[:3]),) * 2
     panels = tuple(Panel(scene, (Placed(subject, place, how_big),), seed) for place in places)
-    pictures = [draw(panel, size) for panel in panels]
+    pictures = [draw(panel, PANEL) for panel in panels]
     if task == "sparkle":
         pictures[1] = with_sparkles(pictures[0], seed)
     if task == "sketch":
@@ -230,7 +229,8 @@ def write_tasks(folder: Path, count: int = COUNT) -> None:
         for number, one in enumerate(task_sets(task, count, SEED), start=1):
             stem = f"{number:02d}"
             if task == "sketch":
-                composite = stitch(one.pictures, Layout(rows, cols, PANEL, PANEL))
+                panels, layout = dict(enumerate(one.pictures, start=1)), Layout(rows, cols, PANEL, PANEL)
+                composite = paste(Image.new("RGB", (layout.width, layout.height)), panels, layout)
                 composite.save(place / f"{stem}.png", optimize=True)
                 (place / f"{stem}.txt").write_text(one.caption + "\n")
                 continue

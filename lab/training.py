@@ -145,12 +145,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, changes, alpha=-group["lr"] * scale)
 
 
-def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
+def orthogonal(g: Tensor) -> Tensor:
     """Move the singular values of matrices (N, rows, columns) towards 1 with Muon's quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.shape[1] > g.shape[2] else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if g.shape[1] > g.shape[2] else x

@@ -6,14 +6,16 @@ accuracy, on fresh panels and after the autoencoder, is printed beside every fig
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .world import ACCESSORIES, COLOURS, FACES, PATTERNS, POSITIONS, SCENES, SHAPES, SIZES, Panel
+from model.weights import find_model
+
+from .world import ACCESSORIES, COLOURS, FACES, PATTERNS, POSITIONS, SCENES, SHAPES, SIZES, Panel, Placed, Subject
 
 # a trait -> its values; "shape" has a value more at the front, for nobody
 NAMED = {
@@ -53,6 +55,12 @@ class Reading:
 
     scene: str
     seen: tuple[Seen, ...]
+
+    def specify(self) -> Panel:
+        """Give the specification of what was read."""
+        shown = [field.name for field in fields(Subject)]
+        placed = [Placed(Subject(**{t: getattr(one, t) for t in shown}), one.position, one.size) for one in self.seen]
+        return Panel(self.scene, tuple(placed), 0)
 
 
 class Block(nn.Module):
@@ -141,9 +149,14 @@ def groups(logits: Tensor) -> list[Tensor]:
     return list(logits.split([len(SCENES), *[size for _ in POSITIONS for size in TRAITS.values()]], dim=1))
 
 
-def load_reader(path: Path) -> Reader:
-    """Load a trained reader for measuring."""
-    tensors = load_file(path)
+def reader_path(model: str) -> Path:
+    """Say where a model's reader lies."""
+    return find_model(model).root / "truth" / "model.safetensors"
+
+
+def load_reader(model: str) -> Reader:
+    """Load the reader that lies beside a model's files, for measuring."""
+    tensors = load_file(reader_path(model))
     reader = Reader()
     reader.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
     return reader.eval().requires_grad_(False)

@@ -38,7 +38,7 @@ class CurateConfig:
         None, "folder of an OWLv2, which finds subjects (default: owlv2/ beside the model)", metavar="DIR"
     )
     lora: str | None = option(None, "the LoRA of stage I, which draws subjects again", **LORA)
-    device: str = option("auto", "auto is cuda if there is one, else cpu", choices=DEVICES)
+    device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(None, "of the weights, as sample.py's", choices=DTYPES)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from model.checkpoint import fingerprint, write_atomic
@@ -21,7 +20,7 @@ from ..config import model_defaults
 from ..judge import ChatJudge, Judge
 from ..layout import parse_size
 from ..pipeline import Pipeline
-from ..plan import Note, make_plan, parse_lora
+from ..plan import Note, make_plan, parse_lora, pick_device
 from .catalogue import Catalogue, Item, Outcome, crops_of, passed, reader, selected
 from .eyes import Box, ClipJudge, Dino, Locator, Owl, mark
 from .options import CurateConfig
@@ -40,7 +39,7 @@ Crops = dict[int, list[dict[str, Any]]]  # by item; empty where a stage has no u
 class Workshop:
     """What all stages share. note: is called with what a user should know, in one line
 
-    Errors: ValueError if the model or the words cannot be used
+    Errors: ValueError if the model, the words or the device cannot be used
     """
 
     def __init__(self, config: CurateConfig, note: Note, judge: NamedJudge, locator: NamedLocator):
@@ -50,8 +49,7 @@ class Workshop:
         tiny = model_defaults(self.files.flux.config).name == "tiny"
         self.words_path = Path(config.words) if config.words else HERE / f"words{'-tiny' * tiny}.json"
         self.words = read_words(self.words_path)
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = auto if config.device == "auto" else config.device
+        self.device = pick_device(config.device, model_defaults(self.files.flux.config), self.note)
         self.dino_folder = Path(config.dino_model or self.files.root / "dinov2")
         self.judge_name, self.load_judge = (judge[0], lambda: judge[1]) if judge else self.choose_judge()
         self.locator_name, self.load_locator = (locator[0], lambda: locator[1]) if locator else self.choose_locator()

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 
 Calls = dict[str, Callable[[], object]]
 
+REPEATS = 3  # of a call whose operators are listed
 GROUPS = (
     ("matrix products", re.compile(r"::(add|b|baddb|addb|_scaled_|_int_)?mm_?$|linear|matmul")),
     ("attention", re.compile(r"scaled_dot_product|attention")),
@@ -34,10 +35,10 @@ class Spread:
     median: float
     high: float
 
-    def show(self, scale: float = 1.0, digits: int = 3) -> str:
-        """Write them as 1.23 (1.20 to 1.31), to that many significant digits of the median."""
+    def show(self, scale: float = 1.0) -> str:
+        """Write them as 1.23 (1.20 to 1.31), to three significant digits of the median."""
         largest = abs(self.median * scale)
-        places = max(0, digits - 1 - (math.floor(math.log10(largest)) if largest > 0 else 0))
+        places = max(0, 2 - (math.floor(math.log10(largest)) if largest > 0 else 0))
         low, median, high = (f"{value * scale:.{places}f}" for value in (self.low, self.median, self.high))
         return f"{median} ({low} to {high})"
 
@@ -144,7 +145,7 @@ class Operator:
     calls: float
 
 
-def operators(call: Callable[[], object], device: torch.device, repeats: int = 3) -> dict[str, Operator]:
+def operators(call: Callable[[], object], device: torch.device) -> dict[str, Operator]:
     """Give the operators of a call by name, on the device where they compute."""
     call()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -152,14 +153,14 @@ def operators(call: Callable[[], object], device: torch.device, repeats: int = 3
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     wait(device)
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             call()
         wait(device)
     found = {}
     for event in profile.key_averages():
         if event.device_type == DeviceType.CPU:  # of a kernel's own entry the time is in its operator already
             took = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-            found[event.key] = Operator(took / repeats / 1e6, event.count / repeats)
+            found[event.key] = Operator(took / REPEATS / 1e6, event.count / REPEATS)
     return found
 
 
@@ -168,8 +169,8 @@ def group(name: str) -> str:
     return next(title for title, pattern in GROUPS if pattern.search(name))
 
 
-def operator_table(found: dict[str, dict[str, Operator]], top: int = 15) -> list[str]:
-    """Write operators of several implementations beside each other, the largest first, after sums by kind."""
+def operator_table(found: dict[str, dict[str, Operator]]) -> list[str]:
+    """Write operators of several implementations beside each other, the 15 largest first, after sums by kind."""
     nothing = Operator(0.0, 0.0)
 
     def cell(operator: Operator, whole: float) -> str:
@@ -185,7 +186,7 @@ def operator_table(found: dict[str, dict[str, Operator]], top: int = 15) -> list
         lines.append(row)
     keys = {key for own in found.values() for key in own}
     largest = sorted(keys, key=lambda key: -max(own.get(key, nothing).seconds for own in found.values()))
-    for key in largest[:top]:
+    for key in largest[:15]:
         lines.append([f"`{key}`", *(cell(own.get(key, nothing), whole[name]) for name, own in found.items())])
     return table(["operator: time of a call, share, calls", *found], lines)
 

@@ -9,6 +9,7 @@ training step is loss, gradient, clipping and AdamW, LoRA on all Linears of the 
 """
 
 import argparse
+import itertools
 import platform
 import re
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lab import entry
 from model.checkpoint import write_atomic
 
 from . import peers
@@ -160,15 +162,31 @@ def machine(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def whole(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1")
-    return number
+def measure_all(args: argparse.Namespace) -> None:
+    """Print every case's section as it comes, and write them to a file if one is asked for.
+
+    Errors: ValueError for the clock of a CPU on another device
+    """
+    device = torch.device(args.device)
+    if args.clock == "cpu" and device.type != "cpu":
+        raise ValueError("--clock cpu does not see what another device does; leave it out there")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    large = device.type == "cuda"
+    shapes = args.shapes or ["tiny", "small", *(["dev"] if large else [])]
+    dtypes = args.dtypes or (["bfloat16"] if large else ["float32", "bfloat16"])
+    how = "Operators" if args.profile else f"{args.rounds} rounds in which all take turns, {args.clock} clock"
+    text = [f"# Speed: {machine(device)}", "", f"{how}; one process, one copy of the weights.", ""]
+    print("\n".join(text))
+    for measure, shape, dtype in itertools.product(args.measure, shapes, dtypes):
+        section = report((measure, shape, getattr(torch, dtype)), args)
+        print("\n".join(section), flush=True)
+        text += section
+    if args.out:
+        write_atomic(args.out, "\n".join(text))
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; shapes and dtypes default to what suits the device."""
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lab.benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -176,45 +194,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=peers.SHAPES, help="dev is the size of FLUX.1-dev, for a GPU")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"))
     parser.add_argument("--peers", nargs="+", choices=peers.PEERS, default=list(peers.PEERS))
-    parser.add_argument("--rounds", type=whole, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=entry.positive, default=10)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: of this process only, for a CPU with other work to do"
     )
-    parser.add_argument("--threads", type=whole, help="of the CPU")
+    parser.add_argument("--threads", type=entry.positive, help="of the CPU")
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead of measuring it")
     parser.add_argument("--out", type=Path, help="also write everything to this file")
-    args = parser.parse_args(argv)
-    large = args.device.startswith("cuda")
-    args.shapes = args.shapes or ["tiny", "small", *(["dev"] if large else [])]
-    args.dtypes = args.dtypes or (["bfloat16"] if large else ["float32", "bfloat16"])
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    try:
-        device = torch.device(args.device)
-        if args.clock == "cpu" and device.type != "cpu":
-            raise ValueError("--clock cpu does not see what another device does; leave it out there")
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        how = "Operators" if args.profile else f"{args.rounds} rounds in which all take turns, {args.clock} clock"
-        text = [f"# Speed: {machine(device)}", "", f"{how}; one process, one copy of the weights.", ""]
-        print("\n".join(text))
-        for measure in args.measure:
-            for shape in args.shapes:
-                for dtype in args.dtypes:
-                    case = measure, shape, getattr(torch, dtype)
-                    section = report(case, args)
-                    print("\n".join(section), flush=True)
-                    text += section
-        if args.out:
-            write_atomic(args.out, "\n".join(text))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return entry.run(parser, measure_all, argv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ TASKS = ("sparkle", "sketch", "walk")
 
 @pytest.fixture(scope="module")
 def ruler():
-    return Ruler(load_reader(find_model("tiny").root / "truth" / "model.safetensors"))
+    return Ruler(load_reader("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -165,11 +165,6 @@ def test_settings_from_before_an_option_existed_repeat_what_was_done_then(tmp_pa
         assert (config.lora_init, config.target_posterior, config.eps) == (None, None, None), "decided anew"
 
 
-def test_what_is_put_into_pictures_says_nothing_about_places():
-    text = json.dumps(saved(SampleConfig(panels=("/a/b.png",), set="/a", out="/a", model="/a/tiny"), paths=False))
-    assert "/a" not in text and "steps" in text
-
-
 @pytest.mark.parametrize(
     ("values", "flags", "forgotten"),
     [

@@ -379,6 +379,11 @@ def test_a_program_that_reads_the_catalogue_without_end_costs_a_line_and_no_stag
     assert query(tmp_path, "SELECT count(*) FROM results") == [(COUNT + 1,)]
 
 
+def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--device", "mps"]) == 2
+    assert "--device mps is not available" in capsys.readouterr().err
+
+
 def test_help_names_every_stage(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out

@@ -22,7 +22,7 @@ import iclora.pipeline as pipeline
 import model.checkpoint
 import sample
 from iclora.cards import Fit
-from iclora.config import SampleConfig, flag
+from iclora.config import SampleConfig, flag, saved
 from iclora.pipeline import Result
 from iclora.plan import make_plan
 from iclora.record import LABEL, compare, describe, save, save_as
@@ -230,6 +230,14 @@ def test_a_number_that_is_partly_taken_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError):
         save_as("0001", result, record, tmp_path)
     assert files(tmp_path) == {"0001.json": b"mine"}
+
+
+def test_what_is_put_into_pictures_says_nothing_about_places(tmp_path):
+    result, record = result_and_record()
+    places = SampleConfig(panels=("/a/b.png",), set="/a", lora=("/a/b:1",), out="/a", model="/a/tiny", prompt=PROMPT)
+    save_as("0001", result, {**record, "config": saved(places)}, tmp_path)
+    text = json.dumps(Image.open(tmp_path / "0001.png").text)
+    assert "/a" not in text and "steps" in text
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])

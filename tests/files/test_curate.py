@@ -356,7 +356,7 @@ def test_the_page_escapes_words_and_shows_scores_reasons_and_bars(catalogue, tmp
 
 @pytest.fixture(scope="module")
 def truth():
-    return load_reader(TINY / "truth" / "model.safetensors")
+    return load_reader("tiny")
 
 
 def test_the_reader_tells_the_same_subject_from_its_twin_in_panels_and_in_crops(truth):

@@ -1,7 +1,7 @@
 """What FLUX.1-dev takes on a card: steps, training and budgets, with random weights of its size; one table.
 
-    python -m lab.benchmarks.flux --out runs/flux.jsonl             on a GPU; goes on where it was stopped
-    python -m lab.benchmarks.flux --size small --device cpu --ways eager "tables, offload"      to try it
+    python -m lab.benchmarks.cards --out runs/cards.jsonl            on a GPU; goes on where it was stopped
+    python -m lab.benchmarks.cards --size small --device cpu --ways eager "tables, offload"      to try it
 
 Every row is a line of JSON with card, versions and commit, written when it is measured; a row that is there is not
 measured again. What cannot be measured here has a reason instead of figures. lab/benchmarks/speed.py compares with
@@ -29,6 +29,7 @@ from iclora.config import SampleConfig
 from iclora.flops import Tokens, count_flops
 from iclora.sizes import forward_bytes, step_bytes, weigh
 from iclora.training import checkpoint_blocks
+from lab import entry
 from model.autoencoder import AutoEncoder, AutoEncoderConfig, decode_tiled
 from model.checkpoint import Checkpoint, Stored
 from model.flux import Flux, FluxConfig
@@ -362,7 +363,7 @@ def show(rows: list[dict]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lab.benchmarks.flux", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m lab.benchmarks.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="dev")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -371,13 +372,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", nargs="+", type=float, help="GB of cards to keep to")
     parser.add_argument("--model", help="a whole model, whose loading is timed")
     parser.add_argument("--out", type=Path, help="rows as JSON, a line each; what is there is not measured again")
-    args = parser.parse_args(argv)
-    try:
-        print("\n".join(show(measure_all(args))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return entry.run(parser, lambda args: print("\n".join(show(measure_all(args)))), argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What --quantize fp8 loses: the relative error of the velocity, and the PSNR of pictures.
 
-    python -m lab.benchmarks.quantize --out lab/results/quantize.md
+    python -m lab.benchmarks.fp8 --out runs/fp8.md
 
 On the bundled model, along the way of pictures of its bundled captions, and on random weights of FLUX.1-dev's width.
 All on a CPU: what a card does, whose codes are multiplied, is emulated by a product in float32 of both rounded factors.
@@ -21,6 +21,7 @@ from torch import Tensor
 from iclora.config import SampleConfig
 from iclora.pipeline import Pipeline
 from iclora.plan import Plan, make_plan
+from lab import entry
 from model.checkpoint import write_atomic
 from model.flux import Flux
 from model.quantize import Fp8Linear, dequantize, load_quantized, quantize, quantize_rows
@@ -64,10 +65,6 @@ def variants(plain: Callable[[torch.dtype], Flux], narrow: Callable[[torch.dtype
     return dict(zip(PLAIN + NARROW, fluxes, strict=True))
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
 class Together:
     """Several transformers at the same points: the first one leads, and how far the others are from it is kept."""
 
@@ -91,7 +88,7 @@ class Together:
         """Give the relative error of each against one of them, over all points."""
         totals = [torch.cat([v.flatten() for v in each]) for each in zip(*self.velocities, strict=True)]
         by_name = dict(zip(self.models, totals, strict=True))
-        return {name: relative(total, by_name[wanted]) for name, total in by_name.items()}
+        return {name: peers.far(total, by_name[wanted]) for name, total in by_name.items()}
 
 
 def draw(flux: Flux | Together, plans: list[Plan]) -> np.ndarray:
@@ -154,22 +151,26 @@ def random(name: str) -> list[str]:
             outputs[form] = make()(**given)  # one at a time, as they are large
     lines = []
     for form in PLAIN[1:] + NARROW:
-        far = [f"{100 * relative(outputs[form], outputs[w]):.2f} %" if form != w else "" for w in PLAIN]
+        far = [f"{100 * peers.far(outputs[form], outputs[w]):.2f} %" if form != w else "" for w in PLAIN]
         lines.append([form, *far])
     return [*table([f"random, {name}", *(f"velocity against {w}" for w in PLAIN)], lines), ""]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m lab.benchmarks.quantize",
+        prog="python -m lab.benchmarks.fp8",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", nargs="+", choices=("bundled", *SHAPES), default=["bundled", *SHAPES])
-    parser.add_argument("--num", type=int, default=4, help="pictures of each grid")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--num", type=entry.positive, default=4, help="pictures of each grid")
+    parser.add_argument("--steps", type=entry.positive, default=20)
     parser.add_argument("--out", type=Path, help="also write everything to this file")
-    args = parser.parse_args(argv)
+    return entry.run(parser, write, argv)
+
+
+def write(args: argparse.Namespace) -> None:
+    """Print each part's tables as they come, and write them to a file if one is asked for."""
     text = ["# What fp8 loses", "", f"{machine(CPU)}.", ""]
     print("\n".join(text))
     for part in args.parts:
@@ -178,7 +179,6 @@ def main(argv: list[str] | None = None) -> int:
         text += section
     if args.out:
         write_atomic(args.out, "\n".join(text))
-    return 0
 
 
 if __name__ == "__main__":
