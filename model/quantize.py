@@ -199,10 +199,3 @@ def read_codes(made: Made) -> tuple[Tensor, Tensor]:
     scales = [torch.ones(1) if scale is None else tensor(scale).float() for _, scale in made.rows]
     scales = [scale.reshape(-1, 1).expand(len(rows), 1) for scale, rows in zip(scales, codes, strict=True)]
     return torch.cat(codes) if len(codes) > 1 else codes[0], torch.cat(scales)
-
-
-def quantized_bytes(checkpoint: Checkpoint, size: int) -> int:
-    """Count the bytes of a transformer's weights after load_quantized. size: of a value of what is not in fp8"""
-    codes = {key: stored.shape for key, stored in checkpoint.tensors.items() if becomes_codes(key, stored)}
-    others = (stored.shape for key, stored in checkpoint.tensors.items() if key not in codes)
-    return sum(n * k + 4 * n for n, k in codes.values()) + size * sum(map(math.prod, others))

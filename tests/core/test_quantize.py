@@ -25,7 +25,6 @@ from model.quantize import (
     load_quantized,
     quantize,
     quantize_rows,
-    quantized_bytes,
     scaled_product,
 )
 from model.weights import load_flux, open_checkpoint
@@ -234,10 +233,9 @@ def test_no_more_than_a_block_is_read_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_memory_is_as_foretold(dtype):
+def test_the_blocks_matrices_take_a_byte_a_value_and_each_row_a_scale(dtype):
     flux = load_quantized(opened(), dtype=dtype)
     standing = sum(p.numel() * p.itemsize for p in [*flux.parameters(), *flux.buffers()])
-    assert standing == quantized_bytes(opened(), dtype.itemsize)
     matrices = sum(linear.weight.numel() for linear in coded(flux).values())
     rows = sum(len(linear.weight) for linear in coded(flux).values())
     everything = sum(p.numel() for p in fresh().parameters())
@@ -268,7 +266,6 @@ def test_a_plain_fp8_file_is_kept_bit_for_bit_modulation_too(tmp_path):
     for name, linear in coded(flux).items():
         assert torch.equal(linear.weight.view(torch.uint8), narrow[f"{name}.weight"].view(torch.uint8)), name
         assert (linear.scale == 1).all() and linear.scale.shape == (len(linear.weight), 1)
-    assert quantized_bytes(opened(path), 2) == sum(p.numel() * p.itemsize for p in flux.parameters())
 
 
 @pytest.mark.parametrize("convert", [dict, diffusers_flux])
