@@ -28,6 +28,8 @@ class Senders:
     def __init__(self, device: str | torch.device):
         self.device, self.local, self.left = torch.device(device), local(), []
         self.cuda = self.device.type == "cuda"
+        if self.cuda and self.device.index is None:  # each thread has a current one of its own, at first the first GPU
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def __enter__(self) -> "Senders":
         self.pool = ThreadPoolExecutor(THREADS, initializer=self._begin)
@@ -84,7 +86,7 @@ def read_pieces(
         for key, stored in tensors.items():
             source = dtypes[stored.dtype]
             if not hasattr(stored, "key"):
-                results[key] = senders.pool.submit(lambda made: made.read(None, dtype).to(device), stored)
+                results[key] = senders.pool.submit(lambda made: made.read(None, dtype).to(senders.device), stored)
                 continue
             if stored.path not in starts:
                 starts[stored.path] = data_starts(stored.path)
