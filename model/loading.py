@@ -31,6 +31,8 @@ class Senders:
     def __init__(self, device: str | torch.device):
         self.device, self.local, self.left = torch.device(device), local(), []
         self.cuda = self.device.type == "cuda"
+        if self.cuda and self.device.index is None:  # each thread has a current one of its own, at first the first GPU
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def __enter__(self) -> "Senders":
         self.pool = ThreadPoolExecutor(THREADS, initializer=self._begin)
@@ -85,7 +87,7 @@ def read_pieces(
         for key, stored in tensors.items():
             source = dtypes[stored.dtype]
             if not hasattr(stored, "key"):
-                results[key] = senders.pool.submit(lambda made: made.read(None, dtype).to(device), stored)
+                results[key] = senders.pool.submit(lambda made: made.read(None, dtype).to(senders.device), stored)
                 senders.left.append(results[key])
                 continue
             if stored.path not in starts:

@@ -101,8 +101,10 @@ class Fp8Linear(nn.Linear):
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor):
         nn.Module.__init__(self)  # nn.Linear would make weights of its own
         self.out_features, self.in_features = codes.shape
-        self.weight, self.scale, self.bias = (nn.Parameter(t, requires_grad=False) for t in (codes, scale, bias))
         able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= SCALED
+        if torch.cuda.is_available() and not able:
+            codes = codes.view(torch.int8)  # the compiler must not meet the type, as an input neither
+        self.weight, self.scale, self.bias = (nn.Parameter(t, requires_grad=False) for t in (codes, scale, bias))
         self.native = able and not self.in_features % 16 and not self.out_features % 16
 
     def scaled(self, x: Tensor) -> bool:

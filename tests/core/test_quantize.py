@@ -145,6 +145,22 @@ def test_the_compiler_takes_it_whole(product):
     assert torch.equal(compiled(x), linear(x))
 
 
+def test_on_cards_before_8_9_the_compiler_never_meets_a_float8(monkeypatch):
+    """Triton refuses a kernel that has one among its inputs there."""
+    want, met = new_linear(dtype=torch.bfloat16)[0], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    linear, x = Fp8Linear(want.weight.data, want.scale, want.bias), drawn(40, 64).bfloat16()
+    monkeypatch.undo()
+
+    def backend(graph, inputs):
+        met.extend(t.dtype for t in inputs if isinstance(t, torch.Tensor))
+        return graph
+
+    assert torch.equal(torch.compile(linear, fullgraph=True, backend=backend)(x), want(x))
+    assert torch.equal(linear(x), want(x)) and torch.int8 in met and FP8 not in met
+
+
 # gradients
 
 

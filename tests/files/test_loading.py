@@ -58,3 +58,9 @@ def test_tensors_made_in_inference_mode_are_filled():
         target, source = torch.empty(3000), torch.arange(12_000).to(torch.uint8)
         senders.fill(target, torch.float32, loading._copier(source))
     assert torch.equal(target.view(torch.uint8), source)
+
+
+def test_threads_send_to_the_gpu_of_their_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert Senders("cuda").device == torch.device("cuda", 1) and Senders("cuda:3").device.index == 3
+    assert Senders("cpu").device == torch.device("cpu")
