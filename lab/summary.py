@@ -69,7 +69,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "silent": Row(
         "Does a given panel tell who it is if captions are silent?",
-        Headline("walk", "LoRA, clean", "all traits, own panel", none="all traits, no panel"),
+        Headline("walk", "LoRA after filling in, clean", "all traits, own panel", none="all traits, no panel"),
+        answer="Half, if it learnt filling in before.",
         paper="In-Context LoRA: captions name the subject",
     ),
     "untuned": Row(
@@ -87,12 +88,14 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "text": Row(
         "Is one joint caption better than a part for each panel?",
         Headline("walk", "panel", "from text", against="joint"),
-        paper="In-Context LoRA: joint; no figures",
+        answer="No difference was seen.",
+        paper="In-Context LoRA: joint; no figures; not seen",
     ),
     "filling-in": Row(
         "Does a LoRA that fills in panels carry traits over?",
         Headline("nothing", "clean", "all traits, own panel", none="all traits, no panel"),
-        paper="In-Context LoRA: SDEdit fills in; no figures",
+        answer="Yes, best with clean given panels.",
+        paper="In-Context LoRA: SDEdit fills in; no figures; agrees",
     ),
     "knowledge": Row(
         "Does a LoRA preserve what the base knows?",
@@ -212,7 +215,7 @@ def page(results: Path, mark: str) -> str:
     parts += ["## On this base", "", *table(run), ""] if run else []
     parts += ["## Not run on this base", "", "Nothing is claimed of:", "", *not_run, ""] if not_run else []
     parts += ["## On the old base", "", "Measured on the base before this one, 100 sets, every arm trained once:", ""]
-    parts += [*table([(name, *cells) for name, cells in OLD.items()]), "", "Another base comes with the factory."]
+    parts += [*table([(name, *cells) for name, cells in OLD.items()]), "", "No other base was pretrained since."]
     return "\n".join(parts) + "\n"
 
 
