@@ -52,6 +52,7 @@ WAYS = {
     "tables, offload": ("tables", "offload"),
 }
 TECHNIQUES = {  # module, function
+    "compile": ("model.compiled", "compile_blocks"),
     "quantize": ("model.quantize", "quantize"),
     "tables": ("model.tables", "make_tables"),
     "offload": ("model.offload", "offload"),
@@ -95,11 +96,6 @@ class Missing(Exception):
 def apply(flux: Flux, techniques: tuple[str, ...], device: torch.device) -> None:
     """Prepare a transformer, in the order of iclora.pipeline. Errors: Missing, with a reason"""
     for name in techniques:
-        if name == "compile":
-            for blocks in (flux.double_blocks, flux.single_blocks):
-                for block in blocks:
-                    block.compile(fullgraph=True)
-            continue
         module, function = TECHNIQUES[name]
         try:
             technique = getattr(importlib.import_module(module), function)
@@ -108,10 +104,10 @@ def apply(flux: Flux, techniques: tuple[str, ...], device: torch.device) -> None
         technique(flux, device) if name == "offload" else technique(flux)
 
 
-def made(setting: Setting, techniques: tuple[str, ...], device: torch.device) -> Flux:
-    """Make a prepared transformer with random weights."""
+def made(setting: Setting, techniques: tuple[str, ...], device: torch.device, on: torch.device | None = None) -> Flux:
+    """Make a prepared transformer with random weights. on: where they are made, if not on the device"""
     shape = peers.Shape(setting.flux, setting.sides[0], setting.text, 1, 1)
-    flux = peers.new_flux(shape, device, torch.bfloat16)
+    flux = peers.new_flux(shape, on or device, torch.bfloat16)
     apply(flux, techniques, device)
     return flux
 
@@ -226,12 +222,12 @@ def picture(setting: Setting, side: int, vram: float, device: torch.device) -> d
         plan = fit(config, setting.flux, weights, work, 0)
     except ValueError as error:
         raise Missing(str(error)) from None
-    chosen = [name for name in TECHNIQUES if getattr(plan, name)]
+    chosen = [name for name in TECHNIQUES if getattr(plan, name, False)]
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * vram * (1 - RESERVE / 2) / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * vram * (1 - RESERVE / 2) / total))
     try:
-        flux = made(setting, tuple(chosen), torch.device("cpu") if plan.load_on_cpu else device)
+        flux = made(setting, tuple(chosen), device, torch.device("cpu") if plan.load_on_cpu else device)
         flux, decoder = flux if plan.offload else flux.to(device), autoencoder(setting).to(device)
         given = peers.new_inputs(
             flux.config, peers.Shape(flux.config, side, setting.text, 1, 1), device, torch.bfloat16
@@ -252,7 +248,7 @@ def picture(setting: Setting, side: int, vram: float, device: torch.device) -> d
         return figures
     finally:
         if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def loading(setting: Setting, device: torch.device, model: str | None) -> Iterator[tuple[dict, Callable[[], dict]]]:

@@ -392,6 +392,20 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
     assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)
 
 
+def test_a_transformer_made_beside_the_device_streams_to_it(monkeypatch):
+    setting, given = cards.SIZES["small"], {}
+    monkeypatch.setattr("model.offload.offload", lambda flux, device: given.update(made=flux, to=device))
+    flux = cards.made(setting, ("tables", "offload"), torch.device("meta"), CPU)
+    assert given == {"made": flux, "to": torch.device("meta")} and flux.img_in.weight.device == CPU
+
+
+def test_what_is_compiled_is_what_the_command_compiles(monkeypatch):
+    compiled = []
+    monkeypatch.setattr("model.compiled.compile_blocks", compiled.append)
+    flux = cards.made(cards.SIZES["small"], ("tables", "compile"), CPU)
+    assert compiled == [flux]
+
+
 # every command
 
 
