@@ -28,6 +28,7 @@ import torch
 from model.compiled import check_compiler
 from model.flux import FluxConfig
 from model.loading import BIG
+from model.tables import MOST_ROWS
 from model.weights import ModelFiles
 
 from .config import SampleConfig, TrainConfig, model_defaults
@@ -35,7 +36,6 @@ from .flops import count_flops, count_tokens
 from .layout import MAX_TOKENS, Layout
 from .sizes import COPIES, DECODE, ENCODE, TEXT_WORK, TILE, Weights, forward_bytes, read_weights, step_bytes
 
-ROWS = 128  # steps whose tables are kept, in case a caption comes again
 DRAWS = 16  # steps of training whose tables are there at a time
 RESERVE = 0.04  # of a card: CUDA's own, and gaps that no tensor fits into
 RATE, LINK = 100e12, 20e9  # FLOP/s of a middling card and bytes/s of its slot, to guess what offload costs
@@ -134,7 +134,7 @@ def fit_sampling(plans: Sequence[Any], free: int) -> Fit:
         works.append((len(tokens), flops, size, plan.config.steps, layout.width * layout.height))
     tokens, flops, sizes, steps, pixels = zip(*works, strict=True)
     held = max(sizes)
-    rows = max(max(steps), min(ROWS, sum(steps)))
+    rows = max(max(steps), min(MOST_ROWS, sum(steps)))
     work = Work(max(tokens), min(flops), lambda again: held, 0, rows, max(pixels), bool(plans[0].loras))
     return fit(config, flux, read_weights(files, dtype), work, free)
 
@@ -197,11 +197,8 @@ def fit(config: SampleConfig | TrainConfig, flux: FluxConfig, weights: Weights, 
         best = choice if best is None or choice.peak < best.peak else best
     needed = math.ceil(10 * best.peak / (1 - RESERVE) / 1e9) / 10
     given = f"--vram {config.vram:g}" if config.vram else f"{budget / 1e9:.3g} GB of {device}"
-    less = "fewer panels or --ref, or "
-    if training:
-        less = (
-            "a larger --accumulate or " if config.checkpointing else "--checkpointing auto, a larger --accumulate or "
-        )
+    again = "--checkpointing auto, " if training and not config.checkpointing else ""
+    less = f"{again}a larger --accumulate or " if training else "fewer panels or --ref, or "
     raise ValueError(
         f"{given} is too little for {work.tokens} tokens; the smallest setting ({best.techniques}) needs --vram "
         f"{needed:g}; use that much, {less}a smaller --panel-size"

@@ -23,6 +23,7 @@ from .checkpoint_forms import Made
 from .flux import Flux
 from .lora import add, merge, shapes
 from .lora_formats import LoraFile, describe, read_deltas
+from .tables import is_modulation
 from .weights import empty_network
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
@@ -33,7 +34,6 @@ SCALED = (8, 9)  # the compute capability from which on torch._scaled_mm exists
 # widening is no way out: by its traffic it takes bfloat16's 45 and 9 more (reckoned, not measured).
 SCALED_ROWS = 256
 BLOCKS = ("double_blocks.", "single_blocks.")
-WIDE = ("_mod.lin", ".modulation.lin")  # modulation: quantised only where the file has it so
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ class Fp8Linear(nn.Linear):
 def quantize(flux: nn.Module) -> None:
     """Put fp8 Linears in place of those of the blocks, modulation excepted, one by one; adapters stay beside them."""
     for name, linear in list(flux.named_modules()):
-        wide = not name.startswith(BLOCKS) or name.removesuffix(".base").endswith(WIDE)
+        wide = not name.startswith(BLOCKS) or is_modulation(name)
         if type(linear) is nn.Linear and not wide:
             flux.set_submodule(name, Fp8Linear(*quantize_rows(linear.weight.float()), linear.bias))
 
@@ -183,8 +183,7 @@ def has_codes(stored: Stored | Made) -> bool:
 
 def becomes_codes(key: str, stored: Stored | Made) -> bool:
     """Say whether a tensor is quantised, or is so already: matrices of blocks, modulation only as the file has it."""
-    wide = key.removesuffix(".weight").endswith(WIDE)
-    return key.startswith(BLOCKS) and len(stored.shape) == 2 and (not wide or has_codes(stored))
+    return key.startswith(BLOCKS) and len(stored.shape) == 2 and (not is_modulation(key) or has_codes(stored))
 
 
 def read_codes(made: Made) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,11 @@ from .flux import Flux
 from .lora import LoraLinear
 
 MOST_ROWS = 128  # kept, in case a caption comes again; 2.1 MB each in FLUX.1-dev
-MODULATION = re.compile(r"(_mod|\.modulation|\.adaLN_modulation)\b")  # in names of modules and parameters
 
 
 def is_modulation(name: str) -> bool:
-    """Tell whether a parameter is a modulation's; load_flux can leave these on the CPU."""
-    return bool(MODULATION.search(name))
+    """Tell whether a module or parameter is a modulation's."""
+    return re.search(r"(_mod|\.modulation|\.adaLN_modulation)\b", name) is not None
 
 
 class Table(nn.Module):
@@ -149,7 +148,7 @@ def make_tables(flux: Flux) -> None:
     """
     device, tables = flux.img_in.weight.device, []
     for name, module in [*flux.named_modules()]:
-        if MODULATION.search(name) and not MODULATION.search(name.rpartition(".")[0]):
+        if is_modulation(name) and not is_modulation(name.rpartition(".")[0]):
             tables.append(Table(module, device))
             flux.set_submodule(name, tables[-1])
     flux.tables = Tables(tables)
