@@ -26,7 +26,7 @@ def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank:
     rank, world_size: of this process, whose share of the batches counts
     """
     tables = flux.tables
-    if tables is None or (tables.count and step % AHEAD):
+    if tables is None or (tables.count == tables.ahead and step % AHEAD):  # more are those of a validation or a sheet
         return
     tables.most = math.inf  # forgotten here alone: a backward pass may need rows of references once more
     tables.clear()
@@ -36,6 +36,7 @@ def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank:
         for share in micro_batches(len(examples), rank, world_size, config.accumulate):
             own = drawn[share]
             ask(flux, loader.collate(layout, examples[share], own.kept, own.dropped), own.t)
+    tables.ahead = tables.count
 
 
 def ask_for_validation(flux: Flux, loader: Loader) -> None:

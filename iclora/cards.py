@@ -102,7 +102,7 @@ class Work:
     flops: of its cheapest step
     activations: how many blocks are computed again -> bytes
     fixed: bytes of what is trained, with gradients, averages and moments
-    steps: whose modulations are computed ahead
+    steps: whose modulations are computed ahead, for each example
     pixels: of the largest picture
     merge: whether LoRAs are merged
     """
@@ -169,7 +169,7 @@ def fit_training(
     flops = count_flops(flux, share, sizes[0]).step
     pixels = max(layout.width * layout.height for layout in layouts)
     fixed = 4 * COPIES * trained + cast
-    work = Work(len(sizes[-1]), flops, held, fixed, DRAWS, pixels, False)
+    work = Work(len(sizes[-1]), flops, held, fixed, DRAWS * share * config.accumulate, pixels, False)
     return fit(config, flux, read_weights(files, dtype), work, free)
 
 

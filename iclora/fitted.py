@@ -53,8 +53,7 @@ def load_fitted(
     network = load_flux(flux, device, dtype)
     for lora, strength in loras:
         note(str(load_lora(network, lora, strength)))
-    if loras:
-        merge(network)
+    merge(network)
     return network
 
 
@@ -103,6 +102,7 @@ class Fitted:
             if self.encoders is None:
                 if plan.fit.free_text:
                     self.flux = self.loaded = None
+                    gc.collect()  # as below
                 self.encoders = load_text_encoders(plan.files, "cpu", getattr(torch, plan.config.dtype))
                 move(self.encoders.t5, device), move(self.encoders.clip, device)
             txt, vec = super().read_caption(plan)

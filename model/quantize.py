@@ -102,8 +102,8 @@ class Fp8Linear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear would make weights of its own
         self.out_features, self.in_features = codes.shape
         able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= SCALED
-        if torch.cuda.is_available() and not able:
-            codes = codes.view(torch.int8)  # the compiler must not meet the type, as an input neither
+        # on cards before 8.9 the compiler must not meet the type, as an input neither
+        codes = codes.view(torch.int8) if torch.cuda.is_available() and not able else codes
         self.weight, self.scale, self.bias = (nn.Parameter(t, requires_grad=False) for t in (codes, scale, bias))
         self.native = able and not self.in_features % 16 and not self.out_features % 16
 

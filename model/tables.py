@@ -94,7 +94,7 @@ class Tables:
     """All tables of a transformer, which have the same rows."""
 
     def __init__(self, tables: list[Table]):
-        self.tables, self.passes = tables, 0  # over the weights
+        self.tables, self.passes, self.ahead = tables, 0, -1  # over the weights; rows that iclora.ahead has asked for
         self.most, self.ran = MOST_ROWS, False  # whether blocks ran since rows were asked for
         self.clear()
 
@@ -114,6 +114,10 @@ class Tables:
         vec: (B, D)
         Returns (B,) whole numbers
         """
+        if vec.requires_grad:  # a table would keep its gradient from it
+            raise ValueError(
+                "this model is too large to train LoRA on what makes vec (time_in, guidance_in, vector_in)"
+            )
         if self.ran and self.count > self.most:
             self.clear()
         self.ran = False
@@ -152,5 +156,4 @@ def make_tables(flux: Flux) -> None:
             tables.append(Table(module, device))
             flux.set_submodule(name, tables[-1])
     flux.tables = Tables(tables)
-    first, *_ = *flux.double_blocks, *flux.single_blocks
-    first.register_forward_pre_hook(flux.tables.fill)
+    [*flux.double_blocks, *flux.single_blocks][0].register_forward_pre_hook(flux.tables.fill)

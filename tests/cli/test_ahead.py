@@ -95,7 +95,18 @@ def test_a_training_with_tables_is_the_one_without_to_the_bit(case, isolate, mon
     (losses, weights), (tabled_losses, tabled_weights) = run(*plain, isolate=isolate), run(*tabled, isolate=isolate)
     assert tabled_losses == losses and torch.equal(tabled_weights, weights)
     assert len({*losses}) == len(losses) == 7 + 2
-    assert tabled[0].tables.passes == 2 + 1 + 1, "two for 7 steps, and each validation one"
+    assert tabled[0].tables.passes == 2 + 2 * 2, "two for 7 steps, and each validation one, and one behind it"
+    assert tabled[0].tables.count <= 4 + 2 * isolate, "rows of a validation do not stay: a planned card has no room"
+
+
+def test_what_would_lose_its_gradient_is_refused():
+    for tables in (False, True):
+        flux, state = adapted(tables, "time_in.in_layer,attn")
+        if tables:
+            with pytest.raises(ValueError, match="trains no LoRA on time_in"):
+                run(flux, state, steps=1)
+        else:
+            assert run(flux, state, steps=1)[0]
 
 
 def test_a_killed_training_goes_on_to_the_same_end(tmp_path, monkeypatch):

@@ -236,6 +236,11 @@ def trained(dev, vram, batch=1, **options):
     return fit_training(config, [layout(1, 2, 512, 512)], files, 85_900_000, batch, 0)
 
 
+def test_every_example_of_a_step_has_rows_of_its_own_in_the_plan(dev):
+    one, four = (trained(dev, 80, 1, accumulate=n).parts["of it on the device"] for n in (1, 4))
+    assert 90e6 < four - one < 110e6, "16 steps of 3 more examples, 2.1 MB each"
+
+
 def test_training_keeps_the_activations_of_as_many_blocks_as_fit(dev):
     counts = [trained(dev, vram, checkpointing="auto").checkpointing for vram in (80, 32, 24)]
     assert counts[0] == 0 < counts[1] < counts[2] <= 57
