@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from model.flux import Flux
+from model.tables import AHEAD
 
 from .config import TrainConfig
 from .loader import Batch, Loader
 from .training import GUIDANCE, VALIDATION_TIMES, micro_batches, sample_step
-
-AHEAD = 16  # steps: at batch 4 these are 64 rows, of 2.1 MB in FLUX.1-dev
 
 
 def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank: int, world_size: int) -> None:

@@ -28,7 +28,7 @@ import torch
 from model.compiled import check_compiler
 from model.flux import FluxConfig
 from model.loading import BIG
-from model.tables import MOST_ROWS
+from model.tables import AHEAD, MOST_ROWS
 from model.weights import ModelFiles
 
 from .config import SampleConfig, TrainConfig, model_defaults
@@ -36,7 +36,6 @@ from .flops import count_flops, count_tokens
 from .layout import MAX_TOKENS, Layout
 from .sizes import COPIES, DECODE, ENCODE, TEXT_WORK, TILE, Weights, forward_bytes, read_weights, step_bytes
 
-DRAWS = 16  # steps of training whose tables are there at a time
 RESERVE = 0.04  # of a card: CUDA's own, and gaps that no tensor fits into
 RATE, LINK = 100e12, 20e9  # FLOP/s of a middling card and bytes/s of its slot, to guess what offload costs
 SLOWER = 2
@@ -133,9 +132,8 @@ def fit_sampling(plans: Sequence[Any], free: int) -> Fit:
         flops = count_flops(flux, 1, tokens).forward
         works.append((len(tokens), flops, size, plan.config.steps, layout.width * layout.height))
     tokens, flops, sizes, steps, pixels = zip(*works, strict=True)
-    held = max(sizes)
     rows = max(max(steps), min(MOST_ROWS, sum(steps)))
-    work = Work(max(tokens), min(flops), lambda again: held, 0, rows, max(pixels), bool(plans[0].loras))
+    work = Work(max(tokens), min(flops), lambda again: max(sizes), 0, rows, max(pixels), bool(plans[0].loras))
     return fit(config, flux, read_weights(files, dtype), work, free)
 
 
@@ -164,12 +162,11 @@ def fit_training(
     flux, dtype = files.flux.config, getattr(torch, config.dtype)
     text = model_defaults(flux).text_length or SHORT
     sizes = sorted((count_tokens(text, layout, config.reference_attention) for layout in layouts), key=len)
-    cast = trained * dtype.itemsize * (dtype is not torch.float32)  # of adapters, in the dtype of the base
     held = partial(step_bytes, flux, dtype, share, sizes[-1], config.targets, config.rank or 0)
     flops = count_flops(flux, share, sizes[0]).step
     pixels = max(layout.width * layout.height for layout in layouts)
-    fixed = 4 * COPIES * trained + cast
-    work = Work(len(sizes[-1]), flops, held, fixed, DRAWS * share * config.accumulate, pixels, False)
+    fixed = trained * (4 * COPIES + dtype.itemsize * (dtype is not torch.float32))  # adapters are cast to the base's
+    work = Work(len(sizes[-1]), flops, held, fixed, AHEAD * share * config.accumulate, pixels, False)
     return fit(config, flux, read_weights(files, dtype), work, free)
 
 
@@ -261,8 +258,8 @@ def measured(choice: Fit, work: Work, weights: Weights, device: str, training: b
         step: standing + others + work.fixed + held,
     }
     if not training:
-        whole = min(work.pixels, TILE**2) if choice.tile else work.pixels
-        phases["decoding"] = standing + others + DECODE[device] * image * whole
+        at_once = work.pixels if not choice.tile else min(work.pixels, TILE**2)
+        phases["decoding"] = standing + others + DECODE[device] * image * at_once
     parts = {
         "transformer": weights.transformer,
         "of it modulation layers": weights.modulation,

@@ -82,8 +82,7 @@ def weigh(flux: Checkpoint, autoencoder: Checkpoint, text: int, dtype: torch.dty
         sums["modulation_fp8"] += coded * (kind == "modulation")
         if kind == "linears":
             own, largest = blocks.setdefault(tuple(name.split(".")[:2]), [0, 0]), max(largest, values)
-            own[0] += dtype.itemsize * values
-            own[1] += coded
+            own[:] = own[0] + dtype.itemsize * values, own[1] + coded
     plain, fp8 = zip(*blocks.values(), strict=True)
     of_blocks = {"block": max(plain), "fp8": sum(fp8), "block_fp8": max(fp8), "merged": 8 * largest}
     of_autoencoder = {"autoencoder": stored_bytes(autoencoder, torch.float32), "channels": autoencoder.config.ch}

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from .flux import Flux
 from .lora import LoraLinear
 
+AHEAD = 16  # steps of a training whose rows are asked for at once: at batch 4 these are 64
 MOST_ROWS = 128  # kept, in case a caption comes again; 2.1 MB each in FLUX.1-dev
 
 

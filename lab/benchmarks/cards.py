@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from iclora.cards import DRAWS, RESERVE, Work, fit
+from iclora.cards import RESERVE, Work, fit
 from iclora.config import SampleConfig
 from iclora.flops import Tokens, count_flops
 from iclora.sizes import forward_bytes, step_bytes, weigh
@@ -216,7 +216,7 @@ def picture(setting: Setting, side: int, vram: float, device: torch.device) -> d
     known, tokens = headers(setting), Tokens(setting.text, side**2)
     weights = weigh(known.transformer, known.autoencoder, 0, torch.bfloat16)  # text encoders are not there
     held, flops = forward_bytes(setting.flux, torch.bfloat16, tokens), count_flops(setting.flux, 1, tokens).forward
-    work = Work(len(tokens), flops, lambda again: held, 0, DRAWS, (16 * side) ** 2, False)
+    work = Work(len(tokens), flops, lambda again: held, 0, STEPS, (16 * side) ** 2, False)
     config = SampleConfig(vram=vram, device=device.type, dtype="bfloat16")
     try:
         plan = fit(config, setting.flux, weights, work, 0)
