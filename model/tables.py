@@ -116,9 +116,7 @@ class Tables:
         Returns (B,) whole numbers
         """
         if vec.requires_grad:  # a table would keep its gradient from it
-            raise ValueError(
-                "this model is too large to train LoRA on what makes vec (time_in, guidance_in, vector_in)"
-            )
+            raise ValueError("a model this large trains no LoRA on time_in, guidance_in or vector_in; leave them out")
         if self.ran and self.count > self.most:
             self.clear()
         self.ran = False
