@@ -4,13 +4,12 @@
     python -m lab.benchmarks.cards --size small --device cpu --ways eager "tables, offload"      to try it
 
 Every row is a line of JSON with card, versions and commit, written when it is measured; a row that is there is not
-measured again. What cannot be measured here has a reason instead of figures. lab/benchmarks/speed.py compares with
-diffusers and the official code; --model adds the time that a whole model takes to load.
+measured again. What cannot be measured here has a reason instead of figures. Beside peers, all take turns on the same
+weights, see lab/benchmarks/speed.py and requirements.txt; --model adds the time that a whole model takes to load.
 """
 
 import argparse
 import gc
-import importlib
 import json
 import subprocess
 import sys
@@ -32,16 +31,23 @@ from iclora.training import checkpoint_blocks
 from lab import entry
 from model.autoencoder import AutoEncoder, AutoEncoderConfig, decode_tiled
 from model.checkpoint import Checkpoint, Stored
+from model.compiled import compile_blocks
 from model.flux import Flux, FluxConfig
+from model.offload import offload
+from model.position import grid_ids, reference_ids
+from model.quantize import quantize
+from model.tables import make_tables
 from model.weights import find_model, load_autoencoder, load_flux
 from sampling.denoise import denoise
 from sampling.flow import times
 
-from . import peers
-from .rounds import operators, peak, spread, table, take_turns, wait
+from . import peers, speed
+from .rounds import operators, peak, spread, table, take_turns, times_as_fast, wait
 
 RANK = 16
-STEPS = 4  # of a picture under a budget; memory does not grow with them
+STEPS, WHOLE = 4, 28  # of a picture under a budget, as memory does not grow with them; and on a card of WHOLE_CARD GB
+WHOLE_CARD = 80
+UNO = 512, 32  # rank, and side of a reference in tokens
 WAYS = {
     "eager": (),
     "compiled": ("compile",),
@@ -51,12 +57,8 @@ WAYS = {
     "fp8, tables": ("quantize", "tables"),
     "tables, offload": ("tables", "offload"),
 }
-TECHNIQUES = {  # module, function
-    "compile": ("model.compiled", "compile_blocks"),
-    "quantize": ("model.quantize", "quantize"),
-    "tables": ("model.tables", "make_tables"),
-    "offload": ("model.offload", "offload"),
-}
+TECHNIQUES = {"quantize": quantize, "tables": make_tables, "compile": compile_blocks}
+PARTS = "ceiling", "beside", "steps", "training", "budgets", "exactness", "profile", "loading"
 KINDS = {  # of the kernels of a compiled forward, by what their names hold; the first that fits
     "matrix products": ("mm", "gemm", "cutlass", "cublas", "nvjet"),
     "attention": ("attention", "flash", "fmha", "cudnn"),
@@ -76,32 +78,29 @@ class Setting:
     flux: FluxConfig
     sides: tuple[int, ...]
     text: int
-    training: tuple[tuple[int, int], ...]  # side and batch
+    forwards: tuple[tuple[int, int], ...]  # side and batch, beside peers
+    training: tuple[tuple[int, int], ...]  # likewise
     budgets: tuple[float, ...]  # GB
     channels: int  # of the autoencoder
 
 
-SIZES = {
+SIZES = {  # a square of 96 has 2 % more tokens than a 2x2 grid of 1344x1728
     "dev": Setting(
-        peers.flux_config(3072, 24, 19, 38, 4096, 768), (32, 64), 512, ((32, 4), (64, 1)), (24, 16, 12), 128
+        peers.flux_config(3072, 24, 19, 38, 4096, 768), (32, 64), 512,
+        ((32, 1), (32, 4), (64, 1), (64, 4), (96, 1)), ((32, 4), (64, 1)), (80, 24, 16, 12), 128,
     ),
-    "small": Setting(peers.flux_config(64, 2, 1, 2, 32, 16), (4,), 8, ((4, 2),), (0.5, 0.01), 32),
-}
+    "small": Setting(peers.flux_config(64, 2, 1, 2, 32, 16), (4,), 8, ((4, 2),), ((4, 2),), (0.5, 0.01), 32),
+}  # fmt: skip
 
 
 class Missing(Exception):
-    """A technique is not there, or does not work here."""
+    """What is to be measured is not there, or does not fit."""
 
 
 def apply(flux: Flux, techniques: tuple[str, ...], device: torch.device) -> None:
-    """Prepare a transformer, in the order of iclora.pipeline. Errors: Missing, with a reason"""
+    """Prepare a transformer, in the order of iclora.fitted."""
     for name in techniques:
-        module, function = TECHNIQUES[name]
-        try:
-            technique = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError):
-            raise Missing(f"{module} is not available") from None
-        technique(flux, device) if name == "offload" else technique(flux)
+        offload(flux, device) if name == "offload" else TECHNIQUES[name](flux)
 
 
 def made(setting: Setting, techniques: tuple[str, ...], device: torch.device, on: torch.device | None = None) -> Flux:
@@ -163,37 +162,98 @@ def against(measured: float, predicted: float) -> dict:
 
 
 def trainings(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """Steps of training, with all blocks computed again and with none."""
+    """Steps of training, with all blocks computed again and with none; and UNO's, with a reference."""
     for side, batch in setting.training:
         for again in (setting.flux.depth + setting.flux.depth_single_blocks, 0):
             for way in ("eager", "compiled"):
                 key = {"what": "training step", "way": way, "size": 16 * side, "batch": batch, "again": again}
                 yield key, partial(training, setting, WAYS[way], side, batch, again, device)
+    side, again = setting.sides[0], setting.flux.depth + setting.flux.depth_single_blocks
+    key = {"what": f"training step, UNO, rank {UNO[0]}", "way": "eager", "size": 16 * side, "batch": 1, "again": again}
+    yield key, partial(training, setting, (), side, 1, again, device, "uno", *UNO)
 
 
 def training(
-    setting: Setting, techniques: tuple[str, ...], side: int, batch: int, again: int, device: torch.device
-) -> dict:
-    """Measure one step of training, LoRA on all Linears of the blocks."""
-    flux, tokens = made(setting, (), device), Tokens(setting.text, side**2)
-    parameters = peers.attach(flux, RANK)
+    setting: Setting, techniques: tuple[str, ...], side: int, batch: int, again: int, device: torch.device,
+    targets: str = "all-linear", rank: int = RANK, reference: int = 0,
+) -> dict:  # fmt: skip
+    """Measure one step of training. reference: side of one in tokens"""
+    flux, tokens = made(setting, (), device), Tokens(setting.text, side**2, reference**2)
+    parameters = peers.attach(flux, rank, targets)
     apply(flux, techniques, device)
     checkpoint_blocks(flux, again)
-    given = peers.new_batch(flux.config, peers.Shape(flux.config, side, setting.text, 1, batch), device, torch.bfloat16)
-    run = peers.Training(flux, parameters, given)
+    shape = peers.Shape(flux.config, side, setting.text, 1, batch)
+    encoded, *drawn = peers.new_batch(flux.config, shape, device, torch.bfloat16)
+    if reference:
+        ids = torch.cat((grid_ids(side, side), *reference_ids((side, side), [(reference, reference)])))[None].to(device)
+        encoded = replace(encoded, references=torch.randn(batch, reference**2, 64, device=device), ids=ids)
+    run = peers.Training(flux, parameters, (encoded, *drawn))
     seconds = spread(take_turns({"step": run.step}, 5, device, seconds=0.1)["step"]).median
     flops = count_flops(flux.config, batch, tokens, flux).step
-    predicted = step_bytes(flux.config, torch.bfloat16, batch, tokens, "all-linear", RANK, again)
+    predicted = step_bytes(flux.config, torch.bfloat16, batch, tokens, targets, rank, again)
     predicted += 6 * sum(p.numel() for p in parameters)  # gradients, and the adapters in bfloat16
     return {"ms": 1e3 * seconds, "tflops": flops / seconds / 1e12, **against(peak(run.step, device), predicted)}
+
+
+def beside(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """Forwards and training steps in turns with the official code, diffusers and PEFT, on the same weights."""
+    for side, batch in setting.forwards:
+        for way in ("eager", "compiled"):
+            key = {"what": "forward beside peers", "way": way, "size": 16 * side, "batch": batch}
+            yield key, partial(turns, setting, "forward", way == "compiled", side, batch, device)
+    for side, batch in setting.training:
+        key = {"what": "training step beside peers", "way": "eager", "size": 16 * side, "batch": batch}
+        yield key, partial(turns, setting, "train", False, side, batch, device)
+
+
+def turns(setting: Setting, measure: str, compiled: bool, side: int, batch: int, device: torch.device) -> dict:
+    """Measure ours and peers, whose answers are compared first."""
+    shape = peers.Shape(setting.flux, side, setting.text, batch, batch)
+    chosen = list(peers.PEERS) if measure == "forward" and not compiled else ["diffusers"]  # only that has a way
+    try:
+        contestants = speed.SETTINGS[measure](shape, chosen, device, torch.bfloat16, *[True] * compiled)
+        speed.compare(contestants, speed.TOLERANCES[measure][torch.bfloat16])
+    except (ValueError, ImportError) as error:
+        raise Missing(str(error)) from None
+    took = take_turns({name: c.call for name, c in contestants.items()}, 7, device, seconds=0.1)
+    ours, flops = took.pop(speed.OURS), count_flops(setting.flux, batch, Tokens(setting.text, side**2)).forward
+    figures = {"ms": 1e3 * spread(ours).median}
+    figures |= {"tflops": flops / spread(ours).median / 1e12} if measure == "forward" else {}
+    for name, seconds in took.items():
+        figures |= {
+            f"{name} ms": 1e3 * spread(seconds).median,
+            f"times as fast as {name}": times_as_fast(ours, seconds).median,
+        }
+    return figures
+
+
+def exactness(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """How far every way's answer is from the eager one's."""
+    for way, techniques in WAYS.items():
+        key = {"what": "distance from eager", "way": way, "size": 16 * setting.sides[0]}
+        yield key, partial(distance, setting, techniques, device)
+
+
+def distance(setting: Setting, techniques: tuple[str, ...], device: torch.device) -> dict:
+    """Compare one forward with the plain path's."""
+    answers = []
+    for chosen in ((), techniques):
+        flux = made(setting, chosen, device)
+        shape = peers.Shape(flux.config, setting.sides[0], setting.text, 1, 1)
+        given = peers.new_inputs(flux.config, shape, device, torch.bfloat16)
+        answers.append(torch.inference_mode()(lambda flux=flux, given=given: flux(**given).cpu())())
+        del flux
+        gc.collect()
+    return {"equal": torch.equal(*answers), "relative": peers.far(answers[1], answers[0])}
 
 
 def budgets(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
     """Pictures on smaller cards: what the planner chooses, and its peaks beside the measured ones."""
     for side in setting.sides:
         for vram in setting.budgets:
-            key = {"what": "picture", "way": f"{vram:g} GB", "size": 16 * side}
-            yield key, partial(picture, setting, side, vram, device)
+            count = WHOLE if vram >= WHOLE_CARD else STEPS
+            key = {"what": f"picture in {count} steps", "way": f"{vram:g} GB", "size": 16 * side}
+            yield key, partial(picture, setting, side, count, vram, device)
 
 
 def headers(setting: Setting) -> SimpleNamespace:
@@ -211,18 +271,18 @@ def autoencoder(setting: Setting) -> AutoEncoder:
     return AutoEncoder(AutoEncoderConfig(setting.channels, (1, 2, 4, 4), 2)).eval().requires_grad_(False)
 
 
-def picture(setting: Setting, side: int, vram: float, device: torch.device) -> dict:
+def picture(setting: Setting, side: int, count: int, vram: float, device: torch.device) -> dict:
     """Make one picture as planned, while the allocator gives no more than the budget."""
     known, tokens = headers(setting), Tokens(setting.text, side**2)
     weights = weigh(known.transformer, known.autoencoder, 0, torch.bfloat16)  # text encoders are not there
     held, flops = forward_bytes(setting.flux, torch.bfloat16, tokens), count_flops(setting.flux, 1, tokens).forward
-    work = Work(len(tokens), flops, lambda again: held, 0, STEPS, (16 * side) ** 2, False)
+    work = Work(len(tokens), flops, lambda again: held, 0, count, (16 * side) ** 2, False)
     config = SampleConfig(vram=vram, device=device.type, dtype="bfloat16")
     try:
         plan = fit(config, setting.flux, weights, work, 0)
     except ValueError as error:
         raise Missing(str(error)) from None
-    chosen = [name for name in TECHNIQUES if getattr(plan, name, False)]
+    chosen = [name for name in ("quantize", "tables", "offload") if getattr(plan, name)]
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * vram * (1 - RESERVE / 2) / total))
@@ -234,7 +294,7 @@ def picture(setting: Setting, side: int, vram: float, device: torch.device) -> d
         )
         ids, x = given["img_ids"], torch.randn(1, side**2, 64, device=device)
         step = torch.inference_mode()(
-            lambda: denoise(flux, x, times(STEPS, side**2, True), ids, given["txt"], given["y"], 3.5)
+            lambda: denoise(flux, x, times(count, side**2, True), ids, given["txt"], given["y"], 3.5)
         )
         decode = decode_tiled if plan.tile else AutoEncoder.decode
         z = torch.randn(1, 16, 2 * side, 2 * side, device=device)
@@ -295,13 +355,14 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
     if args.budgets:
         setting = replace(setting, budgets=tuple(args.budgets))
     parts = {
-        "ceiling": ceiling(setting, device), "steps": steps(setting, device), "training": trainings(setting, device),
-        "budgets": budgets(setting, device), "loading": loading(setting, device, args.model),
-        "profile": steps(setting, device, profile=True),
+        "ceiling": ceiling(setting, device), "beside": beside(setting, device), "steps": steps(setting, device),
+        "training": trainings(setting, device), "budgets": budgets(setting, device),
+        "exactness": exactness(setting, device), "profile": steps(setting, device, profile=True),
+        "loading": loading(setting, device, args.model),
     }  # fmt: skip
     lines = args.out.read_text().splitlines() if args.out and args.out.is_file() else []
     rows, about = [json.loads(line) for line in lines], {**machine(device), "model": args.size}
-    for part in args.parts or parts:
+    for part in args.parts:
         for key, measure in parts[part]:
             key = {**key, **about}
             if any(key.items() <= row.items() for row in rows) or key["way"] in {*WAYS} - {*args.ways}:
@@ -341,19 +402,8 @@ def show(rows: list[dict]) -> list[str]:
         said = "; ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in rest.items())
         return [row["what"], row["way"], str(row["size"]), str(row.get("batch", 1)), *plain, share, *memory, said]
 
-    header = [
-        "what",
-        "way",
-        "pixels",
-        "batch",
-        "ms",
-        "TFLOP/s",
-        "of a product",
-        "standing GB",
-        "more at the peak",
-        "predicted",
-        "",
-    ]
+    columns = "what way pixels batch ms TFLOP/s share_of_a_product standing_GB more_at_the_peak predicted also"
+    header = [name.replace("_", " ") for name in columns.split()]
     return table(header, [cells(row) for row in rows])
 
 
@@ -363,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", choices=SIZES, default="dev")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--parts", nargs="+", choices=("ceiling", "steps", "training", "budgets", "loading", "profile"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of forwards and training steps")
     parser.add_argument("--budgets", nargs="+", type=float, help="GB of cards to keep to")
     parser.add_argument("--model", help="a whole model, whose loading is timed")

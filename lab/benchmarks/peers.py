@@ -181,6 +181,10 @@ class Diffusers(Peer):
         self.transformer.load_state_dict(diffusers_state(state), assign=True)
         self.requires_grad_(False).eval()
 
+    def compile_blocks(self) -> None:
+        """Have the blocks compiled in diffusers' own way."""
+        self.transformer.compile_repeated_blocks(fullgraph=True)
+
     def run(self, img, img_ids, txt, txt_ids, timesteps, y, guidance) -> Tensor:
         with torch.autocast(img.device.type, self.dtype) if self.autocast else contextlib.nullcontext():
             return self.transformer(
@@ -193,10 +197,10 @@ class Diffusers(Peer):
 # adapters
 
 
-def attach(flux: Flux, rank: int) -> list[nn.Parameter]:
-    """Attach adapters to all Linears of the blocks, as the published In-Context LoRAs have, and give them a say."""
+def attach(flux: Flux, rank: int, targets: str = "all-linear") -> list[nn.Parameter]:
+    """Attach adapters, and give them a say: to all Linears of the blocks, as the published In-Context LoRAs have."""
     generator = torch.Generator().manual_seed(1)
-    parameters = lora.attach(flux, "all-linear", rank, generator=generator)
+    parameters = lora.attach(flux, targets, rank, generator=generator)
     with torch.no_grad():
         for p in parameters[1::2]:  # the ups, which start at zero
             p.copy_(0.02 * torch.randn(p.shape, generator=generator))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lab import entry
 from model.checkpoint import write_atomic
+from model.compiled import compile_blocks
 
 from . import peers
 from .rounds import collector_off, operator_table, operators, peak, size, spread, table, take_turns, times_as_fast
@@ -55,15 +56,21 @@ class Contestant:
 Case = tuple[str, str, torch.dtype]  # forward or train, name of the shape, dtype
 
 
-def forward(shape: peers.Shape, chosen: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Contestant]:
-    """Set up one forward of every implementation, without gradients."""
+def forward(
+    shape: peers.Shape, chosen: list[str], device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> dict[str, Contestant]:
+    """Set up one forward of every implementation, without gradients. compiled: ours and diffusers' blocks are"""
     flux = peers.new_flux(shape, device, dtype)
     given = peers.new_inputs(flux.config, shape, device, dtype)
     models = {OURS: flux}
     for name in chosen:
         distribution, build = peers.PEERS[name]
         title = peers.package(distribution)
-        models["official: " + title if name == "official" else title] = build(flux.config, flux.state_dict())
+        models["official: " + title if name == "official" else title] = peer = build(flux.config, flux.state_dict())
+        if compiled:
+            peer.compile_blocks()
+    if compiled:
+        compile_blocks(flux)
 
     def contestant(model: torch.nn.Module) -> Contestant:
         run = torch.no_grad()(lambda: model(**given))

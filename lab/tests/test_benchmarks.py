@@ -363,7 +363,8 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
         cards, "take_turns", lambda calls, *_, **more: {name: [call() is None or 1.0] for name, call in calls.items()}
     )
     monkeypatch.setattr(cards, "STEPS", 1)
-    monkeypatch.setitem(cards.TECHNIQUES, "offload", ("model.nowhere", "offload"))
+    monkeypatch.setattr(cards, "UNO", (4, 2))
+    monkeypatch.setattr(peers, "PEERS", {"official": ("torch", Double), "diffusers": ("none", Double)})
     command = [
         "--size",
         "small",
@@ -375,15 +376,20 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
         "--out",
         str(tmp_path / "rows"),
     ]
-    parts = ["--parts", "ceiling", "steps", "training", "budgets", "loading"]
+    parts = ["--parts", "ceiling", "beside", "steps", "training", "budgets", "exactness", "loading"]
     assert cards.main([*command, *parts]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert {row["what"] for row in rows} == {"matrix product", "forward", "training step", "picture", "loading"}
+    assert {row["what"].partition(",")[0] for row in rows} == {
+        "matrix product", "forward", "training step", "picture in 1 steps", "loading", "distance from eager",
+        "forward beside peers", "training step beside peers",
+    }  # fmt: skip
     why = {row["way"]: row["not available"] for row in rows if "not available" in row}
-    assert "is not available" in why["tables, offload"] and why["transformer"] == "no --model was given"
+    assert why["transformer"] == "no --model was given"
+    assert all(row["equal"] for row in rows if row["what"] == "distance from eager")
+    assert all("none is not installed" in row["not available"] for row in rows if row["what"].startswith("forward be"))
     assert "0.01 is too little" in why["0.01 GB"]
     for row in rows:
-        if row["what"] in ("forward", "training step") and "peak GB" in row:
+        if row["what"] in ("forward", "training step") and row["way"] == "eager":
             assert 0.3 < row["predicted GB"] / row["peak GB"] < 2 and row["tflops"] > 0  # at this width norms count
     table = capsys.readouterr().out
     assert table.count("\n") == len(rows) + 2
@@ -392,16 +398,26 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
     assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)
 
 
+def test_peers_take_turns_with_ours_on_the_same_weights(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", {"official": ("torch", Double)})
+    figures = cards.turns(cards.SIZES["small"], "forward", False, 4, 2, CPU)
+    (name,) = (key for key in figures if key.startswith("times as fast as official: torch"))
+    assert 0.2 < figures[name] < 5 and figures["tflops"] > 0
+    monkeypatch.setattr(peers, "PEERS", {"official": ("torch", lambda config, state: Double(config, state, 0.2))})
+    with pytest.raises(cards.Missing, match="nothing is timed"):
+        cards.turns(cards.SIZES["small"], "forward", False, 4, 2, CPU)
+
+
 def test_a_transformer_made_beside_the_device_streams_to_it(monkeypatch):
     setting, given = cards.SIZES["small"], {}
-    monkeypatch.setattr("model.offload.offload", lambda flux, device: given.update(made=flux, to=device))
+    monkeypatch.setattr(cards, "offload", lambda flux, device: given.update(made=flux, to=device))
     flux = cards.made(setting, ("tables", "offload"), torch.device("meta"), CPU)
     assert given == {"made": flux, "to": torch.device("meta")} and flux.img_in.weight.device == CPU
 
 
 def test_what_is_compiled_is_what_the_command_compiles(monkeypatch):
     compiled = []
-    monkeypatch.setattr("model.compiled.compile_blocks", compiled.append)
+    monkeypatch.setitem(cards.TECHNIQUES, "compile", compiled.append)
     flux = cards.made(cards.SIZES["small"], ("tables", "compile"), CPU)
     assert compiled == [flux]
 
