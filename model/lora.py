@@ -76,7 +76,7 @@ class LoraLinear(nn.Module):
         for low, high in pairwise(sorted(edges)):
             here = [change[..., low - start : high - start] for start, stop, change in changes if start <= low < stop]
             pieces.append(sum(here[1:], here[0]) if here else x.new_zeros(*x.shape[:-1], high - low))
-        return torch.cat(pieces, dim=-1)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)  # cat copies even one
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
