@@ -154,7 +154,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "edits": Row(
         "Can it recolour a reference once such pairs are taught?",
-        Headline("recolour", "taught", "asked for"),
+        Headline("recolour", "taught", "traits", none="traits, no references"),
+        answer="It obeys words; less than half of identity.",
         paper="UNO leaves it open",
     ),
     "tiny-uno": Row(
