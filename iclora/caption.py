@@ -167,7 +167,7 @@ def run(config: CaptionConfig, make_teller: Callable[..., Teller]) -> int:
     sets = find_sets(Path(config.data), config.grid and parse_grid(config.grid), findings)
     if not sets:
         nothing = f"{config.data} is no folder with sets; it takes pictures, and a set.json with their grid"
-        raise ValueError(next(iter(findings.broken), nothing))
+        raise ValueError(next(iter(findings.broken if Path(config.data).is_dir() else ()), nothing))
     todo = [one for one in sets.items() if not has_caption(*one) or config.overwrite and one[0].exists()]
     tokenizer = load_tokenizer(T5Tokenizer, (files := find_model(config.model)).t5_tokenizer)
     tokenizer.model_max_length = model_defaults(files.flux.config).text_length or tokenizer.model_max_length
