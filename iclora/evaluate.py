@@ -240,20 +240,34 @@ def score_all(items: Sequence[Item], systems: Systems, eyes: Eyes) -> dict[str, 
 # means, and the table
 
 
-def interval(values: Sequence[float], rate: bool = False) -> Interval:
-    """Return the mean of items and its 95 % interval, bootstrapped over items; of a rate it is Wilson's."""
+def by_subject(items: Sequence[Item], values: Mapping[str, Values]) -> dict[str, Values]:
+    """Average what is of the same subjects, as prompts of one subject do not tell as much as other subjects would."""
+    groups: dict[object, list[int]] = {}
+    for number, item in enumerate(items):
+        groups.setdefault(item.subjects or number, []).append(number)  # sets have none, and count each
+    means: dict[str, Values] = {system: {} for system in values}
+    for system, scores in values.items():
+        for name, figures in scores.items():
+            found = [[figures[n] for n in group if figures[n] is not None] for group in groups.values()]
+            means[system][name] = [float(np.mean(group)) if group else None for group in found]
+    return means
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean and its 95 % interval, bootstrapped; where all are 0 or 1, it is Wilson's."""
     values = np.asarray(values, dtype=float)
-    if rate:
+    if {*values} <= {0, 1}:
         return float(values.mean()), *wilson(values)
     drawn = np.random.default_rng(0).integers(len(values), size=(ROUNDS, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
 
 
-def difference(values: Sequence[float], others: Sequence[float], rate: bool = False) -> Interval:
-    """Return the mean of values less others, paired by item, and its 95 % interval; of rates Bonett and Price's."""
+def difference(values: Sequence[float], others: Sequence[float]) -> Interval:
+    """Return the mean of values less others, paired, and its 95 % interval; Bonett and Price's where all are 0 or 1."""
     less = np.subtract(values, others)
-    return (float(less.mean()), *bonett_price(less)) if rate else interval(less)
+    rates = {*values, *others} <= {0, 1}
+    return (float(less.mean()), *bonett_price(less)) if rates else interval(less)
 
 
 def summarise(values: Mapping[str, Values]) -> dict[str, dict[str, Interval]]:
@@ -262,8 +276,8 @@ def summarise(values: Mapping[str, Values]) -> dict[str, dict[str, Interval]]:
     table: dict[str, dict[str, Interval]] = {}
     for name in values[first]:
         of = {system: [value for value in scores[name] if value is not None] for system, scores in values.items()}
-        table[name] = {system: interval(figures, name == APART) for system, figures in of.items()}
-        table[name] |= {f"{first} - {other}": difference(of[first], of[other], name == APART) for other in others}
+        table[name] = {system: interval(figures) for system, figures in of.items()}
+        table[name] |= {f"{first} - {other}": difference(of[first], of[other]) for other in others}
     return table
 
 
@@ -326,11 +340,13 @@ def run(config: EvaluateConfig) -> None:
     if long := sum(length > clip.tokenizer.model_max_length for length in lengths):
         note(f"{long} texts are longer than the {clip.tokenizer.model_max_length} tokens that CLIP reads")
     values = score_all(items, systems, (dino, clip))
-    table, unlike = summarise(values), unlike_uno(items, dino, clip)
+    means = by_subject(items, values)
+    table, unlike = summarise(means), unlike_uno(items, dino, clip)
     counts = {len(item.subjects) for item in items}
     goals = GOALS.get(counts.pop(), {}) if len(counts) == 1 else {}
     lines = [*as_table(table, goals), "", f"DINO: {dino.describe()}", f"CLIP: {clip.describe()}"]
-    lines.append(f"{len(items)} items, 95 % intervals over them")
+    count = len(next(iter(means[config.made[0]].values())))
+    lines.append(f"{len(items)} requests; means and 95 % intervals are over {count} subjects or sets")
     if goals and unlike:
         lines.append(f"UNO's release was measured otherwise: {'; '.join(unlike)}")
     sys.stdout.write("".join(f"{plain(line)}\n" for line in lines))

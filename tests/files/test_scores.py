@@ -17,6 +17,7 @@ from iclora.config import SampleConfig
 from iclora.evaluate import (
     Item,
     as_table,
+    by_subject,
     cut,
     difference,
     interval,
@@ -339,11 +340,11 @@ def test_a_margin_is_what_a_subject_has_in_its_place_before_all_that_is_wrong():
 
 def test_intervals_are_wilsons_for_rates_and_resampled_else():
     hits = np.array([1] * 8 + [0] * 2)
-    mean, low, high = interval(hits, rate=True)  # from the quadratic equation (p - mean)^2 = z^2 p (1 - p) / n
+    mean, low, high = interval(hits)  # from the quadratic equation (p - mean)^2 = z^2 p (1 - p) / n
     z2 = 1.959964**2 / 10
     roots = sorted(np.roots([1 + z2, -(2 * 0.8 + z2), 0.64]))
     assert (mean, low, high) == pytest.approx((0.8, *roots))
-    assert interval(np.ones(20), rate=True)[1] == pytest.approx(0.839, abs=1e-3)
+    assert interval(np.ones(20))[1] == pytest.approx(0.839, abs=1e-3)
     values = np.random.default_rng(1).normal(0.5, 0.1, 400)
     mean, low, high = interval(values)
     error = values.std() / np.sqrt(400)
@@ -355,7 +356,7 @@ def test_differences_are_paired_by_item():
     values = np.random.default_rng(1).normal(0.5, 0.2, 200)
     mean, low, high = difference(values + 0.01, values)
     assert (mean, low, high) == pytest.approx((0.01, 0.01, 0.01))
-    mean, low, high = difference([1] * 6, [0] * 6, rate=True)  # six differences of 1, and one of 1 and -1
+    mean, low, high = difference([1] * 6, [0] * 6)  # six differences of 1, and one of 1 and -1
     wider = np.array([1] * 7 + [-1])
     assert (mean, low, high) == pytest.approx((1, wider.mean() - 1.96 * wider.std() / np.sqrt(8), 1), abs=1e-4)
     assert low < 1
@@ -387,3 +388,12 @@ def test_unos_figures_may_be_compared_only_if_everything_was_measured_as_there()
     assert "not ViT-S/16" in unlike_uno(requests(750, 1, 1), eye("dinov2", 384, 16), clip)[0]
     assert "--resize uno" in unlike_uno(requests(750, 1, 1), eye("vit", 384, 16, resample=2), clip)[0]
     assert "not ViT-B/32" in unlike_uno(requests(750, 1, 1), dino, eye("clip", 1024, 14))[0]
+
+
+def test_the_prompts_of_one_subject_count_as_one():
+    cat, dog = ((Path("cat.png"),),), ((Path("dog.png"),),)
+    items = [Item("", "", ("",), (1, 1), subjects, 1) for subjects in (cat, cat, cat, dog, (), ())]
+    means = by_subject(items, {"a": {"DINO": [0.1, 0.2, 0.3, 0.8, None, 0.5], "CLIP-T": [None] * 6}})
+    assert means["a"]["DINO"] == pytest.approx([0.2, 0.8, None, 0.5]) and means["a"]["CLIP-T"] == [None] * 4
+    one = summarise({"a": {"DINO": [0.2, 0.8]}})["DINO"]["a"]
+    assert one[0] == pytest.approx(0.5) and one[1] == pytest.approx(0.2), "which drawing requests anew would hide"
