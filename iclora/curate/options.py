@@ -32,6 +32,7 @@ class CurateConfig:
     judge: str | None = option(None, "a chat endpoint, or a folder of a CLIP (default: clip/)", metavar="URL|DIR")
     judge_model: str = option("default", "the model's name at the endpoint", metavar="NAME")
     judge_score: float = option(3.5, "least mean score of the parts, each 0 to 4", valid=(0, 4))
+    timeout: int = option(120, "seconds to wait for an endpoint's answer", valid=(1, 3600))
     at_once: int = option(4, "pairs that an endpoint judges at a time", valid=(1, 256))
     where: str | None = option(None, "export what this SQL condition selects instead: 'dino > 0.7 and judge >= 3'")
     detector: str | None = option(

@@ -83,7 +83,7 @@ class Workshop:
 
     def taxonomy(self, catalogue: Catalogue) -> None:
         """Decide what the items show that are not there yet."""
-        chat = self.config.writer and Chat(self.config.writer, self.config.writer_model)
+        chat = self.config.writer and Chat(self.config.writer, self.config.writer_model, self.config.timeout)
 
         def write(request: str) -> str:
             if (text := catalogue.noted("taxonomy", request)) is None:
@@ -162,7 +162,7 @@ class Workshop:
         """Name the judge that the options ask for, and give what loads it."""
         address, model = self.config.judge or "", self.config.judge_model
         if "://" in address:
-            return model, lambda: ChatJudge(Chat(address, model))
+            return model, lambda: ChatJudge(Chat(address, model, self.config.timeout))
         folder = Path(address or self.files.root / "clip")
         return mark(folder), lambda: ClipJudge(folder, judge_texts(self.words), self.device)
 

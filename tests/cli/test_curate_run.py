@@ -379,6 +379,12 @@ def test_a_program_that_reads_the_catalogue_without_end_costs_a_line_and_no_stag
     assert query(tmp_path, "SELECT count(*) FROM results") == [(COUNT + 1,)]
 
 
+def test_an_endpoint_is_waited_for_as_long_as_is_asked(tmp_path):
+    config = CurateConfig(out=str(tmp_path), judge="http://127.0.0.1:1/v1", judge_model="judge", timeout=7)
+    _, load = Workshop(config, print, None, None).choose_judge()
+    assert load().chat.timeout == 7
+
+
 def test_a_device_that_is_not_there_is_refused(tmp_path, capsys):
     assert main(["--out", str(tmp_path), "--device", "mps"]) == 2
     assert "--device mps is not available" in capsys.readouterr().err
