@@ -352,6 +352,7 @@ def test_other_content_under_the_same_name_is_refused_but_moved_content_is_not(o
 # runs that were begun before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_a_run_that_was_killed_before_is_continued_by_the_same_command(runs, name):
     folder = runs / f"old-{name}"
