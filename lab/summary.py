@@ -91,6 +91,12 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
         answer="No difference was seen.",
         paper="In-Context LoRA: joint; no figures; not seen",
     ),
+    "concat": Row(
+        "Panels as one picture, or encoded apart?",
+        Headline("walk", "tokens", "first panel given", against="pixels"),
+        answer="No difference was seen.",
+        paper="Group Diffusion Transformers: tokens; no figures; not seen",
+    ),
     "filling-in": Row(
         "Does a LoRA that fills in panels carry traits over?",
         Headline("nothing", "clean", "all traits, own panel", none="all traits, no panel"),
@@ -170,11 +176,6 @@ OLD = {  # typed by hand from what lab.experiments found on the base before this
         "Does a larger rank follow a reference better?", "rank 64, 4, 16, 128",
         "rank 4, one reference: traits 54.3 (50.3 to 58.3); minus rank 64 -4.6 (-8.2 to -0.9)",
         "From rank 16 on no difference was seen.", "UNO, figure 18: grows up to 128; agrees in part",
-    ),
-    "concat": (
-        "Panels as one picture, or encoded apart?", "pixels, tokens",
-        "tokens, walk: first panel given 96.0 (90.2 to 98.4); minus pixels +3.0 (-1.3 to +7.2)",
-        "No difference was seen.", "Group Diffusion Transformers: tokens; no figures",
     ),
     "alone": (
         "May references see each other alone?", "joint, alone",
