@@ -211,7 +211,8 @@ def turns(setting: Setting, measure: str, compiled: bool, side: int, batch: int,
     shape = peers.Shape(setting.flux, side, setting.text, batch, batch)
     chosen = list(peers.PEERS) if measure == "forward" and not compiled else ["diffusers"]  # only that has a way
     try:
-        contestants = speed.SETTINGS[measure](shape, chosen, device, torch.bfloat16, *[True] * compiled)
+        given = shape, chosen, device, torch.bfloat16
+        contestants = speed.train(*given) if measure == "train" else speed.forward(*given, compiled)
         speed.compare(contestants, speed.TOLERANCES[measure][torch.bfloat16])
     except (ValueError, ImportError) as error:
         raise Missing(str(error)) from None
