@@ -347,7 +347,10 @@ def test_an_interruption_costs_one_line_that_is_no_error_and_keeps_what_is_finis
 @pytest.mark.parametrize(
     "argv",
     [
-        ["sample.py", "--device", "cpu", "--prompt", "a red cat", "--steps", "1", "--out", "OUT"],
+        pytest.param(
+            ["sample.py", "--device", "cpu", "--prompt", "a red cat", "--steps", "1", "--out", "OUT"],
+            marks=pytest.mark.slow,
+        ),
         ["-m", "iclora.convert", "--help"],
         ["sample.py", "--help"],
     ],

@@ -60,7 +60,8 @@ def test_a_set_is_saved_whatever_becomes_of_stdout(kind, tmp_path):
     assert len(list((tmp_path / "\u00e9").iterdir())) == 3, "composite, panel, JSON"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("full", marks=SLOW), "nobody listens"])
+@SLOW
+@pytest.mark.parametrize("kind", ["full", "nobody listens"])
 def test_a_run_is_trained_and_saved_whatever_becomes_of_stderr(kind, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)

@@ -867,6 +867,7 @@ def hit(place, when, number=signal.SIGKILL):
     return HIT.format(place=place, when=when, number=int(number))
 
 
+@pytest.mark.slow
 def test_killed_processes_end_in_the_same_bytes_and_one_that_is_stopped_too(world, out):
     assert go(world, beside(out, "whole"), *LONG, steps=40) == 0
     folder = beside(out, "killed")
