@@ -15,13 +15,7 @@ from typing import Any
 NAME, PARTS, VERSION = "catalogue.sqlite", "part-*.sqlite", 1
 STAGE_ONE = ("diptych", "split", "dino", "judge", "export")
 STAGES = (*STAGE_ONE, "find", "redraw", "dino2", "judge2", "export2")
-SCORES = {
-    "split": "seam",
-    "dino": "dino",
-    "judge": "judge",
-    "dino2": "dino2",
-    "judge2": "judge2",
-}  # as pairs calls them
+SCORES = {"split": "seam", "dino": "dino", "judge": "judge", "dino2": "dino2", "judge2": "judge2"}  # in pairs
 WAIT = 60  # seconds for another process's lock
 READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
 
@@ -195,6 +189,8 @@ def selected(db: sqlite3.Connection, stage: str, where: str) -> list[Item]:
     """
     query = "SELECT * FROM items WHERE id IN (SELECT item FROM results WHERE stage = ?) ORDER BY id"
     try:
+        if '"' in where:  # SQLite takes a misspelt name between them for a word, and the condition for one that holds
+            raise sqlite3.Warning("names stand as they are, words between single quotes")
         ids = {id_ for (id_,) in db.execute(f"SELECT id FROM pairs WHERE {where}")}
     except (sqlite3.Error, sqlite3.Warning) as error:
         columns = ", ".join([*COLUMNS, *SCORES.values()])

@@ -75,6 +75,8 @@ def start(workshop: Workshop, path: Path) -> None:
         kept = CHAIN.index(workshop.config.redo) if workshop.config.redo else len(CHAIN)
         for stage in filter(workshop.config.chosen.__contains__, CHAIN[:kept]):
             catalogue.settle(stage, workshop.settings(stage))
+        for stage in filter(workshop.config.chosen.__contains__, CHAIN[kept:]):
+            workshop.load.get(stage.rstrip("2"), bool)()  # what cannot be loaded ends the run before scores are lost
         catalogue.forget(CHAIN[kept:])
 
 

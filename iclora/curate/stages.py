@@ -51,8 +51,9 @@ class Workshop:
         self.words = read_words(self.words_path)
         self.device = pick_device(config.device, model_defaults(self.files.flux.config), self.note)
         self.dino_folder = Path(config.dino_model or self.files.root / "dinov2")
-        self.judge_name, self.load_judge = (judge[0], lambda: judge[1]) if judge else self.choose_judge()
-        self.locator_name, self.load_locator = (locator[0], lambda: locator[1]) if locator else self.choose_locator()
+        self.judge_name, load_judge = (judge[0], lambda: judge[1]) if judge else self.choose_judge()
+        self.locator_name, load_locator = (locator[0], lambda: locator[1]) if locator else self.choose_locator()
+        self.load = {"dino": lambda: Dino(self.dino_folder, self.device), "judge": load_judge, "find": load_locator}
 
     def settings(self, stage: str) -> dict[str, str]:
         """Say what makes a stage's results, besides what the stages before it have made."""
@@ -129,7 +130,7 @@ class Workshop:
 
     def dino(self, items: Sequence[Item], crops: Crops) -> Works:
         """Compare pictures by the features of DINOv2; of several comparisons the worst counts."""
-        look = Dino(self.dino_folder, self.device)
+        look = self.load["dino"]()
         for item in items:
             yield item, Outcome(min(look(*map(self.open, names)) for names in comparisons(item, crops)))
 
@@ -138,7 +139,7 @@ class Workshop:
 
         Errors: ValueError if the endpoint does not answer, or fails again and again; what it did not judge is left
         """
-        compare, failed = self.load_judge(), []
+        compare, failed = self.load["judge"](), []
 
         def work(item: Item) -> Outcome:
             verdicts = [compare(*map(self.open, names)) for names in comparisons(item, crops)]
@@ -170,7 +171,7 @@ class Workshop:
 
     def find(self, items: Sequence[Item], _: Crops) -> Works:
         """Cut the second subject out of the target, and the first one too where its own picture shows both."""
-        locate = self.load_locator()
+        locate = self.load["find"]()
         for item in items:
             if not item.second:
                 yield item, Outcome(against="it shows one subject only")

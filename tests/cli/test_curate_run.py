@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -37,7 +38,8 @@ from lab.sets import composite
 from lab.world import random_set
 
 ROOT = Path(__file__).parents[2]
-LORA = ROOT / "weights" / "tiny" / "loras" / "uno.safetensors"
+TINY = ROOT / "weights" / "tiny"
+LORA = TINY / "loras" / "uno.safetensors"
 COUNT = 14
 KILLS = int(os.environ.get("KILLS", 8))
 
@@ -268,6 +270,7 @@ def test_a_language_model_is_asked_once_for_the_same_words(tmp_path, drawn):
         (["--steps", "3"], "diptych made with steps None, not 3"),
         (["--where", "dino >> "], "write an SQL condition over id, category"),
         (["--where", "DELETE FROM items"], "write an SQL condition"),
+        (["--where", '"judges" >= 3'], "names stand as they are, words between single quotes; write an SQL"),
         (["--judge", "/nowhere/clip", "--stages", "judge"], "judge made with judge half"),
         (["--redo", "judge", "--judge", "/nowhere/clip", "--stages", "judge"], "/nowhere/clip/config.json is no file"),
         (["--dino-model", "weights/tiny/clip", "--redo", "dino"], "holds a model of type 'clip', not dinov2"),
@@ -297,6 +300,18 @@ def test_what_is_to_be_made_again_is_kept_where_the_command_cannot_work(tmp_path
     before = content(tmp_path)
     assert main(["--out", str(tmp_path), "--count", str(COUNT), "--dino", "-1", "--redo", "split", *flags]) == 2
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("stage, flag, folder", [("judge", "--judge", "clip"), ("dino", "--dino-model", "dinov2")])
+def test_scores_are_kept_where_what_is_to_score_again_cannot_be_loaded(tmp_path, drawn, capsys, stage, flag, folder):
+    run(tmp_path / "made")
+    before = content(tmp_path / "made")
+    damaged = shutil.copytree(TINY / folder, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"{}")
+    flags = ["--count", str(COUNT), "--seam", "0", "--dino", "-1", "--redo", stage, flag, str(damaged)]
+    assert main(["--out", str(tmp_path / "made"), *flags]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+    assert content(tmp_path / "made") == before
 
 
 def test_hidden_files_of_others_in_the_folder_are_left_alone(tmp_path, drawn):
