@@ -30,7 +30,7 @@ def run(config: SampleConfig) -> None:
     check_folder(folder)
     from tqdm import tqdm
 
-    from iclora.memory import fit_plans
+    from iclora.memory import add_memory_plans
     from iclora.pipeline import pipeline_for
     from iclora.plan import Plan, make_plan
     from iclora.record import compare, describe, save, save_sheet
@@ -42,13 +42,13 @@ def run(config: SampleConfig) -> None:
             plans.append(make_plan(request, notes.append))  # a mistake is one line, without notes before it
         except ValueError as error:
             raise ValueError(f"{source}: {error}" if source else str(error)) from None
-    plans = fit_plans(plans)
+    plans = add_memory_plans(plans)
     if config.dry_run:
-        return print(plans[0].fit)
+        return print(plans[0].memory_plan)
     for line in dict.fromkeys(notes):
         note(line)
-    if plans[0].fit:
-        note(plans[0].fit.line)
+    if plans[0].memory_plan:
+        note(plans[0].memory_plan.line)
     pipeline = pipeline_for(plans[0])(config, note)
     if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started several
         from iclora.shards import make_share

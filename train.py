@@ -40,28 +40,30 @@ def main(argv: list[str] | None = None) -> int:
 def run(config: TrainConfig) -> None:
     """Check all that can be checked without a network, read the data, train, and write the LoRA."""
     check_folder(Path(config.out))
-    if Path(os.path.realpath(config.out)).is_relative_to(os.path.realpath(config.data)):  # resolve raises for loops
+    # realpath, as Path.resolve raises for links in a circle
+    if Path(os.path.realpath(config.out)).is_relative_to(os.path.realpath(config.data)):
         raise ValueError(f"--out {config.out} lies in --data, where the next run would read it; choose one outside")
     from iclora.checkpoint import only_run
     from iclora.monitor import Monitor
-    from iclora.training import leave_processes, lost_process_is_one_line, plan_training, start_training, try_command
+    from iclora.processes import leave_processes, lost_process_is_one_line, processes
+    from iclora.training import plan_training, start_training, try_command
 
     rank, world_size = processes()
-    tell = note if rank == 0 else lambda line: None
-    plan = plan_training(config, world_size, tell)
-    if plan.fit and rank == 0:
-        print(plan.fit) if config.dry_run else note(plan.fit.line)
-    if config.dry_run:
-        return
+    say = print_line if rank == 0 else lambda line: None
+    plan = plan_training(config, world_size, say)
+    if config.dry_run:  # which always makes a memory plan
+        return print(plan.memory_plan) if rank == 0 else None
+    if plan.memory_plan:
+        say(plan.memory_plan.line)
     with lost_process_is_one_line(), only_run(Path(config.out)) if rank == 0 else contextlib.nullcontext():
-        loader, flux, state = start_training(plan, rank, world_size, tell)
-        with Monitor(plan, loader, flux, state, note) if rank == 0 else contextlib.nullcontext() as monitor:
+        loader, flux, state = start_training(plan, rank, world_size, say)
+        with Monitor(plan, loader, flux, state, say) if rank == 0 else contextlib.nullcontext() as monitor:
             train(plan.config, flux, loader, state, monitor)
         leave_processes(world_size)
     steps = plan.config.steps
     if state.step < steps:
         raise KeyboardInterrupt(f"stopped after step {state.step} of {steps}; the same command goes on there")
-    tell(try_command(config, loader.layouts[0]))
+    say(try_command(config, loader.layouts[0]))
 
 
 def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", monitor: "Monitor | None") -> None:
@@ -77,7 +79,8 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
 
     from iclora.ahead import look_ahead
     from iclora.checkpoint import update_average
-    from iclora.training import flow_loss, learning_rate, micro_batches, sample_step, sum_over_processes
+    from iclora.processes import processes, sum_over_processes
+    from iclora.training import flow_loss, learning_rate, micro_batches, sample_step
 
     (rank, world_size), (optimizer,), device = processes(), state.optimizers, state.parameters[0].device
     with stop_between_steps() as signals:
@@ -91,7 +94,7 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
             for share in micro_batches(len(examples), rank, world_size, config.accumulate):
                 own = step_noise[share]
                 batch = loader.collate(layout, examples[share], own.kept, own.dropped)
-                batch = batch.sample_posterior(own.posterior, own.target).to(device)
+                batch = batch.sample_posterior(own.ref_noise, own.z_noise).to(device)
                 part = flow_loss(flux, batch, own.noise.to(device), own.t.to(device)).sum() / len(examples)
                 part.backward()
                 loss += part.detach()
@@ -144,12 +147,7 @@ def stop_between_steps() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def processes() -> tuple[int, int]:
-    """Return the rank of this process, and how many share every batch, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def note(line: str) -> None:
+def print_line(line: str) -> None:
     """Tell the user something that is no mistake."""
     tell(plain(line))
 

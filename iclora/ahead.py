@@ -24,7 +24,7 @@ def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank:
     step: the next one, from 0
     rank, world_size: of this process, whose share of the batches counts
     """
-    tables = flux.tables
+    tables = getattr(flux, "tables", None)
     if tables is None or (tables.count == tables.ahead and step % AHEAD):  # more are those of a validation or a sheet
         return
     tables.most = math.inf  # forgotten here alone: a backward pass may need rows of references once more
@@ -40,7 +40,7 @@ def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank:
 
 def ask_for_validation(flux: Flux, loader: Loader) -> None:
     """Ask for what the validation loss needs, all of it."""
-    for layout, examples in loader.held_out if flux.tables is not None else ():
+    for layout, examples in loader.held_out if hasattr(flux, "tables") else ():
         for example in examples:
             batch = loader.collate(layout, [example], [()], [False])
             for t in VALIDATION_TIMES:

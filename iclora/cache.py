@@ -2,7 +2,7 @@
 
 The encoders run once, before the transformer is loaded, and only for what is missing: the text encoders, the
 autoencoder and the transformer are never in memory together then. A damaged entry counts as missing.
-Letters: C channels, T text tokens, R reference tokens, D, V widths of the text features; h, w in latent cells.
+Letters: T text tokens, R reference tokens, C, V widths of the text features; h, w in latent cells.
 """
 
 import gc
@@ -68,13 +68,13 @@ class Cache:
             tensors = load(path.read_bytes())  # not mapped: a file that shrinks under a map kills the process
         except (ValueError, OSError, SafetensorError):
             return None
-        return tensors if metadata.get("sha256") == _digest(tensors) else None
+        return tensors if metadata.get("sha256") == hash_tensors(tensors) else None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Errors: OSError if the disk is full or read-only"""
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self.path(key).parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(ready, self.path(key), {"sha256": _digest(ready)})
+        save_safetensors(ready, self.path(key), {"sha256": hash_tensors(ready)})
 
     @torch.no_grad()
     def fill(self, entries: Iterable[Entry], load: Callable[[], Any], label: str) -> int:
@@ -126,7 +126,7 @@ def latent_entry(
 
     masked: numbers of panels; () for the whole composite
     rule: how pictures come to the panel size, as for sampling.images.fit
-    concat: whether the composite or each panel is encoded, as for iclora.layout.through
+    concat: whether the composite or each panel is encoded, as for iclora.layout.encode_by_panel
     autoencoder: its fingerprint
     spread: whether the standard deviation of the posterior is kept too
     Returns an entry of z: (C, h, w) in float32, and perhaps spread of the same shape
@@ -173,7 +173,7 @@ def text_entry(text: str, length: int | None, dtype: torch.dtype, encoders: str)
     length: T5 tokens T; None is the tokenizer's own limit
     dtype: of the encoders, which changes what they give
     encoders: their fingerprint
-    Returns an entry of txt: (T, D) and vec: (V,)
+    Returns an entry of txt: (T, C) and vec: (V,)
     """
 
     def make(network: TextEncoders) -> dict[str, Tensor]:
@@ -196,10 +196,10 @@ def hash_values(*values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, types, shapes and bytes."""
-    total = hashlib.sha256()
+def hash_tensors(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Hash a text and the names, types, shapes and bytes of tensors, so that a single flipped bit is told."""
+    hashed = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()

@@ -76,9 +76,7 @@ def write_caption(target: Path, record: Record, tell: Teller, tokenizer: T5Token
     markers = markers_for(record.settings.markers, *grid) if len(panels) > 1 else ()
     while len(refused) < TRIES:
         caption = clean(tell(panels, markers, tag, refused))
-        faults = lint(caption, *grid, record.settings.markers)
-        if not caption.startswith(tag):
-            faults.append(f"it does not begin with {tag}")
+        faults = lint(caption, *grid, record.settings.markers, tag)
         told = caption.removeprefix(tag).partition((*markers, "\n")[0])[0].strip()  # before the first marker
         if not faults and not (told and all(marker in caption for marker in markers)):
             faults.append(f"it needs a sentence about all panels, and behind it the markers {' '.join(markers)}")

@@ -40,10 +40,11 @@ RESERVE = 0.04  # of a card: CUDA's own, and gaps that no tensor fits into
 RATE, LINK = 100e12, 20e9  # FLOP/s of a middling card and bytes/s of its slot, to guess what offload costs
 SLOWER = 2
 SHORT = 128  # tokens of a text whose model has no fixed length
+Config = SampleConfig | TrainConfig
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryPlan:
     """The techniques of a run and its peak in every phase; equal to another one if the techniques are."""
 
     tables: bool = False  # modulation outputs are computed ahead, and their layers leave the device
@@ -115,7 +116,7 @@ class Work:
     merge: bool
 
 
-def fit_sampling(plans: Sequence[Any], free: int) -> Fit:
+def plan_for_sampling(plans: Sequence[Any], free: int) -> MemoryPlan:
     """Choose techniques that all requests of a list fit with, as one transformer serves them.
 
     plans: of one model, each an iclora.plan.Plan
@@ -134,22 +135,22 @@ def fit_sampling(plans: Sequence[Any], free: int) -> Fit:
     tokens, flops, sizes, steps, pixels = zip(*works, strict=True)
     rows = max(max(steps), min(MOST_ROWS, sum(steps)))
     work = Work(max(tokens), min(flops), lambda again: max(sizes), 0, rows, max(pixels), bool(plans[0].loras))
-    return fit(config, flux, read_weights(files, dtype), work, free)
+    return plan_memory(config, flux, read_weights(files, dtype), work, free)
 
 
-def share_fit(plans: Sequence[Any], free: int) -> list[Any]:
+def share_plan(plans: Sequence[Any], free: int) -> list[Any]:
     """Give all requests of a list the same techniques; those that change pixels become options, to be recorded.
 
-    Errors: ValueError as fit_sampling
+    Errors: ValueError as plan_for_sampling
     """
-    chosen = fit_sampling(plans, free)
+    chosen = plan_for_sampling(plans, free)
     changed = {"tile": chosen.tile, "quantize": chosen.quantize}
-    return [replace(plan, fit=chosen, config=replace(plan.config, **changed)) for plan in plans]
+    return [replace(plan, memory_plan=chosen, config=replace(plan.config, **changed)) for plan in plans]
 
 
-def fit_training(
+def plan_for_training(
     config: TrainConfig, layouts: Collection[Layout], files: ModelFiles, trained: int, share: int, free: int
-) -> Fit:
+) -> MemoryPlan:
     """Choose techniques that the largest step of a training fits with.
 
     config: with nothing left undecided
@@ -167,10 +168,10 @@ def fit_training(
     pixels = max(layout.width * layout.height for layout in layouts)
     fixed = trained * (4 * COPIES + dtype.itemsize * (dtype is not torch.float32))  # adapters are cast to the base's
     work = Work(len(sizes[-1]), flops, held, fixed, AHEAD * share * config.accumulate, pixels, False)
-    return fit(config, flux, read_weights(files, dtype), work, free)
+    return plan_memory(config, flux, read_weights(files, dtype), work, free)
 
 
-def fit(config: SampleConfig | TrainConfig, flux: FluxConfig, weights: Weights, work: Work, free: int) -> Fit:
+def plan_memory(config: Config, flux: FluxConfig, weights: Weights, work: Work, free: int) -> MemoryPlan:
     """Choose the first setting that fits.
 
     config: with nothing left undecided
@@ -202,7 +203,7 @@ def fit(config: SampleConfig | TrainConfig, flux: FluxConfig, weights: Weights, 
     )
 
 
-def check_device(config: SampleConfig | TrainConfig) -> None:
+def check_device(config: Config) -> None:
     """Refuse what a device cannot do. Errors: ValueError"""
     if config.device == "mps" and config.quantize:
         raise ValueError(f"--quantize {config.quantize} does not work on mps, which has no float8; leave it out")
@@ -212,12 +213,12 @@ def check_device(config: SampleConfig | TrainConfig) -> None:
         check_compiler(config.device)
 
 
-def settings(config: SampleConfig | TrainConfig, flux: FluxConfig, big: bool, device: str) -> Iterator[Fit]:
+def settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterator[MemoryPlan]:
     """List settings, the fastest first; see the module. big: whether tables are on in any case"""
     blocks = flux.depth + flux.depth_single_blocks
     again = {"auto": range(blocks + 1), True: [blocks]}.get(getattr(config, "checkpointing", None), [0])
     tiles = [False] if isinstance(config, TrainConfig) else [False, True]
-    plain = Fit(**{name: getattr(config, name) for name in ("quantize", "offload", "tile") if hasattr(config, name)})
+    plain = MemoryPlan(**{k: v for k, v in vars(config).items() if k in ("quantize", "offload", "tile")})
     tables = replace(plain, tables=device != "cpu")  # whose memory has the weights in any case
     full = replace(tables, free_text=True)
     streams = [False, True] if device == "cuda" else [False]
@@ -228,26 +229,26 @@ def settings(config: SampleConfig | TrainConfig, flux: FluxConfig, big: bool, de
         yield replace(base, tile=base.tile or tile, checkpointing=number)
 
 
-def loading(choice: Fit, work: Work, weights: Weights, training: bool) -> float:
+def loading(choice: MemoryPlan, work: Work, weights: Weights, training: bool) -> float:
     """Give the peak while the transformer is read on the device: whole, or into fp8 block by block."""
     whole = weights.standing(fp8=True) + weights.block if choice.quantize else weights.transformer
     return beside(choice, weights, training) + whole + work.merge * weights.merged
 
 
-def beside(choice: Fit, weights: Weights, training: bool) -> int:
+def beside(choice: MemoryPlan, weights: Weights, training: bool) -> int:
     """Give the bytes that stand beside the transformer; training has freed all else by then."""
     return 0 if training else weights.autoencoder + weights.text * (not choice.free_text and not choice.text_on_cpu)
 
 
-def copies(choice: Fit, weights: Weights, training: bool) -> float:
+def copies(choice: MemoryPlan, weights: Weights, training: bool) -> float:
     """Give the seconds that the copies of a step take; training needs every block twice."""
     return choice.offload * (1 + training) * (weights.fp8 if choice.quantize else weights.linears) / LINK
 
 
-def measured(choice: Fit, work: Work, weights: Weights, device: str, training: bool) -> Fit:
+def measured(choice: MemoryPlan, work: Work, weights: Weights, device: str, training: bool) -> MemoryPlan:
     """Compute the parts and the peak of every phase of a setting."""
-    tables, others = work.steps if choice.tables else None, beside(choice, weights, training)
-    standing = weights.standing(tables, choice.offload, choice.quantize == "fp8")
+    rows, others = work.steps if choice.tables else None, beside(choice, weights, training)
+    standing = weights.standing(rows, choice.offload, choice.quantize == "fp8")
     held, text = work.activations(choice.checkpointing), weights.text * (not choice.text_on_cpu)
     image = 4 * weights.channels  # bytes a pixel of all channels, float32
     step = "a training step" if training else "sampling"

@@ -5,7 +5,6 @@ averages, the optimizers' moments and the number of steps are all there is to ke
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import read_header, save_safetensors, write_atomic
 
+from .cache import hash_tensors
 from .cli import as_flags, read_record
 from .config import TrainConfig, flag, saved
 from .locks import lock
@@ -162,11 +162,7 @@ def check_digest(path: Path) -> int:
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """Hash all that a checkpoint says, so that a single flipped bit is told from it."""
-    hashed = hashlib.sha256(json.dumps([metadata[name] for name in ("step", "config", "origin")]).encode())
-    for name, tensor in sorted(tensors.items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return hashed.hexdigest()
+    return hash_tensors(tensors, json.dumps([metadata[name] for name in ("step", "config", "origin")]))
 
 
 def check_tensors(path: Path, state: State) -> None:

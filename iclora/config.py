@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from .prompts import TASKS, Task, nearest
+from .prompts import TASKS, Task, has_markers, nearest
 
 if TYPE_CHECKING:  # torch takes a second to import, and a typo shall be answered at once
     from model.flux import FluxConfig
@@ -332,6 +332,13 @@ def model_defaults(config: "FluxConfig") -> ModelDefaults:
     return DEV if config.guidance_embed else SCHNELL
 
 
+def choose_grid(config: SampleConfig, task: Task | None) -> str:
+    """Decide the grid: as asked for, else the preset's, else 1x1 for references or one bare prompt, else 2x2."""
+    bare = config.prompt is not None and not has_markers(config.prompt) and config.mask == "all"
+    single = config.ref or bare and not (config.panel_prompt or config.panels or config.set)
+    return config.grid or (f"{task.rows}x{task.cols}" if task else "1x1" if single else "2x2")
+
+
 def resolve_defaults(config: SampleConfig, task: Task | None, defaults: ModelDefaults, device: str) -> SampleConfig:
     """Decide what was left open: by the preset, else by the model, else plainly.
 
@@ -339,7 +346,7 @@ def resolve_defaults(config: SampleConfig, task: Task | None, defaults: ModelDef
     Returns a configuration in which only set, prompt, preset, config, jobs, and guidance of models without it are None
     """
     chosen = {
-        "grid": f"{task.rows}x{task.cols}" if task else "1x1" if config.ref else "2x2",
+        "grid": choose_grid(config, task),
         "panel_size": "{}x{}".format(*task.panel_size) if task and defaults.name != "tiny" else str(defaults.panel),
         "steps": defaults.steps,
         "guidance": defaults.guidance_with(bool(config.ref)),

@@ -27,7 +27,7 @@ from .data_forms import SETTINGS, count_forms, count_sizes, name_doubles
 from .layout import Layout, parse_grid
 from .prompts import build, clean, has_markers, lint, markers_for
 from .records import Findings, Grid, Record, collect, read_records
-from .references import fitted
+from .references import reference_size
 
 Note = Callable[[str], None]  # takes one line for the user
 Size = tuple[int, int]  # width, height in pixels
@@ -162,9 +162,8 @@ def _open(record: Record, findings: Findings, method: str | None) -> list[Exampl
         findings.broken.append(f"{record.name} has fewer pixels than its {shape} grid has panels; correct it")
         return []
     if has_markers(caption) or not joined:  # else it tells of the target alone
-        findings.notes += [f"{record.name}: {line}" for line in lint(caption, *grid, record.settings.markers)]
-    if not caption.startswith(tag := record.settings.tag):
-        findings.notes.append(f"{record.name}: captions of its preset begin with {tag}; this one does not")
+        notes = lint(caption, *grid, record.settings.markers, record.settings.tag)
+        findings.notes += [f"{record.name}: {line}" for line in notes]
     return [example]
 
 
@@ -205,7 +204,10 @@ def _make_caption(record: Record, grid: Grid) -> str:
 
 
 def bucket(
-    examples: Sequence[Example], sizes: int | tuple[int, ...], long_sides: Size, broken: list[str] | None = None
+    examples: Sequence[Example],
+    sizes: int | tuple[int, ...],
+    long_sides: Size,
+    broken: list[str] | None = None,
 ) -> Buckets:
     """Sort examples by grid, panel size, and number and sizes of references; a batch is formed within one bucket.
 
@@ -238,14 +240,14 @@ def choose_layout(example: Example, resolution: int, long_sides: Size) -> Layout
     size that sampling gives them.
 
     resolution: pixels; a panel is to have about resolution x resolution of them, and at most a tenth more
-    long_sides: pixels of the longer side of a single reference, and of each of several
+    long_sides: two numbers, pixels of the longer side of a single reference, and of each of several
     Errors: ValueError if the composite would be too large, or a reference is too narrow
     """
     aspect, own = _shape(example)
     size = nearest_panel(aspect, max(TOKEN, min(resolution, math.sqrt(own))) ** 2)
     long_side = long_sides[len(example.references) > 1]
     references = zip(example.references, example.reference_sizes, strict=True)
-    return Layout(*example.grid, *size, tuple(fitted(size, long_side, path.name) for path, size in references))
+    return Layout(*example.grid, *size, tuple(reference_size(size, long_side, path.name) for path, size in references))
 
 
 def _shape(example: Example) -> tuple[float, float]:

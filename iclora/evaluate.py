@@ -29,11 +29,11 @@ from sampling.images import open_picture, picture_size
 
 from .backbones import CLIP, DINO, SHAPE, UNO, Backbone
 from .cli import guard, note, parse, plain, read_jobs
-from .config import DEVICES, SampleConfig, check, model_defaults, option
+from .config import DEVICES, SampleConfig, check, choose_grid, model_defaults, option
 from .intervals import bonett_price, wilson
 from .layout import parse_grid
 from .plan import pick_device
-from .prompts import clean, has_markers, lint, preset, texts_of
+from .prompts import clean, lint, preset, texts_of
 from .record import write_new
 from .records import PICTURES
 
@@ -109,10 +109,8 @@ def read_items(config: EvaluateConfig) -> list[Item]:
     items = []
     for source, request in read_jobs(SampleConfig(jobs=config.jobs, num=config.num)).items():
         prompt, task = request.prompt, preset(request.preset) if request.preset else None
-        several = has_markers(prompt or "") or request.panel_prompt
         try:
-            grid = (task.rows, task.cols) if task else (2, 2) if several and not request.ref else (1, 1)
-            grid = parse_grid(request.grid) if request.grid else grid
+            grid = parse_grid(choose_grid(request, task))
             texts = request.panel_prompt
             if not texts:
                 if problems := ["there is no prompt"] if prompt is None else lint(prompt, *grid):

@@ -30,9 +30,9 @@ from model.text import load_text_encoders
 from model.weights import load_flux
 
 from .cache import Cache, hash_values, text_encoder_paths
-from .cards import Fit
+from .cards import MemoryPlan
 from .config import SampleConfig, TrainConfig
-from .memory import fit_plans, stored_values
+from .memory import add_memory_plans, stored_values
 from .plan import Note, Plan, text_key
 
 MOST = 200  # captions
@@ -40,15 +40,15 @@ Config = SampleConfig | TrainConfig  # with nothing left undecided
 
 
 def load_fitted(
-    flux: Checkpoint, config: Config, fit: Fit, loras: Sequence[tuple[LoraFile, float]], note: Note
+    flux: Checkpoint, config: Config, plan: MemoryPlan, loras: Sequence[tuple[LoraFile, float]], note: Note
 ) -> Flux:
     """Load a transformer and merge LoRAs into it, on the CPU where blocks stay there, or all of it finds no room else.
 
     loras: with their strengths
     note: is told what each is
     """
-    device, dtype = "cpu" if fit.offload or fit.load_on_cpu else config.device, getattr(torch, config.dtype)
-    if fit.quantize:
+    device, dtype = "cpu" if plan.offload or plan.load_on_cpu else config.device, getattr(torch, config.dtype)
+    if plan.quantize:
         return load_quantized(flux, device, dtype, loras, note)
     network = load_flux(flux, device, dtype)
     for lora, strength in loras:
@@ -57,14 +57,14 @@ def load_fitted(
     return network
 
 
-def prepare(network: Flux, config: Config, fit: Fit, note: Note) -> None:
+def prepare(network: Flux, config: Config, plan: MemoryPlan, note: Note) -> None:
     """Do what comes after LoRAs are merged, or attached to be trained. note: is told what is waited for"""
-    if fit.tables and config.device != "cpu":  # whose memory has the weights in any case
+    if plan.tables and config.device != "cpu":  # whose memory has the weights in any case
         make_tables(network)
     if config.compile:
         note(WAIT)
         compile_blocks(network)
-    if fit.offload:
+    if plan.offload:
         offload(network, config.device)
     else:
         move(network, config.device)
@@ -79,13 +79,13 @@ class Fitted:
 
     def run(self, plan: Plan, *progress: Any) -> Iterator[Any]:
         """Choose techniques, unless the plan has them, and make its sets."""
-        yield from super().run(*fit_plans([plan]), *progress)
+        yield from super().run(*add_memory_plans([plan]), *progress)
 
     def read_captions(self, plans: Sequence[Plan]) -> None:
         """Read captions, and let the encoders go where there is no room for them beside the transformer."""
-        plans = fit_plans(list(plans)) if plans else []
+        plans = add_memory_plans(list(plans)) if plans else []
         super().read_captions(plans)
-        if plans and plans[0].fit.free_text:
+        if plans and plans[0].memory_plan.free_text:
             self.encoders = None
             gc.collect()  # transformers' modules hold each other in cycles
             if plans[0].config.device == "cuda":
@@ -94,13 +94,13 @@ class Fitted:
     def read_caption(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Read features from disk, and tell again what was told of them; else encode and keep them."""
         self.encoders_mark = self.encoders_mark or fingerprint(text_encoder_paths(plan.files), dated=True)
-        device = "cpu" if plan.fit.text_on_cpu else plan.config.device
+        device = "cpu" if plan.memory_plan.text_on_cpu else plan.config.device
         depends = plan.defaults.text_length, device, plan.config.dtype, self.encoders_mark
         key, large = hash_values("features", *text_key(plan), *depends), 2 * stored_values(plan.files.flux) > BIG
         tensors = self.cache.get(key) if large else None
         if tensors is None:
             if self.encoders is None:
-                if plan.fit.free_text:
+                if plan.memory_plan.free_text:
                     self.flux = self.loaded = None
                     gc.collect()  # as below
                 self.encoders = load_text_encoders(plan.files, "cpu", getattr(torch, plan.config.dtype))
@@ -124,13 +124,9 @@ class Fitted:
             for path in sorted(self.cache.folder.glob("*/*/*.safetensors"), key=os.path.getmtime)[:-MOST]:
                 path.unlink(missing_ok=True)
 
-    def load_transformer(self, plan: Plan) -> None:
-        """Load the transformer with its LoRAs merged, and make it ready, unless it is there."""
-        wanted = [(lora.path, strength) for lora, strength in plan.loras], plan.fit
-        if self.loaded == wanted:
-            return
-        self.flux = None
-        gc.collect()  # what streams or is compiled holds itself
-        self.flux = load_fitted(plan.files.flux, plan.config, plan.fit, plan.loras, self.note)
-        prepare(self.flux, plan.config, plan.fit, self.note)
-        self.loaded = wanted
+    def make_transformer(self, plan: Plan) -> Flux:
+        """Load a transformer with its LoRAs merged, and make it ready."""
+        gc.collect()  # what streams, is compiled or has tables holds itself
+        flux = load_fitted(plan.files.flux, plan.config, plan.memory_plan, plan.loras, self.note)
+        prepare(flux, plan.config, plan.memory_plan, self.note)
+        return flux

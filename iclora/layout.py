@@ -103,7 +103,7 @@ def parse_grid(text: str) -> tuple[int, int]:
     """
     found = re.fullmatch(r"\s*([1-9][0-9]{0,3})\s*[xX\u00d7]\s*([1-9][0-9]{0,3})\s*", text)
     if not found:
-        raise ValueError(f"grid {_shown(text)} is not ROWSxCOLS; write for example 2x2, or 3x1 for three rows")
+        raise ValueError(f"grid {ascii(text[:40])} is not ROWSxCOLS; write for example 2x2, or 3x1 for three rows")
     return int(found[1]), int(found[2])
 
 
@@ -115,7 +115,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     found = re.fullmatch(r"\s*([1-9][0-9]{0,5})\s*(?:[xX\u00d7]\s*([1-9][0-9]{0,5})\s*)?", text)
     if not found:
-        raise ValueError(f"panel size {_shown(text)} is not WIDTHxHEIGHT in pixels; write for example 512 or 512x768")
+        raise ValueError(f"panel size {ascii(text[:40])} is not WIDTHxHEIGHT in pixels; for example 512 or 512x768")
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -132,10 +132,10 @@ def parse_mask(text: str, panels: int) -> tuple[int, ...]:
     for item in text.split(","):
         found = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", item)
         if not found:
-            raise ValueError(f"mask {_shown(text)} is not a list of panels; write for example 3, or 2,4 or 2-4 or all")
+            raise ValueError(f"mask {ascii(text[:40])} is not a list of panels; for example 3, or 2,4 or 2-4 or all")
         first, last = int(found[1]), int(found[2] or found[1])
         if first < 1 or last > panels or first > last:
-            raise ValueError(f"mask {_shown(text)}: {item.strip()} does not fit the grid; {_valid(panels)}")
+            raise ValueError(f"mask {ascii(text[:40])}: {item.strip()} does not fit the grid; {_valid(panels)}")
         numbers.update(range(first, last + 1))
     return tuple(sorted(numbers))
 
@@ -224,8 +224,3 @@ def _nearest(side: int) -> tuple[int, ...]:
 def _valid(panels: int) -> str:
     """Say which panel numbers exist."""
     return f"panels are numbered 1 to {panels} in reading order"
-
-
-def _shown(text: str) -> str:
-    """Quote what the user typed, shortened and in printable characters."""
-    return ascii(text if len(text) <= 40 else text[:37] + "...")

@@ -1,6 +1,6 @@
 """What the training loop takes: examples are encoded once, through the cache, and come in batches of one bucket.
 
-Letters: B batch, I image tokens, R reference tokens, T text tokens, D, V widths of the text features; h, w in latent
+Letters: B batch, I image tokens, R reference tokens, T text tokens, C, V widths of the text features; h, w in latent
 cells.
 """
 
@@ -41,12 +41,12 @@ class Batch:
     """Examples of one grid and panel size, encoded.
 
     z: (B, 16, h, w) their latents
-    txt: (B, T, D), vec: (B, V) their captions
+    txt: (B, T, C), vec: (B, V) their captions
     known: (B, 16, h, w) latents of the composites whose generated panels are grey; None trains all panels
     generate_mask: (B, I, 1) True where tokens are generated; None without known
     attention_mask: (L, L) which tokens see which, from iclora.layout.panel_attention_mask; None lets all see all
     references: (B, R, 64) clean tokens of their references; None if they have none
-    std: (B, R, 64) the standard deviation of those, whose mean references is
+    ref_std: (B, R, 64) the standard deviation of those, whose mean references is
     ids: (1, I + R, 3) positions of their tokens and the references'; None without references
     isolate_refs: whether references see each other only
     z_std: (B, 16, h, w) the standard deviation of the latents, whose mean z is; None where they are not sampled
@@ -59,19 +59,18 @@ class Batch:
     generate_mask: Tensor | None = None
     attention_mask: Tensor | None = None
     references: Tensor | None = None
-    std: Tensor | None = None
+    ref_std: Tensor | None = None
     ids: Tensor | None = None
     isolate_refs: bool = False
     z_std: Tensor | None = None
 
-    def sample_posterior(self, references: Tensor | None, target: Tensor | None = None) -> "Batch":
+    def sample_posterior(self, ref_noise: Tensor | None, z_noise: Tensor | None = None) -> "Batch":
         """Draw references and latents from their posterior.
 
-        references: (B, R, 64) noise, or None for the mean
-        target: (B, 16, h, w) noise, or None for the mean
+        ref_noise: (B, R, 64), z_noise: (B, 16, h, w); None takes the mean
         """
-        batch = self if references is None else replace(self, references=self.references + self.std * references)
-        return batch if target is None else replace(batch, z=self.z + self.z_std * target)
+        batch = self if ref_noise is None else replace(self, references=self.references + self.ref_std * ref_noise)
+        return batch if z_noise is None else replace(batch, z=self.z + self.z_std * z_noise)
 
     def to(self, device: str | torch.device) -> "Batch":
         """Copy all tensors to a device."""
@@ -95,8 +94,8 @@ class Loader:
         self.layouts, self.trained = list(trained), list(trained.values())
         self.batches = Batches([len(members) for members in self.trained], config.batch, config.seed)
         self.cache = Cache(Path(config.out).absolute().parent / ".cache")
-        self.autoencoder = fingerprint(files.autoencoder.paths, dated=True)
-        self.encoders = fingerprint(text_encoder_paths(files), dated=True)
+        self.autoencoder_fingerprint = fingerprint(files.autoencoder.paths, dated=True)
+        self.encoders_fingerprint = fingerprint(text_encoder_paths(files), dated=True)
         self.masks = {layout: every_mask(layout) if config.condition == "clean" else [()] for layout in self.buckets}
 
     def encode(self, note: Note, prompts: Sequence[str] = (), text_device: str | None = None) -> None:
@@ -145,13 +144,13 @@ class Loader:
         txt, vec, attention_mask = self._read_texts(captions, layout)
         if layout.references:
             read = [[self.cache.read(entry) for entry in self._references(example)] for example in examples]
-            references, std = (
+            references, ref_std = (
                 torch.stack([torch.cat([tensors[name] for tensors in example]) for example in read])
                 for name in ("mean", "spread")
             )
             ids = image_ids(layout, self.config.offset, self.config.offset_scale)
             isolate_refs = self.config.reference_attention == ALONE
-            return Batch(z, txt, vec, references=references, std=std, ids=ids, isolate_refs=isolate_refs, z_std=z_std)
+            return Batch(z, txt, vec, None, None, None, references, ref_std, ids, isolate_refs, z_std)
         if self.config.condition == "none":
             return Batch(z, txt, vec, attention_mask=attention_mask, z_std=z_std)
         masks = [tuple(panel for panel in range(1, layout.panels + 1) if panel not in panels) for panels in kept]
@@ -174,16 +173,16 @@ class Loader:
 
     def _latents(self, example: Example, layout: Layout, masked: Panels = ()) -> Entry:
         config, sampled = self.config, not masked and self.config.target_posterior == "sample"
-        return latent_entry(example, layout, masked, config.fit, config.concat, self.autoencoder, sampled)
+        return latent_entry(example, layout, masked, config.fit, config.concat, self.autoencoder_fingerprint, sampled)
 
     def _references(self, example: Example) -> list[Entry]:
         count = len(example.references)
         long_side = self.defaults.long_sides(self.config.ref_size)[count > 1]
-        return [reference_entry(example, number, long_side, self.autoencoder) for number in range(count)]
+        return [reference_entry(example, number, long_side, self.autoencoder_fingerprint) for number in range(count)]
 
     def _texts(self, caption: str, layout: Layout) -> list[Entry]:
         texts, dtype = texts_of(caption, layout.rows, layout.cols, self.config.text), getattr(torch, self.config.dtype)
-        return [text_entry(text, self.defaults.text_length, dtype, self.encoders) for text in texts]
+        return [text_entry(text, self.defaults.text_length, dtype, self.encoders_fingerprint) for text in texts]
 
     def _read_texts(self, captions: Sequence[str], layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read txt and vec of captions, and the attention mask of panels that read texts of their own."""

@@ -46,14 +46,14 @@ def check_training_memory(
     layouts: of all batches; the largest decides
     trained: how many values
     world_size: processes; the estimate is for one of them
-    Returns how it fits, an iclora.cards.Fit; None is plainly
+    Returns how it fits, an iclora.cards.MemoryPlan; None is plainly
     Errors: ValueError with the tokens and an estimate of the memory
     """
     examples, flux, dtype = config.batch // (world_size * config.accumulate), files.flux, getattr(torch, config.dtype)
     if planned(config, flux):
-        from .cards import fit_training  # the plain path does without
+        from .cards import plan_for_training  # the plain path does without
 
-        return fit_training(config, layouts, files, trained, examples, free_memory(config.device))
+        return plan_for_training(config, layouts, files, trained, examples, free_memory(config.device))
     text = model_defaults(flux.config).text_length or 0  # tiny's texts are short
     sizes = [(count_tokens(text, layout, config.reference_attention), layout) for layout in layouts]
     tokens, layout = max(sizes, key=lambda size: len(size[0]))
@@ -82,19 +82,19 @@ def _refuse_above(needed: int, fixed: int, tokens: int, device: str, what: str, 
         raise ValueError(f"{what}; at most {MAX_TOKENS} tokens are possible, so {advice}")
 
 
-def planned(config: SampleConfig | TrainConfig, flux: Checkpoint) -> object:
+def planned(config: SampleConfig | TrainConfig, flux: Checkpoint) -> bool:
     """Tell whether cards.py plans a run: where a technique is asked for, and where a transformer is large."""
     asked = config.quantize or config.compile or config.offload or config.vram is not None or config.dry_run
-    return asked or getattr(config, "checkpointing", None) == "auto" or 2 * stored_values(flux) > BIG
+    return bool(asked) or getattr(config, "checkpointing", None) == "auto" or 2 * stored_values(flux) > BIG
 
 
-def fit_plans(plans: list[Any]) -> list[Any]:
+def add_memory_plans(plans: list[Any]) -> list[Any]:
     """Give the plans of one run how they fit into memory, if that is planned. plans: each an iclora.plan.Plan"""
-    if plans[0].fit or not planned(plans[0].config, plans[0].files.flux):
+    if plans[0].memory_plan or not planned(plans[0].config, plans[0].files.flux):
         return plans
-    from .cards import share_fit  # the plain path does without
+    from .cards import share_plan  # the plain path does without
 
-    return share_fit(plans, free_memory(plans[0].config.device))
+    return share_plan(plans, free_memory(plans[0].config.device))
 
 
 def stored_values(flux: Checkpoint) -> int:

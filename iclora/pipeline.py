@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.autoencoder import AutoEncoder, decode_tiled
+from model.flux import Flux
 from model.lora import load_lora, merge
 from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import load_autoencoder, load_flux
@@ -152,16 +153,19 @@ class Pipeline:
 
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
-        wanted = [(lora.path, strength) for lora, strength in plan.loras]
-        if self.loaded == wanted:
-            return
-        self.flux = None
-        self.flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
+        wanted = [(lora.path, strength) for lora, strength in plan.loras], plan.memory_plan
+        if self.loaded != wanted:
+            self.flux = self.loaded = None
+            self.flux, self.loaded = self.make_transformer(plan), wanted
+
+    def make_transformer(self, plan: Plan) -> Flux:
+        """Load a transformer and merge its LoRAs into it."""
+        flux = load_flux(plan.files.flux, plan.config.device, getattr(torch, plan.config.dtype))
         for lora, strength in plan.loras:
-            self.note(str(load_lora(self.flux, lora, strength)))
+            self.note(str(load_lora(flux, lora, strength)))
         if plan.loras:
-            merge(self.flux)
-        self.loaded = wanted
+            merge(flux)
+        return flux
 
 
 def pipeline_for(plan: Plan) -> type[Pipeline]:

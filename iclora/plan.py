@@ -21,9 +21,9 @@ from sampling.inpaint import drafted_start
 from .config import UNO, UNO_RELEASE, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .memory import check_memory
-from .prompts import Task, build, clean, has_markers, lint, markers_for, preset, texts_of
+from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
 from .records import PanelSet, read_set
-from .references import fit_reference, fitted, follow_loras
+from .references import fit_reference, follow_loras, reference_size
 
 Note = Callable[[str], None]  # takes one line for the user
 Loras = tuple[tuple[LoraFile, float], ...]  # with their strengths
@@ -57,7 +57,7 @@ class Plan:
     condition: str  # as a LoRA was trained: "clean" feeds kept panels clean, "none" noised
     concat: str  # "pixels" or "tokens", see iclora.layout.encode_by_panel
     text_mode: str  # "joint" or "panel", see iclora.prompts.texts_of
-    fit: object = None  # how it fits into memory, an iclora.cards.Fit; None is plainly
+    memory_plan: object = None  # an iclora.cards.MemoryPlan; None is plainly
 
 
 def make_plan(config: SampleConfig, note: Note) -> Plan:
@@ -96,16 +96,13 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
 
 
 def drop_void(config: SampleConfig, name: str, defaults: ModelDefaults, note: Note) -> SampleConfig:
-    """Drop what means nothing to a model, and decide how many panels a bare prompt asks for."""
+    """Drop what means nothing to a model."""
     if config.guidance is not None and defaults.guidance is None:
         note(f"{name} has no guidance; --guidance {config.guidance:g} is ignored")
         config = replace(config, guidance=None)
     if config.schedule == "uno-release" and not defaults.shift:
         note(f"{name} has even times; --schedule {config.schedule} is ignored")
         config = replace(config, schedule="tokens")
-    bare = config.prompt is not None and not has_markers(config.prompt) and not config.panel_prompt
-    if bare and config.mask == "all" and not (config.grid or config.preset or config.panels or config.set):
-        config = replace(config, grid="1x1")
     return config
 
 
@@ -256,9 +253,7 @@ def joint_caption(config: SampleConfig, layout: Layout, task: Task | None, panel
         caption = panels.caption
     else:
         raise ValueError("there is no prompt; give --prompt, or --panel-prompt for each panel, or caption.txt in --set")
-    if task and not caption.startswith(task.tag):
-        note(f"captions of {config.preset} begin with {task.tag}; this one does not")
-    for finding in lint(caption, layout.rows, layout.cols, task.markers if task else "image"):
+    for finding in lint(caption, layout.rows, layout.cols, *((task.markers, task.tag) if task else ())):
         note(f"prompt: {finding}")
     return caption
 
@@ -333,7 +328,8 @@ def read_references(config: SampleConfig, layout: Layout, files: ModelFiles) -> 
     Errors: ValueError in one line if one cannot be read or is too narrow, or memory does not hold them all
     """
     sizes = [item.size if isinstance(item, Image.Image) else picture_size(item) for item in config.ref]
-    shapes = tuple(fitted(size, config.ref_size, _name(item)) for size, item in zip(sizes, config.ref, strict=True))
+    named = zip(sizes, map(_name, config.ref), strict=True)
+    shapes = tuple(reference_size(size, config.ref_size, name) for size, name in named)
     check_memory(config, replace(layout, references=shapes), files.flux)
     fitting = [(read_source(item), _name(item)) for item in config.ref]
     sources = [replace(s, picture=fit_reference(s.picture, config.ref_size, name)) for s, name in fitting]

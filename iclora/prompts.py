@@ -137,20 +137,22 @@ def clean(prompt: str) -> str:
     return " ".join(prompt.split())
 
 
-def lint(prompt: str, rows: int, cols: int, kind: str = "image") -> list[str]:
+def lint(prompt: str, rows: int, cols: int, kind: str = "image", tag: str = "") -> list[str]:
     """Say where a joint caption does not match its grid, one line a finding; nothing if all is well.
 
     Tags such as [MOVIE-SHOTS] and names such as <Anna> are not markers.
 
     kind: of markers to advise where there are none, as for markers_for
+    tag: that it should begin with, of its preset
     """
     if not prompt.strip():
         return ["the prompt is empty; the model will draw what it likes"]
+    findings = [] if prompt.startswith(tag) else [f"it does not begin with {tag}"]
     matches = list(_MARKER.finditer(prompt))
     if not matches:
-        return [] if rows * cols == 1 else [_advise_markers(rows, cols, kind)]
+        return findings if rows * cols == 1 else [*findings, _advise_markers(rows, cols, kind)]
     names, kinds = zip(*map(_canonical, matches), strict=True)
-    findings = [
+    findings += [
         f"{' '.join(match[0].split())} is not how the marker is written; write {name}"
         for match, name in zip(matches, names, strict=True)
         if match[0] != name

@@ -63,7 +63,7 @@ def fit_reference(picture: Image.Image, long_side: int, name: str = "a reference
     Errors: ValueError if the shorter side is less than a token then
     Source: bytedance/UNO@d305981 uno/flux/pipeline.py preprocess_ref
     """
-    (wide, high), (width, height) = (size(picture.size, long_side, name) for size in (scaled, fitted))
+    (wide, high), (width, height) = (size(picture.size, long_side, name) for size in (scaled, reference_size))
     left, top = (wide - width) // 2, (high - height) // 2
     picture = picture.resize((wide, high), Image.Resampling.LANCZOS)
     return picture.crop((left, top, left + width, top + height))
@@ -83,7 +83,7 @@ def scaled(size: tuple[int, int], long_side: int, name: str = "a reference") -> 
     return wide, high
 
 
-def fitted(size: tuple[int, int], long_side: int, name: str = "a reference") -> tuple[int, int]:
+def reference_size(size: tuple[int, int], long_side: int, name: str = "a reference") -> tuple[int, int]:
     """Give width and height of a reference as fit_reference makes it. Errors: as scaled"""
     wide, high = scaled(size, long_side, name)
     return wide // TOKEN * TOKEN, high // TOKEN * TOKEN

@@ -4,7 +4,6 @@ The processes must see one folder. Each takes every so manieth picture, in the o
 number of a picture's files is known before any is made.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -16,8 +15,8 @@ from sampling.images import open_picture
 
 from .pipeline import Pipeline
 from .plan import Plan
+from .processes import join_processes, leave_processes, lost_process_is_one_line, processes
 from .record import describe, next_number, save_as, save_sheet
-from .training import PATIENCE, lost_process_is_one_line
 
 
 def make_share(pipeline: Pipeline, plans: Sequence[Plan]) -> list[Path]:
@@ -28,13 +27,11 @@ def make_share(pipeline: Pipeline, plans: Sequence[Plan]) -> list[Path]:
     Errors: ValueError if the folder cannot be written, or another process has ended; FileExistsError if somebody else
         writes there
     """
-    config, rank, world_size = pipeline.config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    config, (rank, world_size) = pipeline.config, processes()
     folder, written = Path(config.out), []
-    if plans[0].config.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     requests = [replace(plan, config=replace(plan.config, seed=seed, num=1)) for plan in plans for seed in seeds(plan)]
     with lost_process_is_one_line():
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        join_processes(plans[0].config.device)
         first = [next_number(folder) if rank == 0 else 0]
         torch.distributed.broadcast_object_list(first)  # before anybody writes
         stems = [f"{number:04d}" for number in range(first[0], first[0] + len(requests))]
@@ -46,8 +43,7 @@ def make_share(pipeline: Pipeline, plans: Sequence[Plan]) -> list[Path]:
         torch.distributed.barrier()
         if rank == 0 and config.jobs is not None:
             written.append(save_sheet({stem: open_picture(folder / f"{stem}.png") for stem in stems}, folder))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        leave_processes(world_size)
     return written
 
 

@@ -45,7 +45,7 @@ class Weights:
     fp8: int  # linears as such
     block_fp8: int
     modulation_fp8: int  # as such only where the file has it so
-    tables: int  # modulation outputs of one step
+    row: int  # modulation outputs of one step
     merged: int  # copies of the largest Linear while a LoRA is merged
     text: int
     autoencoder: int
@@ -56,12 +56,12 @@ class Weights:
         """All of it."""
         return self.modulation + self.linears + self.rest
 
-    def standing(self, tables: int | None = None, offload: bool = False, fp8: bool = False) -> int:
-        """Give what of the transformer stays on the device. tables: steps whose modulations are there instead"""
+    def standing(self, rows: int | None = None, offload: bool = False, fp8: bool = False) -> int:
+        """Give what of the transformer stays on the device. rows: of tables that stand in place of the modulations"""
         linears, block = (self.fp8, self.block_fp8) if fp8 else (self.linears, self.block)
         linears = min(linears, 2 * block) if offload else linears
         modulation = self.modulation_fp8 if fp8 else self.modulation
-        return linears + self.rest + (modulation if tables is None else tables * self.tables)
+        return linears + self.rest + (modulation if rows is None else rows * self.row)
 
 
 def read_weights(files: ModelFiles, dtype: torch.dtype) -> Weights:
@@ -86,7 +86,7 @@ def weigh(flux: Checkpoint, autoencoder: Checkpoint, text: int, dtype: torch.dty
     plain, fp8 = zip(*blocks.values(), strict=True)
     of_blocks = {"block": max(plain), "fp8": sum(fp8), "block_fp8": max(fp8), "merged": 8 * largest}
     of_autoencoder = {"autoencoder": stored_bytes(autoencoder, torch.float32), "channels": autoencoder.config.ch}
-    return Weights(**sums, **of_blocks, **of_autoencoder, tables=dtype.itemsize * rows, text=text)
+    return Weights(**sums, **of_blocks, **of_autoencoder, row=dtype.itemsize * rows, text=text)
 
 
 def stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

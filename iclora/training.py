@@ -6,14 +6,11 @@ Every random number of a step is drawn for the whole batch from a generator seed
 takes its share: a run gives the same on one process as on several, and goes on after a kill without generator state.
 """
 
-import contextlib
 import functools
 import math
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
@@ -38,13 +35,12 @@ from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
+from .processes import join_processes
 from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
 VALIDATION_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 DIALECTS = {IN_CONTEXT: "diffusers", UNO: "xlabs"}  # of the LoRA file, by method; the latter is the release's
-LOST = re.compile("onnection (closed|reset|refused)|gloo|NCCL")  # what a process says when another one has ended
-PATIENCE = timedelta(days=1)  # of a process that waits for another one; the first one encodes alone
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,8 @@ class TrainingPlan:
     config: with nothing left undecided
     fingerprint: of what is learnt from, see iclora.loader.fingerprints
     train_on: the command that trains on from the run's LoRA, in a run of its own
-    checkpoint: what the run goes on from; None where it begins. fit: how it fits, from check_training_memory
+    checkpoint: what the run goes on from; None where it begins
+    memory_plan: from check_training_memory
     """
 
     config: TrainConfig
@@ -65,7 +62,7 @@ class TrainingPlan:
     fingerprint: dict[str, str]
     train_on: str
     checkpoint: Path | None
-    fit: object
+    memory_plan: object
 
 
 def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingPlan:
@@ -90,11 +87,11 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     examples = load(config.data, config.grid and parse_grid(config.grid), note, config.method)
     count = sum(p.numel() for p in trainable(flux))
     layouts = bucket(examples, sizes, defaults.long_sides(config.ref_size))
-    fit = check_training_memory(config, layouts, files, count, world_size)
-    config = replace(config, quantize=fit.quantize) if fit else config  # fp8 may be what makes it fit; recorded
+    plan = check_training_memory(config, layouts, files, count, world_size)
+    config = replace(config, quantize=plan.quantize) if plan else config  # fp8 may be what makes it fit; recorded
     fingerprint = fingerprints(examples, files, init_lora)
     refuse_other_run(begun, config, fingerprint, command, new_state(trainable(flux)))
-    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun, fit)
+    return TrainingPlan(config, files, defaults, init_lora, examples, fingerprint, command, begun, plan)
 
 
 def board_writer() -> type:
@@ -114,7 +111,7 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     """Encode the data and load the transformer with what is trained, new or from the run's checkpoint."""
     config, path = plan.config, Path(plan.config.out) / CHECKPOINT
     if world_size > 1:
-        join_processes(config.device)
+        join_processes(config.device, "nccl" if config.device == "cuda" else "gloo")
     if rank == 0 and plan.checkpoint:
         os.replace(plan.checkpoint, path)  # a damaged one makes room for the one before
     elif rank == 0 and path.exists():
@@ -122,18 +119,19 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     if rank > 0:
         torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
     loader = Loader(config, plan.examples, plan.files)
-    loader.encode(note, config.sample_prompt, "cpu" if plan.fit and plan.fit.text_on_cpu else config.device)
+    on_cpu = plan.memory_plan and plan.memory_plan.text_on_cpu
+    loader.encode(note, config.sample_prompt, "cpu" if on_cpu else config.device)
     if rank == 0 and world_size > 1:
         torch.distributed.barrier()
-    if plan.fit:
-        flux = load_fitted(plan.files.flux, config, plan.fit, (), note)
+    if plan.memory_plan:
+        flux = load_fitted(plan.files.flux, config, plan.memory_plan, (), note)
     else:
         flux = load_flux(plan.files.flux, config.device, getattr(torch, config.dtype))
     report = add_adapters(flux, config, plan.init_lora)
-    if plan.fit:
-        prepare(flux, config, plan.fit, note)
+    if plan.memory_plan:
+        prepare(flux, config, plan.memory_plan, note)
     if config.checkpointing:
-        checkpoint_blocks(flux, plan.fit and plan.fit.checkpointing)
+        checkpoint_blocks(flux, plan.memory_plan and plan.memory_plan.checkpointing)
     state = new_state(trainable(flux), config.eps)
     if plan.checkpoint:
         load_checkpoint(path, state, note)
@@ -204,16 +202,16 @@ class StepNoise:
     noise: (B, I, 64), t: (B,)
     kept: the panels that each example keeps clean, from 1; none of them unless the run is conditional
     dropped: which captions are left out
-    posterior: (B, R, 64) noise of the references; None takes the mean of their posterior
-    target: (B, 16, h, w) noise of the latents that are learnt; None takes the mean of their posterior
+    ref_noise: (B, R, 64) of the references' posterior; None takes its mean
+    z_noise: (B, 16, h, w) of the posterior of the latents that are learnt; None takes its mean
     """
 
     noise: Tensor
     t: Tensor
     kept: list[tuple[int, ...]]
     dropped: list[bool]
-    posterior: Tensor | None
-    target: Tensor | None
+    ref_noise: Tensor | None
+    z_noise: Tensor | None
 
     def __getitem__(self, share: slice) -> "StepNoise":
         return StepNoise(*(value if value is None else value[share] for value in vars(self).values()))
@@ -226,12 +224,12 @@ def sample_step(config: TrainConfig, step: int, count: int, layout: Layout) -> S
     t = sample_times(config.times, count, tokens, generator)
     dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
     kept = [sample_kept(layout.panels, generator) if config.condition == "clean" else () for _ in range(count)]
-    noise, posterior, target = torch.randn(count, tokens, 64, generator=generator), None, None
+    noise, ref_noise, z_noise = torch.randn(count, tokens, 64, generator=generator), None, None
     if layout.references and config.posterior == "sample":
-        posterior = torch.randn(count, layout.reference_tokens, 64, generator=generator)
+        ref_noise = torch.randn(count, layout.reference_tokens, 64, generator=generator)
     if config.target_posterior == "sample":
-        target = torch.randn(count, 16, 2 * layout.tokens_high, 2 * layout.tokens_wide, generator=generator)
-    return StepNoise(noise, t, kept, dropped, posterior, target)
+        z_noise = torch.randn(count, 16, 2 * layout.tokens_high, 2 * layout.tokens_wide, generator=generator)
+    return StepNoise(noise, t, kept, dropped, ref_noise, z_noise)
 
 
 def sample_times(kind: str, count: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -272,13 +270,13 @@ def flow_loss(flux: Flux, batch: Batch, noise: Tensor, t: Tensor) -> Tensor:
     x = interpolate(data, noise, t[:, None, None])
     if batch.known is not None:
         x = x.where(batch.generate_mask, pack(batch.known))
-    count, text = batch.txt.shape[:2]
+    count, text_length = batch.txt.shape[:2]
     ids = grid_ids(batch.z.shape[2] // 2, batch.z.shape[3] // 2).to(x.device) if batch.ids is None else batch.ids
     ids = ids.expand(count, -1, -1)  # (B, I + R, 3)
-    txt_ids = torch.zeros(count, text, 3, device=x.device)
+    txt_ids = torch.zeros(count, text_length, 3, device=x.device)
     guidance = torch.full((count,), GUIDANCE, device=x.device) if flux.config.guidance_embed else None
-    seen = batch.attention_mask, batch.references, batch.isolate_refs
-    v = flux(x, ids, batch.txt, txt_ids, t, batch.vec, guidance, *seen)
+    context = batch.attention_mask, batch.references, batch.isolate_refs
+    v = flux(x, ids, batch.txt, txt_ids, t, batch.vec, guidance, *context)
     error = (v.float() - (noise - data)).square().mean(dim=-1)  # (B, I)
     if batch.generate_mask is None:
         return error.mean(dim=1)
@@ -305,9 +303,6 @@ def validation_loss(flux: Flux, loader: Loader, condition: str, device: torch.de
     return float(torch.cat(losses).mean()) if losses else math.nan
 
 
-# shares of a batch
-
-
 def micro_batches(count: int, rank: int, world_size: int, accumulate: int) -> list[slice]:
     """Cut one process's share of a batch into the parts that are worked through one after the other.
 
@@ -322,38 +317,3 @@ def micro_batches(count: int, rank: int, world_size: int, accumulate: int) -> li
     size = count // (world_size * accumulate)
     first = rank * size * accumulate
     return [slice(start, start + size) for start in range(first, first + size * accumulate, size)]
-
-
-def join_processes(device: str) -> None:
-    """Find the other processes that torchrun has started; each of a node takes its own GPU."""
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
-
-
-@contextlib.contextmanager
-def lost_process_is_one_line() -> Iterator[None]:
-    """Turn what a process raises when another one has ended into one line. Errors: ValueError"""
-    try:
-        yield
-    except RuntimeError as error:
-        if "WORLD_SIZE" in os.environ and LOST.search(str(error)):
-            raise ValueError("another process of this run has ended; it says why") from None
-        raise
-
-
-def leave_processes(world_size: int) -> None:
-    """Wait for what the first process writes, and part."""
-    if world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def sum_over_processes(tensors: list[Tensor], world_size: int) -> None:
-    """Replace each tensor by its sum over all processes, in one message."""
-    if world_size == 1:
-        return
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(summed.view_as(tensor))

@@ -47,5 +47,5 @@ def compile_blocks(flux: Flux, backend: str | Callable = "inductor") -> None:
 
 def _run(graph: Callable, block: ref[nn.Module], *inputs: Any) -> Any:
     """Call the graph, or what it was made of where attention, the last of the inputs, is not the one for every step."""
-    forward = graph if inputs[-1].func is attention else type(block()).forward
+    forward = graph if getattr(inputs[-1], "func", None) is attention else type(block()).forward
     return forward(block(), *inputs)

@@ -225,8 +225,6 @@ class Conditioning:
 class Flux(nn.Module):
     """FLUX.1: noisy latent tokens, text and time in; velocity (noise - data) out."""
 
-    tables = None  # of model.tables: then modulations are computed ahead, and vec is the numbers of their rows
-
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
@@ -284,8 +282,7 @@ class Flux(nn.Module):
             if guidance is None:
                 raise ValueError("this model embeds guidance; pass guidance, e.g. 3.5 for every sample")
             vec = vec + self.guidance_in(timestep_embedding(guidance.to(dtype)))
-        vec = vec + self.vector_in(y.to(dtype))
-        return vec if self.tables is None else self.tables.rows_of(vec)
+        return vec + self.vector_in(y.to(dtype))
 
     def prefill(
         self,
@@ -325,18 +322,18 @@ class Flux(nn.Module):
         """
         zero = torch.zeros(len(refs), 1, device=refs.device)
         vec = self.conditioning(zero[:, 0], zero.expand(-1, self.config.vec_in_dim), zero[:, 0] + 1)  # (B, D)
-        ref_kv: dict[nn.Module, KV] = {}
+        ref_kv: list[KV] = []
 
-        def attend_and_keep(block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            ref_kv[block] = rotate(k, pe), v.clone()  # v alone: it is a slice of the block's whole projection
+        def attend_and_keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            ref_kv.append((rotate(k, pe), v.clone()))  # uncopied, v would keep the block's whole projection alive
             return attention(q, k, v, pe)
 
         img, txt = refs, refs[:, :0]
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, partial(attend_and_keep, block))
+            img, txt = block(img, txt, vec, attend_and_keep)
         for block in self.single_blocks:
-            img = block(img, vec, partial(attend_and_keep, block))
-        return list(ref_kv.values())
+            img = block(img, vec, attend_and_keep)
+        return ref_kv
 
     def velocity(self, img: Tensor, cond: Conditioning, vec: Tensor) -> Tensor:
         """Predict the velocity of the target's tokens.

@@ -8,8 +8,8 @@ Letter: r rank. Files are in lora_formats.py. Source: arXiv:2106.09685
 """
 
 import difflib
+import fnmatch
 import math
-from fnmatch import filter as globbed
 from itertools import pairwise
 from pathlib import Path
 
@@ -177,7 +177,7 @@ def _choose(known: Shapes, targets: str) -> dict[str, dict[str, None]]:
     chosen: dict[str, dict[str, None]] = {name: {} for name in known}
     for target in map(str.strip, targets.split(",")):
         globs = TARGETS.get(target, ((target, "all"),))
-        hits = [(name, parts) for glob, parts in globs for name in globbed(known, glob)]
+        hits = [(name, parts) for glob, parts in globs for name in fnmatch.filter(known, glob)]
         if not hits:
             near = difflib.get_close_matches(target, [*TARGETS, *known], n=3, cutoff=0.5)
             meant = f"did you mean {' or '.join(near)}? " if near else ""

@@ -132,7 +132,7 @@ def load_quantized(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     loras: Iterable[tuple[LoraFile, float]] = (),
-    note: Callable[[str], object] = str,
+    note: Callable[[str], object] = lambda line: None,
 ) -> Flux:
     """Load a transformer into fp8 block by block, so that no more than one block is ever there in another form.
 

@@ -14,6 +14,8 @@ Letters: B batch, D width, N rows of a table, W their width, which is 2, 3 or 6 
 """
 
 import re
+from functools import partial
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +94,16 @@ def without_weights(linear: nn.Linear) -> nn.Linear:
 
 
 class Tables:
-    """All tables of a transformer, which have the same rows."""
+    """All tables of a transformer, which have the same rows.
+
+    passes: over the weights, so far
+    ahead: rows that iclora.ahead has asked for
+    most: rows that are kept
+    ran: whether blocks ran since rows were asked for
+    """
 
     def __init__(self, tables: list[Table]):
-        self.tables, self.passes, self.ahead = tables, 0, -1  # over the weights; rows that iclora.ahead has asked for
-        self.most, self.ran = MOST_ROWS, False  # whether blocks ran since rows were asked for
+        self.tables, self.passes, self.ahead, self.most, self.ran = tables, 0, -1, MOST_ROWS, False
         self.clear()
 
     def clear(self) -> None:
@@ -144,6 +151,11 @@ class Tables:
         self.asked, self.passes = [], self.passes + 1
 
 
+def _rows_of_conditioning(flux: ref[Flux], *inputs: Tensor) -> Tensor:
+    """Give the rows of what conditioning gives."""
+    return flux().tables.rows_of(Flux.conditioning(flux(), *inputs))
+
+
 def make_tables(flux: Flux) -> None:
     """Put tables in place of all modulations, whose weights go to the CPU, or stay there.
 
@@ -155,4 +167,5 @@ def make_tables(flux: Flux) -> None:
             tables.append(Table(module, device))
             flux.set_submodule(name, tables[-1])
     flux.tables = Tables(tables)
+    flux.conditioning = partial(_rows_of_conditioning, ref(flux))  # a transformer that held itself would stay
     [*flux.double_blocks, *flux.single_blocks][0].register_forward_pre_hook(flux.tables.fill)

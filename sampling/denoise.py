@@ -38,9 +38,9 @@ def denoise(
     after_step: callable (x, t_next) -> x, such as one that holds kept panels (sampling.inpaint)
     Returns x: (B, I, 64) the point at the last time, float32
     """
-    batch, text = txt.shape[:2]
+    batch, text_length = txt.shape[:2]
     scale = None if guidance is None else torch.full((batch,), guidance, device=x.device)
     vecs = {t: flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale) for t in times[:-1]}  # (B, D)
-    ids = torch.cat((ids.new_zeros(1, text, 3), ids), dim=1).expand(batch, -1, -1)  # (B, L, 3)
+    ids = torch.cat((ids.new_zeros(1, text_length, 3), ids), dim=1).expand(batch, -1, -1)  # (B, L, 3)
     cond = flux.prefill(ids, txt, refs, mask, isolate_refs)
     return euler(lambda x, t: flux.velocity(x, cond, vecs[t]).float(), x, times, after_step)

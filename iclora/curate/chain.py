@@ -4,7 +4,6 @@ Each stage takes the items that all stages before it have kept and that it has n
 goes on where it was. What is random of an item comes from the seed, its number and the stage.
 """
 
-import os
 import sqlite3
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from ..checkpoint import only_run
 from ..cli import check_folder
 from ..plan import Note
-from ..training import PATIENCE, lost_process_is_one_line
+from ..processes import join_processes, lost_process_is_one_line, processes
 from .catalogue import NAME, STAGES, Catalogue, crops_of, passed, reader, selected
 from .options import CHAIN, CurateConfig
 from .page import write_page
@@ -31,15 +30,13 @@ def curate(config: CurateConfig, note: Note, judge: NamedJudge = None, locator: 
     judge, locator: instead of what the options say
     Errors: ValueError in one line for whatever cannot work; what was finished is kept
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = processes()
     check_folder(Path(config.out))
     workshop = Workshop(config, note, judge, locator)
     path = workshop.out / NAME
     with only_run(workshop.out) if rank == 0 else nullcontext(), lost_process_is_one_line():
         if world_size > 1:
-            if workshop.device == "cuda":
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+            join_processes(workshop.device)
         try:
             if rank == 0:
                 start(workshop, path)
@@ -75,8 +72,9 @@ def start(workshop: Workshop, path: Path) -> None:
         kept = CHAIN.index(workshop.config.redo) if workshop.config.redo else len(CHAIN)
         for stage in filter(workshop.config.chosen.__contains__, CHAIN[:kept]):
             catalogue.settle(stage, workshop.settings(stage))
-        for stage in filter(workshop.config.chosen.__contains__, CHAIN[kept:]):
-            workshop.load.get(stage.rstrip("2"), bool)()  # what cannot be loaded ends the run before scores are lost
+        redone = {stage.rstrip("2") for stage in workshop.config.chosen if stage in CHAIN[kept:]}
+        for tool in redone & workshop.load.keys():
+            workshop.load[tool]()  # what cannot be loaded ends the run before scores are lost
         catalogue.forget(CHAIN[kept:])
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from iclora.cards import RESERVE, Work, fit
+from iclora.cards import RESERVE, Work, plan_memory
 from iclora.config import SampleConfig
 from iclora.flops import Tokens, count_flops
 from iclora.sizes import forward_bytes, step_bytes, weigh
@@ -280,7 +280,7 @@ def picture(setting: Setting, side: int, count: int, vram: float, device: torch.
     work = Work(len(tokens), flops, lambda again: held, 0, count, (16 * side) ** 2, False)
     config = SampleConfig(vram=vram, device=device.type, dtype="bfloat16")
     try:
-        plan = fit(config, setting.flux, weights, work, 0)
+        plan = plan_memory(config, setting.flux, weights, work, 0)
     except ValueError as error:
         raise Missing(str(error)) from None
     chosen = [name for name in ("quantize", "tables", "offload") if getattr(plan, name)]

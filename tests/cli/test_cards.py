@@ -13,12 +13,12 @@ import iclora.monitor
 import sample
 import train
 from iclora import sizes
-from iclora.cards import Fit, fit_sampling, fit_training
+from iclora.cards import MemoryPlan, plan_for_sampling, plan_for_training
 from iclora.cli import parse
 from iclora.config import SampleConfig, TrainConfig, model_defaults, resolve_training_defaults, saved
 from iclora.flops import Tokens, count_flops
 from iclora.layout import Layout
-from iclora.memory import fit_plans
+from iclora.memory import add_memory_plans
 from iclora.plan import make_plan
 from iclora.sizes import forward_bytes, step_bytes
 from iclora.training import checkpoint_blocks, flow_loss, plan_training
@@ -185,7 +185,7 @@ def test_gradients_are_the_same_however_many_blocks_are_computed_again(dtype):
 
 def sampled(dev, *flags):
     config = parse(SampleConfig, ["--model", dev, "--prompt", "a", "--dry-run", *flags], "")
-    (plan,) = fit_plans([make_plan(config, lambda line: None)])
+    (plan,) = add_memory_plans([make_plan(config, lambda line: None)])
     return plan
 
 
@@ -195,18 +195,22 @@ GRID = ("--grid", "2x2", "--prompt", "[IMAGE1] a [IMAGE2] b [IMAGE3] c [IMAGE4] 
 @pytest.mark.parametrize(
     ("flags", "vram", "wanted"),
     [
-        (GRID, "80", Fit(tables=True)),
-        (GRID, "24", Fit(tables=True, free_text=True, load_on_cpu=True)),
-        (GRID, "22", Fit(tables=True, free_text=True, load_on_cpu=True, tile=True)),
-        (GRID, "16", Fit(tables=True, free_text=True, load_on_cpu=True, offload=True)),
-        (GRID, "6", Fit(tables=True, free_text=True, load_on_cpu=True, text_on_cpu=True, tile=True, offload=True)),
-        ((), "16", Fit(tables=True, free_text=True, load_on_cpu=True, quantize="fp8")),
-        ((), "12", Fit(tables=True, free_text=True, load_on_cpu=True, quantize="fp8")),
+        (GRID, "80", MemoryPlan(tables=True)),
+        (GRID, "24", MemoryPlan(tables=True, free_text=True, load_on_cpu=True)),
+        (GRID, "22", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, tile=True)),
+        (GRID, "16", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, offload=True)),
+        (
+            GRID,
+            "6",
+            MemoryPlan(tables=True, free_text=True, load_on_cpu=True, text_on_cpu=True, tile=True, offload=True),
+        ),
+        ((), "16", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, quantize="fp8")),
+        ((), "12", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, quantize="fp8")),
     ],
 )
 def test_the_first_setting_that_fits_is_taken(dev, flags, vram, wanted):
     plan = sampled(dev, *flags, "--vram", vram)
-    assert plan.fit == wanted and plan.fit.peak <= 0.96e9 * float(vram)
+    assert plan.memory_plan == wanted and plan.memory_plan.peak <= 0.96e9 * float(vram)
     assert plan.config.tile == wanted.tile, "which changes pixels, so it is recorded"
     assert "vram" not in saved(plan.config) and saved(plan.config)["tile"] == wanted.tile
 
@@ -214,8 +218,8 @@ def test_the_first_setting_that_fits_is_taken(dev, flags, vram, wanted):
 def test_on_a_cpu_encoders_leave_and_fp8_is_loaded_block_by_block(dev):
     argv = ["--model", dev, "--grid", "1x1", "--prompt", "a cat", "--device", "cpu", "--dtype", "bfloat16"]
     plan = make_plan(parse(SampleConfig, [*argv, "--quantize", "fp8"], "", "sample.py"), print)
-    chosen = fit_sampling([plan], int(24e9))
-    assert chosen == Fit(free_text=True, quantize="fp8")
+    chosen = plan_for_sampling([plan], int(24e9))
+    assert chosen == MemoryPlan(free_text=True, quantize="fp8")
     assert chosen.phases["sampling"] < chosen.phases["loading"] < 17e9, "which is less than the weights in bfloat16"
 
 
@@ -233,7 +237,7 @@ def test_too_little_is_refused_with_the_least_that_would_do(dev):
 def trained(dev, vram, batch=1, **options):
     files = find_model(dev)
     config = resolve_training_defaults(TrainConfig(vram=vram, batch=batch, **options), model_defaults(DEV), "cpu")
-    return fit_training(config, [layout(1, 2, 512, 512)], files, 85_900_000, batch, 0)
+    return plan_for_training(config, [layout(1, 2, 512, 512)], files, 85_900_000, batch, 0)
 
 
 def test_every_example_of_a_step_has_rows_of_its_own_in_the_plan(dev):
@@ -269,7 +273,7 @@ def test_dry_run_prints_the_plan_and_stops(dev, tmp_path, capsys):
 
 
 def test_fp8_that_makes_a_training_fit_is_recorded_as_if_it_had_been_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("iclora.training.check_training_memory", lambda *given: Fit(quantize="fp8"))
+    monkeypatch.setattr("iclora.training.check_training_memory", lambda *given: MemoryPlan(quantize="fp8"))
     config = TrainConfig(data=str(ROOT / "sets" / "sketch"), out=str(tmp_path / "run"))
     assert config.quantize is None and plan_training(config, 1, lambda line: None).config.quantize == "fp8"
 

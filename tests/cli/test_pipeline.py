@@ -16,7 +16,7 @@ import iclora.fitted as fitting
 import iclora.pipeline as pipeline
 import sample
 from golden import FLUX, GOLDEN
-from iclora.cards import Fit
+from iclora.cards import MemoryPlan
 from iclora.cli import read_jobs
 from iclora.config import SampleConfig
 from iclora.fitted import Fitted
@@ -463,7 +463,7 @@ FittedPipeline = type("FittedPipeline", (Fitted, Pipeline), {})
 
 
 def with_fit(plan, **techniques):
-    return replace(plan, fit=Fit(**techniques))
+    return replace(plan, memory_plan=MemoryPlan(**techniques))
 
 
 def test_captions_of_large_models_are_read_once_whatever_process_asks(counted, tmp_path, monkeypatch):
@@ -522,9 +522,18 @@ def test_another_lora_loads_the_transformer_alone_and_the_same_one_nothing(count
     assert networks(**SMALL).composite.tobytes() == plain.composite.tobytes()
 
 
+def test_a_transformer_that_could_not_be_loaded_does_not_count_as_there(monkeypatch):
+    networks, lora = Pipeline.load("tiny", device="cpu"), str(find_model("tiny").root / "loras" / "uno.safetensors")
+    plain = networks(**SMALL)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("iclora.pipeline.load_flux", lambda *given: open("/nowhere"))
+        networks(**SMALL, lora=[lora])
+    assert networks(**SMALL).composite.tobytes() == plain.composite.tobytes()
+
+
 def make_fitted(monkeypatch, **techniques):
     """A pipeline with techniques of a card, on the CPU."""
-    monkeypatch.setattr(fitting, "fit_plans", lambda plans: [with_fit(plan, **techniques) for plan in plans])
+    monkeypatch.setattr(fitting, "add_memory_plans", lambda plans: [with_fit(plan, **techniques) for plan in plans])
     return FittedPipeline(SampleConfig(device="cpu"))
 
 
@@ -533,7 +542,7 @@ def test_a_large_model_on_a_gpu_has_tables_of_modulations_and_on_a_cpu_none(monk
     made = []
     for name in ("make_tables", "move", "offload"):
         monkeypatch.setattr(fitting, name, lambda *given, name=name: made.append(name))
-    fitting.prepare(None, SampleConfig(device=device), Fit(tables=True), None)
+    fitting.prepare(None, SampleConfig(device=device), MemoryPlan(tables=True), None)
     assert made == ["make_tables"] * (device == "cuda") + ["move"]
 
 
@@ -547,7 +556,7 @@ def test_captions_of_plans_that_nobody_fitted_are_read_and_none_are_nothing():
 
 def test_fp8_that_a_plan_chooses_is_what_is_loaded():
     flux = fitting.load_fitted(
-        find_model("tiny").flux, SampleConfig(device="cpu", dtype="float32"), Fit(quantize="fp8"), (), None
+        find_model("tiny").flux, SampleConfig(device="cpu", dtype="float32"), MemoryPlan(quantize="fp8"), (), None
     )
     assert flux.double_blocks[0].img_attn.qkv.weight.itemsize == 1
 

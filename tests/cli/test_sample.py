@@ -21,7 +21,7 @@ import iclora.memory as memory
 import iclora.pipeline as pipeline
 import model.checkpoint
 import sample
-from iclora.cards import Fit
+from iclora.cards import MemoryPlan
 from iclora.config import SampleConfig, flag, saved
 from iclora.pipeline import Result
 from iclora.plan import make_plan
@@ -465,9 +465,11 @@ def test_a_job_makes_what_its_rows_alone_would_make_and_loads_every_network_once
         assert run(alone, "--guidance", "2", *itertools.chain(*words)) == 0
     loaded, out = [], tmp_path / "out"
     if short:
-        short_of = Fit(free_text=True, phases={"sampling": 1.0})
+        short_of = MemoryPlan(free_text=True, phases={"sampling": 1.0})
         monkeypatch.setattr(pipeline, "planned", lambda *given: True)
-        monkeypatch.setattr(memory, "fit_plans", lambda plans: [replace(plan, fit=short_of) for plan in plans])
+        monkeypatch.setattr(
+            memory, "add_memory_plans", lambda plans: [replace(plan, memory_plan=short_of) for plan in plans]
+        )
     modules = {"load_text_encoders": fitted, "load_flux": fitted} if short else {}
     for name in ("load_text_encoders", "load_autoencoder", "load_flux"):
         module = modules.get(name, pipeline)

@@ -36,7 +36,7 @@ import model.checkpoint
 import sample
 import train
 from golden import WHOLE
-from iclora.cards import Fit
+from iclora.cards import MemoryPlan
 from iclora.cli import parse
 from iclora.config import DEV, METHODS, TINY, SampleConfig, TrainConfig, flag, resolve_training_defaults
 from iclora.data import load
@@ -325,7 +325,9 @@ def test_running_out_of_memory_is_one_line(world, out, capsys, monkeypatch):
 
 
 def test_a_large_model_is_trained_with_tables_of_modulations_to_the_same_bits(world, whole, out, monkeypatch):
-    monkeypatch.setattr(iclora.training, "check_training_memory", lambda *given: Fit(tables=True, phases={"step": 1.0}))
+    monkeypatch.setattr(
+        iclora.training, "check_training_memory", lambda *given: MemoryPlan(tables=True, phases={"step": 1.0})
+    )
     monkeypatch.setattr(iclora.training, "prepare", lambda flux, *given: make_tables(flux))
     passes = []
     monkeypatch.setattr(Tables, "clear", lambda tables, clear=Tables.clear: passes.append(1) or clear(tables))

@@ -35,6 +35,7 @@ from iclora.config import DEV, SCHNELL, TINY, TrainConfig, resolve_training_defa
 from iclora.layout import Layout, generate_mask
 from iclora.loader import Batch
 from iclora.monitor import CURVE_SIZE, Metrics, draw_curve
+from iclora.processes import sum_over_processes
 from iclora.references import image_ids
 from iclora.training import flow_loss, micro_batches, sample_kept, sample_step, sample_times
 from model.checkpoint import read_header, save_safetensors
@@ -205,20 +206,20 @@ def test_references_are_drawn_anew_in_every_step_and_change_nothing_else_of_what
         sample_step(PAIRS, 4, 8, WITH),
         sample_step(CONFIG, 3, 8, WITH),
     )
-    assert first.posterior.shape == (8, 3, 64) and not torch.equal(first.posterior, second.posterior)
-    assert torch.equal(first.noise, mean.noise) and torch.equal(first.t, mean.t) and mean.posterior is None
-    pieces = [first[share].posterior for rank in range(2) for share in micro_batches(8, rank, 2, 2)]
-    assert torch.equal(torch.cat(pieces), first.posterior)
+    assert first.ref_noise.shape == (8, 3, 64) and not torch.equal(first.ref_noise, second.ref_noise)
+    assert torch.equal(first.noise, mean.noise) and torch.equal(first.t, mean.t) and mean.ref_noise is None
+    pieces = [first[share].ref_noise for rank in range(2) for share in micro_batches(8, rank, 2, 2)]
+    assert torch.equal(torch.cat(pieces), first.ref_noise)
 
 
 def test_targets_are_drawn_anew_in_every_step_and_change_nothing_else_of_what_is_drawn():
     sampled = replace(PAIRS, target_posterior="sample")
     first, second, mean = (sample_step(*which, 8, WITH) for which in ((sampled, 3), (sampled, 4), (PAIRS, 3)))
-    assert first.target.shape == (8, 16, 4, 8) and not torch.equal(first.target, second.target)
-    assert torch.equal(first.noise, mean.noise) and torch.equal(first.posterior, mean.posterior)
-    assert mean.target is None
-    pieces = [first[share].target for rank in range(2) for share in micro_batches(8, rank, 2, 2)]
-    assert torch.equal(torch.cat(pieces), first.target)
+    assert first.z_noise.shape == (8, 16, 4, 8) and not torch.equal(first.z_noise, second.z_noise)
+    assert torch.equal(first.noise, mean.noise) and torch.equal(first.ref_noise, mean.ref_noise)
+    assert mean.z_noise is None
+    pieces = [first[share].z_noise for rank in range(2) for share in micro_batches(8, rank, 2, 2)]
+    assert torch.equal(torch.cat(pieces), first.z_noise)
 
 
 def test_what_is_learnt_is_the_drawn_target():
@@ -303,7 +304,7 @@ def test_what_is_kept_is_never_taken_from_the_whole_composite():
 def referred(posterior=None):
     sets, noise, t = ingredients()
     shown = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(6))
-    batch = replace(sets, references=shown[0], std=shown[1], ids=image_ids(WITH, "d", 1))
+    batch = replace(sets, references=shown[0], ref_std=shown[1], ids=image_ids(WITH, "d", 1))
     return batch.sample_posterior(posterior), noise, t
 
 
@@ -326,7 +327,7 @@ def test_references_stand_clean_behind_the_target_and_the_loss_is_on_the_target_
 def test_a_drawn_reference_is_the_mean_and_the_spread_times_noise():
     posterior = torch.randn(2, 3, 64)
     mean, drawn = referred()[0], referred(posterior)[0]
-    assert torch.equal(drawn.references, mean.references + mean.std * posterior)
+    assert torch.equal(drawn.references, mean.references + mean.ref_std * posterior)
 
 
 def test_the_transformer_predicts_the_same_with_references_in_front_or_aside():
@@ -1016,5 +1017,5 @@ def test_a_preset_brings_its_grid_and_area_and_several_sizes_leave_none_of_a_pan
 
 def test_sums_over_one_process_are_left_alone():
     tensor = torch.ones(3)
-    training.sum_over_processes([tensor], 1)
+    sum_over_processes([tensor], 1)
     assert tensor.tolist() == [1, 1, 1]

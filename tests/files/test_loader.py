@@ -108,10 +108,10 @@ def test_references_stand_one_behind_the_other_with_their_positions(tmp_path):
     loader, _ = loader_of(tmp_path / "pairs.json", method=UNO, reference_attention="alone")
     layout, examples = loader.batch(0)
     batch = loader.collate(layout, examples, [(), ()], [False, False])
-    assert batch.references.shape == batch.std.shape == (2, layout.reference_tokens, 64) == (2, 16 + 8, 64)
-    assert batch.ids.shape == (1, 4 + 24, 3) and batch.isolate_refs and (batch.std > 0).all()
-    noise = torch.randn(batch.std.shape)
-    assert torch.equal(batch.sample_posterior(noise).references, batch.references + batch.std * noise)
+    assert batch.references.shape == batch.ref_std.shape == (2, layout.reference_tokens, 64) == (2, 16 + 8, 64)
+    assert batch.ids.shape == (1, 4 + 24, 3) and batch.isolate_refs and (batch.ref_std > 0).all()
+    noise = torch.randn(batch.ref_std.shape)
+    assert torch.equal(batch.sample_posterior(noise).references, batch.references + batch.ref_std * noise)
     assert batch.sample_posterior(None) is batch and batch.z_std is None
 
 
