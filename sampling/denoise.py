@@ -40,6 +40,7 @@ def denoise(
     """
     batch, text_length = txt.shape[:2]
     scale = None if guidance is None else torch.full((batch,), guidance, device=x.device)
+    # all times at once, as model/tables.py passes once over its weights for them
     vecs = {t: flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale) for t in times[:-1]}  # (B, D)
     ids = torch.cat((ids.new_zeros(1, text_length, 3), ids), dim=1).expand(batch, -1, -1)  # (B, L, 3)
     cond = flux.prefill(ids, txt, refs, mask, isolate_refs)
