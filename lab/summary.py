@@ -141,7 +141,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "filters": Row(
         "Do the factory's filters make its pairs better for stage I?",
         Headline("one", "DINO, judge 3", "look", against="no filter"),
-        paper="UNO, Fig. 9: yes; curves only",
+        answer="No difference was seen.",
+        paper="UNO, Fig. 9: yes; curves only; not seen",
     ),
     "circle": Row(
         "Does UNO come out of nothing but the base?",
