@@ -143,9 +143,7 @@ def latent_entry(
         return {"z": z, "spread": std}
 
     shape = (layout.rows, layout.cols, layout.panel_width, layout.panel_height)
-    key = hash_values(
-        "latents", example.sha256, shape, rule, sorted(masked), autoencoder, concat, *(["spread"] if spread else [])
-    )
+    key = hash_values("latents", example.sha256, shape, rule, sorted(masked), autoencoder, concat, *["spread"] * spread)
     return Entry(key, f"entry of {example.name}", make)
 
 

@@ -131,9 +131,9 @@ def parse(kind: type[Config], argv: Sequence[str] | None, description: str, prog
 
 
 def typed(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Check the names and types of options that a JSON gives.
+    """Check the names and types of options that a JSON or Python gives.
 
-    source: what the JSON is called, for messages
+    source: what gives them, for messages
     Errors: ValueError naming the option, its value and what is right
     """
     types = _types(kind)
@@ -267,12 +267,12 @@ def _from_text(name: str, kind: type, value: Any) -> Any:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Tell whether a JSON value is of the type; whole numbers are numbers, true and false are not."""
+    """Tell whether a value is of the type; whole numbers are numbers, true and false are not."""
     if kind is tuple:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, {float: (int, float), str: (str, Path)}.get(kind, kind))
 
 
 def _metavar(field: Field, kind: type) -> str:

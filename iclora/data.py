@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -26,10 +26,9 @@ from .config import IN_CONTEXT, METHODS, UNO, check, model_defaults, option
 from .data_forms import SETTINGS, count_forms, count_sizes, name_doubles
 from .layout import Layout, parse_grid
 from .prompts import build, clean, has_markers, lint, markers_for
-from .records import Findings, Grid, Record, collect, read_records
+from .records import Findings, Grid, Note, Record, collect, read_records
 from .references import reference_size
 
-Note = Callable[[str], None]  # takes one line for the user
 Size = tuple[int, int]  # width, height in pixels
 Buckets = dict[Layout, list["Example"]]
 WRITE_GRID = f'give --grid, or write {SETTINGS} into the folder of --data, such as {{"grid": "2x1"}}'
@@ -339,10 +338,10 @@ def _describe_bucket(layout: Layout, examples: Sequence[Example]) -> str:
 
 
 def _count_tokens(examples: Sequence[Example], files: ModelFiles, limit: int | None, notes: list[str]) -> str:
-    """Count the tokens of the captions with the model's T5 tokenizer, and note it if any lose their end."""
+    """Count the tokens of the captions with the model's T5 tokenizer; note lost ends and unknown words."""
     from transformers.models.t5.tokenization_t5 import T5Tokenizer  # takes seconds to import
 
-    from model.text import load_tokenizer
+    from model.text import load_tokenizer, spelled
 
     tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
     limit = limit or tokenizer.model_max_length
@@ -351,6 +350,8 @@ def _count_tokens(examples: Sequence[Example], files: ModelFiles, limit: int | N
         longest = examples[lengths.index(max(lengths))].name
         more = f"; it is the longest of {count} that are too long" if count > 1 else ""
         notes.append(f"{longest}: T5 reads {limit} of the caption's {max(lengths)} tokens; shorten it{more}")
+    if words := list(dict.fromkeys(word for example in examples for word in spelled(tokenizer, example.caption))):
+        notes.append(f"{files.name} does not know {', '.join(words[:6])}; it learns nothing of what such words mean")
     return f"captions: {min(lengths)} to {max(lengths)} T5 tokens; {files.name} reads {limit}"
 
 

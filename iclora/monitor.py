@@ -37,7 +37,7 @@ from .data import Example
 from .flops import Meter
 from .layout import Layout, encode_by_panel, generate_mask
 from .loader import Batch, Loader
-from .plan import Note
+from .records import Note
 from .references import TRAINED_WITH
 from .training import DIALECTS, TrainingPlan, board_writer, validation_loss
 

@@ -32,6 +32,7 @@ from sampling.images import to_picture, to_tensor
 from sampling.inpaint import drafted_start, keep_clean, keep_known
 from sampling.latents import noise, pack, unpack
 
+from .cli import typed
 from .config import ALONE, SHARED, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
 from .memory import planned
@@ -81,13 +82,15 @@ class Pipeline:
         """Make one set.
 
         options: those of sample.py by name, references being another name for ref; paths or PIL images
-        Errors: ValueError in one line for whatever cannot work; TypeError for an unknown option, or one of load
+        Errors: ValueError in one line for whatever cannot work
         """
-        if fixed := options.keys() & SHARED:
-            raise TypeError(f"{min(fixed)} is that of all requests; give it to Pipeline.load")
+        if fixed := options.keys() & {*SHARED, "num", "out", "jobs", "config"}:
+            raise ValueError(f"{min(fixed)} is no option of one set; give it to Pipeline.load, or to sample.py")
         options["ref"] = options.pop("references", options.get("ref", ()))
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-        (result,) = self.run(make_plan(replace(self.config, **options, num=1), self.note))
+        lists = {k: options.pop(k) for k in ("ref", "panels", "panel_prompt", "lora") if k in options}
+        lists = {k: tuple(v) if isinstance(v, list | tuple) else (v,) for k, v in lists.items()}
+        config = replace(self.config, **typed(SampleConfig, options, "the request"), **lists, num=1)
+        (result,) = self.run(make_plan(config, self.note))
         return result
 
     @torch.inference_mode()

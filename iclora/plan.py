@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,10 +22,9 @@ from .config import UNO, UNO_RELEASE, ModelDefaults, SampleConfig, flag, model_d
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .memory import check_memory
 from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
-from .records import PanelSet, read_set
+from .records import Note, PanelSet, read_set
 from .references import fit_reference, follow_loras, reference_size
 
-Note = Callable[[str], None]  # takes one line for the user
 Loras = tuple[tuple[LoraFile, float], ...]  # with their strengths
 MODES = {"condition": ("none", "clean"), "concat": ("pixels", "tokens"), "text": ("joint", "panel")}  # as train.py's
 TINY_GRIDS = ("1x1", "1x2", "2x1", "2x2", "3x1")  # that it was trained on

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -34,14 +34,14 @@ NUMBER = re.compile("[0-9]{1,4}")
 MAX_LIST = 3 * 10**8  # characters of a list of rows or pairs
 MAX_DEPTH, MAX_FOLDERS = 32, 500_000  # folders in folders, and in all
 Grid = tuple[int, int]  # rows, columns
+Note = Callable[[str], None]  # takes one line for the user
 
 
 @dataclass
 class Findings:
     """What there is to say about a data set, a line each.
 
-    broken: what cannot be used
-    notes: what is used, but doubtful, or is no part of a data set
+    broken: what cannot be used; notes: what is used, but doubtful, or is no part of a data set
     """
 
     broken: list[str] = field(default_factory=list)

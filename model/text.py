@@ -86,14 +86,8 @@ class TextEncoders:
     def doubts(self, texts: Sequence[str], max_length: int | None, name: str) -> list[str]:
         """Say in lines what of texts is not read, or not as words. name: of the model"""
         lines = dict.fromkeys(line for text in texts for line in self.truncated(text, max_length))
-        words = list(dict.fromkeys(word for text in texts for word in self.spelled(text)))
+        words = list(dict.fromkeys(word for text in texts for word in spelled(self.t5_tokenizer, text)))
         return [*lines, *[f"{name} does not know {', '.join(words[:6])}, so do not expect to see that"] * bool(words)]
-
-    def spelled(self, prompt: str) -> list[str]:
-        """List the words that T5 does not know and reads letter by letter; real ones have none."""
-        words = dict.fromkeys(re.findall("[A-Za-z]{3,}", re.sub(r"\[[^]]*\]", " ", prompt)))
-        pieces = {word: self.t5_tokenizer.tokenize(word) for word in words}
-        return [word for word in words if all(len(piece.lstrip("\u2581")) <= 1 for piece in pieces[word])]
 
     def _t5_limit(self, max_length: int | None) -> int:
         limit = self.t5_tokenizer.model_max_length if max_length is None else max_length
@@ -115,6 +109,13 @@ class TextEncoders:
                 "use the tokenizer that belongs to the encoder"
             )
         return ids.to(next(encoder.parameters()).device)
+
+
+def spelled(t5_tokenizer, prompt: str) -> list[str]:
+    """List the words that T5 does not know and reads letter by letter; real ones have none."""
+    words = dict.fromkeys(re.findall("[A-Za-z]{3,}", re.sub(r"\[[^]]*\]", " ", prompt)))
+    pieces = {word: t5_tokenizer.tokenize(word) for word in words}
+    return [word for word in words if all(len(piece.lstrip("\u2581")) <= 1 for piece in pieces[word])]
 
 
 def _tokenize(tokenizer, prompts: list[str], **settings):

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ..checkpoint import only_run
 from ..cli import check_folder
-from ..plan import Note
 from ..processes import join_processes, lost_process_is_one_line, processes
+from ..records import Note
 from .catalogue import NAME, STAGES, Catalogue, crops_of, passed, reader, selected
 from .options import CHAIN, CurateConfig
 from .page import write_page
