@@ -106,7 +106,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "knowledge": Row(
         "Does a LoRA preserve what the base knows?",
         Headline("one subject, 2x2", "LoRA of walk", "same subject", against="base"),
-        answer="UNO's but for patterns; of twenty sets hardly any.",
+        answer="UNO's but patterns; of twenty sets hardly any.",
         paper="In-Context LoRA: it does; no figures; does not agree",
     ),
     "bundled": Row(
