@@ -135,8 +135,9 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     ),
     "cold": Row(
         "Is a first stage of one reference needed?",
-        Headline("two", "cold start, as many steps in all", "all right", against="stages I and II"),
-        paper="UNO, table 3: DINO 51.1 cold, 54.2 in stages",
+        Headline("two", "cold start, as many steps in all", "look", against="stages I and II"),
+        answer="No; as many steps on two do better.",
+        paper="UNO, table 3: DINO 51.1 cold, 54.2 in stages; does not agree",
     ),
     "filters": Row(
         "Do the factory's filters make its pairs better for stage I?",
