@@ -60,8 +60,7 @@ def run(config: TrainConfig) -> None:
         with Monitor(plan, loader, flux, state, say) if rank == 0 else contextlib.nullcontext() as monitor:
             train(plan.config, flux, loader, state, monitor)
         leave_processes(world_size)
-    steps = plan.config.steps
-    if state.step < steps:
+    if state.step < (steps := plan.config.steps):
         raise KeyboardInterrupt(f"stopped after step {state.step} of {steps}; the same command goes on there")
     say(try_command(config, loader.layouts[0]))
 

@@ -52,8 +52,7 @@ def ask(flux: Flux, batch: Batch, t: Tensor) -> None:
 
     t: (B,) on the CPU
     """
-    device, vec = flux.img_in.weight.device, batch.vec
-    ones = torch.ones(len(t), device=device)
-    flux.conditioning(t.to(device), vec.to(device), GUIDANCE * ones)
+    device = flux.img_in.weight.device
+    flux.conditioning(t.to(device), batch.vec.to(device), torch.full((len(t),), GUIDANCE, device=device))
     if batch.isolate_refs:
-        flux.conditioning(0 * ones, torch.zeros(len(t), flux.config.vec_in_dim, device=device), ones)
+        flux.reference_vec(len(t))

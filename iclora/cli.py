@@ -61,8 +61,9 @@ def complain(line: str) -> int:
 
 
 def note(line: str) -> None:
-    """Tell the user something that is no mistake."""
-    tell(f"note: {plain(line)}")
+    """Tell the user something that is no mistake, once where torchrun has started several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        tell(f"note: {plain(line)}")
 
 
 def tell(line: str) -> None:

@@ -123,8 +123,7 @@ class Loader:
         if config.holdout and not self.held_out:
             note("too few sets to hold any out, so there will be no validation loss")
         if small := sum(len(members) < config.batch for members in self.trained):
-            most = f"fewer sets than the {config.batch} of a batch"
-            note(f"{small} buckets have {most}, which then holds some of them twice")
+            note(f"{small} buckets have fewer sets than the {config.batch} of a batch, which holds some of them twice")
 
     def batch(self, number: int) -> tuple[Layout, list[Example]]:
         """Return which examples are in a batch, all of one layout."""

@@ -312,16 +312,20 @@ class Flux(nn.Module):
         ref_kv = self.reference_kv(refs, pe[:, :, rest:])
         return Conditioning(txt, refs[:, :0], pe[:, :, :rest], None if mask is None else mask[:rest], ref_kv)
 
+    def reference_vec(self, count: int) -> Tensor:
+        """Make what modulates references by themselves: time 0, guidance 1, pooled text 0. Returns vec: (B, D)"""
+        zero = torch.zeros(count, 1, device=self.img_in.weight.device)
+        return self.conditioning(zero[:, 0], zero.expand(-1, self.config.vec_in_dim), zero[:, 0] + 1)
+
     def reference_kv(self, refs: Tensor, pe: Tensor) -> list[KV]:
-        """Pass references through all blocks as a picture by itself: no text, time 0, guidance 1, pooled text 0.
+        """Pass references through all blocks as a picture by itself, without text.
 
         So what others see of them depends on no time, prompt or seed. They see each other, all of them.
 
         refs: (B, R, D), pe: (B, 1, R, K/2, 2) their rotations
         Returns rotated keys and values (B, H, R, K) of every block
         """
-        zero = torch.zeros(len(refs), 1, device=refs.device)
-        vec = self.conditioning(zero[:, 0], zero.expand(-1, self.config.vec_in_dim), zero[:, 0] + 1)  # (B, D)
+        vec = self.reference_vec(len(refs))  # (B, D)
         ref_kv: list[KV] = []
 
         def attend_and_keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -346,7 +350,6 @@ class Flux(nn.Module):
         txt, target = cond.txt, slice(cond.txt.shape[1], cond.txt.shape[1] + img.shape[1])
         img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), cond.refs), dim=1)  # (B, I + R, D)
         attends = (partial(attention, pe=cond.pe, mask=cond.mask, ref_kv=ref_kv) for ref_kv in cond.ref_kv)
-
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, next(attends))
 

@@ -634,7 +634,7 @@ def test_what_is_seldom_meant_is_told(world, whole, clean, out, capsys):
     assert go(world, out, *flags, steps=1) == 0
     said = capsys.readouterr().err
     assert "lora.safetensors was trained with --condition clean; now it is used with none" in said
-    assert "1 buckets have fewer sets than the 6 of a batch, which then holds some of them twice" in said
+    assert "1 buckets have fewer sets than the 6 of a batch, which holds some of them twice" in said
 
 
 # killed, stopped, resumed
