@@ -159,6 +159,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "number": Row(
         "Do more than two references work?",
         Headline("four", "four, taught two to four", "right", none="right, no references"),
+        answer="No: this base draws two subjects at most.",
         paper="UNO leaves it open",
     ),
     "edits": Row(
