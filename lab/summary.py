@@ -154,6 +154,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "scale": Row(
         "Do references follow better from further away?",
         Headline("one", "offset-scale 2", "look", against="offset-scale 1"),
+        answer="No, rather worse; the paper's 1 is best.",
         paper="UNO: scale 1 only",
     ),
     "number": Row(
