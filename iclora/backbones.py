@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer, Dinov2Model, ViTModel
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Model, ViTModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # that of 5.17 itself wants torchvision
 from transformers.utils import logging
 
 from model.checkpoint import file_sha256, read_header, read_json
