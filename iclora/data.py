@@ -203,10 +203,7 @@ def _make_caption(record: Record, grid: Grid) -> str:
 
 
 def bucket(
-    examples: Sequence[Example],
-    sizes: int | tuple[int, ...],
-    long_sides: Size,
-    broken: list[str] | None = None,
+    examples: Sequence[Example], sizes: int | tuple[int, ...], long_sides: Size, broken: list[str] | None = None
 ) -> Buckets:
     """Sort examples by grid, panel size, and number and sizes of references; a batch is formed within one bucket.
 

@@ -126,7 +126,7 @@ class Fitted:
 
     def make_transformer(self, plan: Plan) -> Flux:
         """Load a transformer with its LoRAs merged, and make it ready."""
-        gc.collect()  # what streams, is compiled or has tables holds itself
+        gc.collect()  # what streams or is compiled holds itself
         flux = load_fitted(plan.files.flux, plan.config, plan.memory_plan, plan.loras, self.note)
         prepare(flux, plan.config, plan.memory_plan, self.note)
         return flux

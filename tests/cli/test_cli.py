@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from iclora.cli import parse, read_record
+from iclora.cli import complain, note, parse, read_record
 from iclora.config import (
     DEV,
     LAST_SEED,
@@ -294,3 +294,10 @@ def test_a_flag_beats_the_preset_and_the_preset_beats_the_model():
 def test_every_preset_settles_to_its_published_size(name):
     config = resolve_defaults(SampleConfig(preset=name), TASKS[name], DEV, "cpu")
     assert config.panel_size == "{}x{}".format(*TASKS[name].panel_size)
+
+
+def test_a_note_comes_from_the_first_process_alone_and_a_mistake_from_each(monkeypatch, capsys):
+    for rank, lines in (("0", 2), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        note("a")
+        assert complain("b") == 2 and len(capsys.readouterr().err.splitlines()) == lines
