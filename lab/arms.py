@@ -257,6 +257,10 @@ EXPERIMENTS = {
         Arm("two", "both stages, II unfiltered", Training((("made-second-all", 1000),), (), 2, MADE)),
         Arm("two", "true pairs, both stages", then("two")),
     ),
+    "another-base": uno(
+        "The circle's first half on another base: stage I on pairs that it made itself, and on the world's true ones",
+        Arm("one", "base"), Arm("one", "own pairs, stage I", MADE), Arm("one", "true pairs, stage I", one()),
+    ),
     "scale": uno(
         "UNO: how far past the picture references stand",
         *by_flag("one", "--offset-scale", {"1": "as the paper's; it has no others", "2": "", "3": ""}),

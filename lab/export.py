@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def write_model(
             replace_file(folder / name / file.name, file.read_bytes())
     write_examples(folder / "examples")
     write_references(folder / "examples" / "references")
+
+
+def copy_judges(source: Path, folder: Path) -> None:
+    """Copy the reader, CLIP and DINOv2 of a model, as far as it has them, to one with the same autoencoder."""
+    for name in ("truth", "clip", "dinov2"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
 
 
 def replace_file(path: Path, data: bytes) -> None:

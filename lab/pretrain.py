@@ -29,7 +29,7 @@ from model.weights import ModelFiles, find_model, load_autoencoder, load_flux
 
 from . import entry, train_autoencoder, train_clip, train_flow, train_text
 from .captions import vocabulary
-from .export import write_model
+from .export import copy_judges, write_model
 from .sets import GRIDS, draw_sets, load_sets, plan_sets, sets_of
 from .tokenizers import make_clip_tokenizer, make_t5_tokenizer
 from .training import Stage, Work, finished, refuse_other_run
@@ -107,6 +107,8 @@ def pretrain(args: argparse.Namespace) -> None:
     if "decoder" in stages:
         autoencoder = train_autoencoder.finish(stages["decoder"], autoencoder, of_panels, work)
     write_model(args.out, flux.cpu(), autoencoder, text.clip.cpu(), text.t5.cpu(), *tokenizers)
+    if args.text:
+        copy_judges(files.root, args.out)
     print(f"wrote {args.out}")
 
 

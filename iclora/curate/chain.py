@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..checkpoint import only_run
 from ..cli import check_folder
+from ..judge import ChatJudge
 from ..processes import join_processes, lost_process_is_one_line, processes
 from ..records import Note
 from .catalogue import NAME, STAGES, Catalogue, crops_of, passed, reader, selected
@@ -73,8 +74,9 @@ def start(workshop: Workshop, path: Path) -> None:
         for stage in filter(workshop.config.chosen.__contains__, CHAIN[:kept]):
             catalogue.settle(stage, workshop.settings(stage))
         redone = {stage.rstrip("2") for stage in workshop.config.chosen if stage in CHAIN[kept:]}
-        for tool in redone & workshop.load.keys():
-            workshop.load[tool]()  # what cannot be loaded ends the run before scores are lost
+        for tool in redone & workshop.load.keys():  # what does not work ends the run before scores are lost
+            if isinstance(loaded := workshop.load[tool](), ChatJudge):
+                loaded.chat.ask([("user", "Say yes.", ())])
         catalogue.forget(CHAIN[kept:])
 
 

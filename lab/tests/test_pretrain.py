@@ -14,6 +14,7 @@ from transformers import T5Tokenizer
 from lab import pretrain, sets, train_autoencoder, train_flow, train_text
 from lab.captions import DOMAIN_WORDS, ROOM, length, panel_prompt, reticent, say_domain, vocabulary
 from lab.domains import with_pencil, with_sparkles
+from lab.experiments import load_ruler
 from lab.export import EXAMPLES, REFERENCES
 from lab.generate import Options, generate, load_networks
 from lab.sets import GRIDS, draw_chunk, plan_chunk, plan_sets
@@ -446,6 +447,7 @@ def test_another_base_takes_all_but_its_transformer_from_a_model(short, tmp_path
     theirs += tuple(load_autoencoder(given.autoencoder).parameters())
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert {path.stem for path in work.glob("*.safetensors") if "-" not in path.stem} == {"singles", "flow"}
+    assert load_ruler(out).eyes  # with the reader, which cannot be missing
 
     monkeypatch.setattr(pretrain, "draw_sets", None)  # so it is refused before
     assert pretrain.main(argv) == 2  # with guidance

@@ -97,6 +97,9 @@ def test_what_was_run_on_another_base_or_never_is_not_claimed(tmp_path, monkeypa
     assert "- later: What then?" in text and text.count("| rank |") == 1
     assert "- made-up: Is new better?" in summary.page(tmp_path, "another") and "75.0" in text
     assert figure not in summary.page(tmp_path, "another")
+    monkeypatch.setattr(summary, "OTHER", "made-up")  # what is to run on another base
+    assert "- made-up: Is new better?" in summary.page(tmp_path, "this")
+    assert "## On this base" not in (text := summary.page(tmp_path, "another")) and figure in text
 
 
 def test_the_page_is_written_where_it_is_asked_for(tmp_path):

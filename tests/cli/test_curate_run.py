@@ -235,10 +235,14 @@ def test_a_judge_that_fails_now_and_then_is_noted_and_one_that_always_fails_ends
 @pytest.mark.skipif(chat.openai is None, reason="needs the openai client")
 def test_pairs_are_judged_behind_an_endpoint_and_none_is_lost_when_it_is_down(tmp_path, drawn, capsys, monkeypatch):
     flags = ["--out", str(tmp_path), "--count", "4", "--seam", "0", "--dino", "-1", "--judge-model", "eyes"]
-    with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", lambda seconds: None)  # between the five times that it is asked
-        assert main([*flags, "--judge", "http://127.0.0.1:9/v1"]) == 2
-    assert "127.0.0.1:9/v1 failed" in capsys.readouterr().err.splitlines()[-1]
+
+    def is_down(*more):
+        with monkeypatch.context() as patch:
+            patch.setattr("time.sleep", lambda seconds: None)  # between the five times that it is asked
+            assert main([*flags, "--judge", "http://127.0.0.1:9/v1", *more]) == 2
+        assert "127.0.0.1:9/v1 failed" in capsys.readouterr().err.splitlines()[-1]
+
+    is_down()
     assert query(tmp_path, "SELECT count(*) FROM results WHERE stage = 'judge'") == [(0,)]
     with serve(lambda handler, body: "head: 4\nhat: 3" if len(body["messages"]) > 4 else "I look.") as endpoint:
         assert main([*flags, "--judge", endpoint.address]) == 0
@@ -246,6 +250,8 @@ def test_pairs_are_judged_behind_an_endpoint_and_none_is_lost_when_it_is_down(tm
     rows = query(tmp_path, "SELECT score, kept, data FROM results WHERE stage = 'judge'")
     assert [(score, kept) for score, kept, _ in rows] == [(3.5, 1)] * 4
     assert json.loads(rows[0][2])["parts"] == [{"head": 4, "hat": 3}]
+    is_down("--redo", "judge")
+    assert query(tmp_path, "SELECT score, kept, data FROM results WHERE stage = 'judge'") == rows
 
 
 @pytest.mark.skipif(chat.openai is None, reason="needs the openai client")
