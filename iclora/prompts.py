@@ -7,7 +7,6 @@ behind its marker. Sources: arXiv:2410.23775 ([IMAGE1]...) and the model zoo of 
 import difflib
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -142,39 +141,27 @@ def lint(prompt: str, rows: int, cols: int, kind: str = "image", tag: str = "") 
 
     Tags such as [MOVIE-SHOTS] and names such as <Anna> are not markers.
 
-    kind: of markers to advise where there are none, as for markers_for
+    kind: of markers to take where there are none yet, as for markers_for
     tag: that it should begin with, of its preset
     """
     if not prompt.strip():
         return ["the prompt is empty; the model will draw what it likes"]
     findings = [] if prompt.startswith(tag) else [f"it does not begin with {tag}"]
     matches = list(_MARKER.finditer(prompt))
-    if not matches:
-        return findings if rows * cols == 1 else [*findings, _advise_markers(rows, cols, kind)]
-    names, kinds = zip(*map(_canonical, matches), strict=True)
-    findings += [
-        f"{' '.join(match[0].split())} is not how the marker is written; write {name}"
-        for match, name in zip(matches, names, strict=True)
-        if match[0] != name
-    ]
-    if len(set(kinds)) > 1:
-        return [*findings, f"{' and '.join(sorted(set(kinds)))} markers are mixed; use one kind"]
-    if kinds[0] == "position" and (rows, cols) not in POSITIONS:
-        return [*findings, f"a {rows}x{cols} grid has no position markers; use [IMAGE1] to [IMAGE{rows * cols}]"]
-    if names != (expected := markers_for(kinds[0], rows, cols)):
-        findings += _compare(names, expected, f"{rows}x{cols}")
-    ends = [match.start() for match in matches[1:]] + [len(prompt)]
-    for match, name, end in zip(matches, names, ends, strict=True):
+    if matches:
+        kind = "position" if matches[0]["place"] else matches[0]["word"].lower()
+    if kind == "position" and (rows, cols) not in POSITIONS:
+        kind = "image"
+    written, expected = tuple(match[0] for match in matches), markers_for(kind, rows, cols)
+    if written != expected and (matches or rows * cols > 1):
+        wanted = " ".join(expected) if kind == "position" else f"{expected[0]} to {expected[-1]}"
+        shown = " ".join(" ".join(written).split())[:100] or "no markers"
+        findings.append(f"it has {shown}, but the {rows}x{cols} grid takes {wanted}, each once, in this order")
+    starts = [*(match.start() for match in matches), len(prompt)]
+    for match, end in zip(matches, starts[1:], strict=True):
         if not any(character.isalnum() for character in prompt[match.end() : end]):
-            findings.append(f"{name} has no text after it; say what its panel shows")
+            findings.append(f"{match[0]} has no text after it; say what its panel shows")
     return findings
-
-
-def _advise_markers(rows: int, cols: int, kind: str) -> str:
-    """Say which markers a caption without any should have."""
-    markers = markers_for("image" if kind == "position" and (rows, cols) not in POSITIONS else kind, rows, cols)
-    panels = f"the {rows * cols} panels of the {rows}x{cols} grid"
-    return f"no markers for {panels}; introduce each panel by its own, {markers[0]} to {markers[-1]}"
 
 
 def texts_of(prompt: str, rows: int, cols: int, text_mode: str) -> list[str]:
@@ -200,30 +187,3 @@ def _panel_texts(prompt: str, rows: int, cols: int) -> list[str]:
     shared = prompt[: starts[0]].strip()
     own = [prompt[start:end].strip() for start, end in zip(starts, [*starts[1:], len(prompt)], strict=True)]
     return [shared, *(f"{shared} {words}".strip() for words in own)]
-
-
-def _canonical(match: re.Match) -> tuple[str, str]:
-    """Give a marker's proper spelling and its kind."""
-    if match["place"]:
-        place = "-".join(re.split(r"[\s_-]+", match["place"].upper()))
-        return f"[{place}]", "position"
-    word, number = match["word"].upper(), int(match["number"])
-    return (f"[IMAGE{number}]", "image") if word == "IMAGE" else (f"[SCENE-{number}]", "scene")
-
-
-def _compare(names: Sequence[str], expected: Sequence[str], grid: str) -> list[str]:
-    """Compare the markers of a prompt, in order, with those of its grid."""
-    findings, counts = [], Counter(names)
-    if len(counts) != len(expected):
-        findings.append(f"{len(counts)} markers, but the {grid} grid has {len(expected)} panels")
-    findings += [f"{name} is missing" for name in expected if name not in counts]
-    findings += [f"{name} stands {count} times; once is enough" for name, count in counts.items() if count > 1]
-    findings += [
-        f"{name} does not fit the {grid} grid, whose markers are {' '.join(expected)}"
-        for name in counts
-        if name not in expected
-    ]
-    order = [name for name in counts if name in expected]
-    if order != sorted(order, key=expected.index):
-        findings.append(f"the order {' '.join(order)} is not reading order; panels go row by row from the left")
-    return findings

@@ -36,6 +36,7 @@ from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
 from .processes import join_processes
+from .prompts import clean
 from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
@@ -75,6 +76,7 @@ def plan_training(config: TrainConfig, world_size: int, note: Note) -> TrainingP
     init_lora = read_lora(config.init_lora) if config.init_lora else None
     if config.method == UNO and init_lora:
         config = follow_loras(config, [init_lora])
+    config = replace(config, sample_prompt=tuple(map(clean, config.sample_prompt)))
     config, begun = as_begun(config, note)
     config = resolve_training_defaults(config, defaults, pick_device(config.device, defaults, note))
     micro_batches(config.batch, 0, world_size, config.accumulate)  # refuses a batch that cannot be shared

@@ -17,7 +17,6 @@ from .weights import ModelFiles, open_checkpoint
 
 UNLIMITED = 1_000_000  # a tokenizer without a limit says 1e30
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*/*.jinja")
-WORDS = 6  # shown of what a prompt loses
 EXTRAS = {  # parts of whole models that the encoders do not have
     "t5": r"^(decoder|lm_head)\.",
     "clip": r"^(vision_model|visual_projection|text_projection|logit_scale)\b|position_ids$",
@@ -59,11 +58,9 @@ class TextEncoders:
 
         max_length: T5 tokens T; None is the tokenizer's own limit. CLIP takes 77, or fewer if it has fewer positions
         Returns txt: (B, T, C) and vec: (B, V)
-        Errors: ValueError for no prompts, text that is not Unicode, or no known limit
+        Errors: ValueError for text that is not Unicode, or no known limit
         Source: black-forest-labs/flux@802fb47 modules/conditioner.py
         """
-        if not prompts:
-            raise ValueError("there is no prompt to encode; give at least one, which may be empty")
         ids = self._ids("T5", self.t5_tokenizer, self.t5, prompts, self._t5_limit(max_length))  # (B, T)
         txt = self.t5(input_ids=ids, attention_mask=None).last_hidden_state  # (B, T, C)
         ids = self._ids("CLIP", self.clip_tokenizer, self.clip, prompts, self._clip_limit())
@@ -74,27 +71,17 @@ class TextEncoders:
         vec = hidden[torch.arange(len(prompts), device=hidden.device), end]  # (B, V)
         return txt.to(self.dtype), vec.to(self.dtype)
 
-    def truncated(self, prompt: str, max_length: int | None) -> list[str]:
-        """Say in one line per encoder what of a prompt lies beyond its limit; no lines if nothing does."""
-        lines = []
-        if t5 := _lost(self.t5_tokenizer, prompt, self._t5_limit(max_length)):
-            lines.append(f"T5 reads only the start of the prompt: {t5}; shorten it")
-        if clip := _lost(self.clip_tokenizer, prompt, self._clip_limit()):
-            lines.append(f"CLIP reads only the start, which is usual for joint prompts (T5 gives the rest): {clip}")
-        return lines
-
     def doubts(self, texts: Sequence[str], max_length: int | None, name: str) -> list[str]:
         """Say in lines what of texts is not read, or not as words. name: of the model"""
-        lines = dict.fromkeys(line for text in texts for line in self.truncated(text, max_length))
+        limit, tokens = self._t5_limit(max_length), _tokenize(self.t5_tokenizer, [*texts], verbose=False).input_ids
+        lines = [f"T5 reads {limit} of the prompt's {len(ids)} tokens; shorten it" for ids in tokens if len(ids) > limit]
         words = list(dict.fromkeys(word for text in texts for word in spelled(self.t5_tokenizer, text)))
-        return [*lines, *[f"{name} does not know {', '.join(words[:6])}, so do not expect to see that"] * bool(words)]
+        return [*dict.fromkeys(lines), *[f"{name} does not know {', '.join(words[:6])}, so do not expect to see that"] * bool(words)]
 
     def _t5_limit(self, max_length: int | None) -> int:
-        limit = self.t5_tokenizer.model_max_length if max_length is None else max_length
+        limit = max_length or self.t5_tokenizer.model_max_length
         if limit > UNLIMITED:
             raise ValueError("the T5 tokenizer has no model_max_length; give the text length, e.g. 512")
-        if limit < 1:
-            raise ValueError(f"the text length is {limit}; it must be at least 1 token")
         return limit
 
     def _clip_limit(self) -> int:
@@ -119,27 +106,10 @@ def spelled(t5_tokenizer, prompt: str) -> list[str]:
 
 
 def _tokenize(tokenizer, prompts: list[str], **settings):
-    for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"the prompt {prompt[:40]!a} has bytes that are no text; write it in UTF-8") from None
     try:
         return tokenizer(prompts, **settings)
     except Exception as error:  # as below; some damage shows only now
         raise ValueError(_unreadable(tokenizer.name_or_path, error)) from None
-
-
-def _lost(tokenizer, prompt: str, limit: int) -> str:
-    """Tokens lost and the first words of them, or nothing. The last token kept is always the end of text."""
-    tokens = _tokenize(tokenizer, [prompt], return_offsets_mapping=True, verbose=False)
-    number = len(tokens.input_ids[0])
-    if number <= limit:
-        return ""
-    start = tokens.offset_mapping[0][limit - 1][0]
-    word = re.search(r"\S{0,20}$", prompt[:start])[0]  # of a word that is cut, its start
-    first = " ".join((word + prompt[start:]).split()[:WORDS])[:80]
-    return f"{number - limit} of {number} tokens are lost, from '{first} ...' on"
 
 
 def check_widths(txt: Tensor, vec: Tensor, config: FluxConfig, name: str) -> None:

@@ -244,7 +244,7 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--concat", "token"], "--concat 'token' is unknown; did you mean tokens?"),
     (["--dtype", "float16"], "--dtype 'float16' is unknown; did you mean bfloat16"),
     (["--text", "panels"], "--text 'panels' is unknown; did you mean panel?"),
-    (["--data", "{unmarked}", "--text", "panel"], "turned around': no markers for the 2 panels of the 1x2 grid"),
+    (["--data", "{unmarked}", "--text", "panel"], "turned around': it has no markers, but the 1x2 grid takes"),
     (["--method", "uno"], "is not for --method uno, which takes a .json of pairs"),
     (["--data", "{pairs}"], "is not for --method in-context-lora, which takes sets; pairs are for --method uno"),
     (["--method", "unos"], "--method 'unos' is unknown; did you mean uno?"),
@@ -497,7 +497,7 @@ def test_own_prompts_stand_on_every_sheet_and_change_nothing_that_is_trained(wor
 
 def test_a_prompt_that_panels_cannot_read_is_refused(world, out, capsys):
     assert go(world, out, "--text", "panel", "--sample-prompt", "a fox") == 2
-    assert "each panel is to read its own part of 'a fox': no markers" in refused(capsys) and not out.exists()
+    assert "each panel is to read its own part of 'a fox': it has no markers" in refused(capsys) and not out.exists()
 
 
 def test_an_own_prompt_of_a_run_on_pairs_has_no_references(world, out):
