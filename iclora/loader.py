@@ -149,7 +149,8 @@ class Loader:
             )
             ids = image_ids(layout, self.config.offset, self.config.offset_scale)
             isolate_refs = self.config.reference_attention == ALONE
-            return Batch(z, txt, vec, None, None, None, references, ref_std, ids, isolate_refs, z_std)
+            about = {"references": references, "ref_std": ref_std, "ids": ids, "isolate_refs": isolate_refs}
+            return Batch(z, txt, vec, **about, z_std=z_std)
         if self.config.condition == "none":
             return Batch(z, txt, vec, attention_mask=attention_mask, z_std=z_std)
         masks = [tuple(panel for panel in range(1, layout.panels + 1) if panel not in panels) for panels in kept]

@@ -56,7 +56,7 @@ class Plan:
     condition: str  # as a LoRA was trained: "clean" feeds kept panels clean, "none" noised
     concat: str  # "pixels" or "tokens", see iclora.layout.encode_by_panel
     text_mode: str  # "joint" or "panel", see iclora.prompts.texts_of
-    memory_plan: object = None  # an iclora.cards.MemoryPlan; None is plainly
+    memory_plan: object = None  # an iclora.cards.MemoryPlan; None saves no memory
 
 
 def make_plan(config: SampleConfig, note: Note) -> Plan:
@@ -91,7 +91,8 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
         if references:
             raise ValueError("a LoRA of --lora gives each panel a text of its own, and --ref has none; leave one out")
         texts_of(caption, layout.rows, layout.cols, "panel")  # refuses a caption that cannot be taken apart
-    return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *modes.values())
+    how = modes["condition"], modes["concat"], modes["text"]
+    return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *how)
 
 
 def drop_void(config: SampleConfig, name: str, defaults: ModelDefaults, note: Note) -> SampleConfig:

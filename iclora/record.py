@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.metadata import version
 from itertools import count
@@ -113,11 +114,8 @@ def save(result: Result, record: dict[str, Any], folder: Path) -> list[Path]:
     """
     record = {**record, "config": {**record["config"], "seed": result.seed, "num": 1}, "seconds": dict(result.seconds)}
     for number in count(next_number(folder)):
-        try:
+        with suppress(FileExistsError):  # another process was faster
             return save_as(f"{number:04d}", result, record, folder)
-        except FileExistsError:  # another process was faster
-            continue
-    raise ValueError(f"{folder} has no free number")
 
 
 def next_number(folder: Path) -> int:
@@ -146,20 +144,13 @@ def save_as(stem: str, result: Result, record: dict[str, Any], folder: Path) -> 
     written: list[Path] = []
     try:
         for name, data in files.items():
-            written.append(folder / name)
             write_new(folder / name, data)
-        return written
-    except FileExistsError:  # the last one is somebody else's
-        _remove(written[:-1])
-        raise
+            written.append(folder / name)
     except BaseException:  # Ctrl-C included
-        _remove(written)
+        for path in written:
+            path.unlink()
         raise
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+    return written
 
 
 def save_sheet(sets: dict[str, Image.Image], folder: Path) -> Path:

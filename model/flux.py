@@ -349,12 +349,12 @@ class Flux(nn.Module):
         """
         txt, target = cond.txt, slice(cond.txt.shape[1], cond.txt.shape[1] + img.shape[1])
         img = torch.cat((self.img_in(img.to(self.img_in.weight.dtype)), cond.refs), dim=1)  # (B, I + R, D)
-        attends = (partial(attention, pe=cond.pe, mask=cond.mask, ref_kv=ref_kv) for ref_kv in cond.ref_kv)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, vec, next(attends))
+        attends = [partial(attention, pe=cond.pe, mask=cond.mask, ref_kv=ref_kv) for ref_kv in cond.ref_kv]
+        for block, attend in zip(self.double_blocks, attends, strict=False):
+            img, txt = block(img, txt, vec, attend)
 
         x = torch.cat((txt, img), dim=1)  # (B, L, D)
-        for block in self.single_blocks:
-            x = block(x, vec, next(attends))
+        for block, attend in zip(self.single_blocks, attends[len(self.double_blocks) :], strict=True):
+            x = block(x, vec, attend)
 
         return self.final_layer(x[:, target], vec)  # (B, I, 64)

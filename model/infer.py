@@ -36,23 +36,15 @@ def infer_flux_config(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
     hidden, inputs = dimensions(shapes, "img_in.weight", 2)
     outputs, _ = dimensions(shapes, "final_layer.linear.weight", 2)
     depth, singles = count_blocks(shapes, "double_blocks"), count_blocks(shapes, "single_blocks")
-    norm = "double_blocks.0.img_attn.norm.query_norm.scale" if depth else "single_blocks.0.norm.query_norm.scale"
     if inputs != 64 or outputs != 64:
         name = f" ({INPUTS[inputs]})" if inputs in INPUTS else ""
         advice = "only models with 64 and 64 are run here: use FLUX.1-dev, -schnell or -Krea-dev"
         raise ValueError(f"takes {inputs} and gives {outputs} channels per token{name}; {advice}")
-    (head,) = dimensions(shapes, norm, 1)
+    (head,) = dimensions(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 1)
     if head % 32 or hidden % head:
         right = "a multiple of 32, for rotary axes of 1/8, 7/16 and 7/16 of it, and divide the width"
         raise ValueError(f"has attention heads of width {head} at width {hidden}; the head width must be {right}")
-    single = "single_blocks.0.linear2.weight"
-    mlp = (
-        dimensions(shapes, "double_blocks.0.img_mlp.0.weight", 2)[0]
-        if depth
-        else dimensions(shapes, single, 2)[1] - hidden
-    )
-    if mlp < 1:
-        raise ValueError(f"has {single} too narrow for the width {hidden}")
+    mlp, _ = dimensions(shapes, "double_blocks.0.img_mlp.0.weight", 2)
     vec, context = (dimensions(shapes, f"{name}.weight", 2)[1] for name in ("vector_in.in_layer", "txt_in"))
     axes = (head // 8, head * 7 // 16, head * 7 // 16)
     guidance = any(key.startswith("guidance_in.") for key in shapes)

@@ -73,10 +73,13 @@ class TextEncoders:
 
     def doubts(self, texts: Sequence[str], max_length: int | None, name: str) -> list[str]:
         """Say in lines what of texts is not read, or not as words. name: of the model"""
-        limit, tokens = self._t5_limit(max_length), _tokenize(self.t5_tokenizer, [*texts], verbose=False).input_ids
-        lines = [f"T5 reads {limit} of the prompt's {len(ids)} tokens; shorten it" for ids in tokens if len(ids) > limit]
-        words = list(dict.fromkeys(word for text in texts for word in spelled(self.t5_tokenizer, text)))
-        return [*dict.fromkeys(lines), *[f"{name} does not know {', '.join(words[:6])}, so do not expect to see that"] * bool(words)]
+        limit, lines = self._t5_limit(max_length), []
+        for ids in _tokenize(self.t5_tokenizer, [*texts], verbose=False).input_ids:
+            if len(ids) > limit:
+                lines.append(f"T5 reads {limit} of the prompt's {len(ids)} tokens; shorten it")
+        if words := list(dict.fromkeys(word for text in texts for word in spelled(self.t5_tokenizer, text))):
+            lines.append(f"{name} does not know {', '.join(words[:6])}, so do not expect to see that")
+        return list(dict.fromkeys(lines))
 
     def _t5_limit(self, max_length: int | None) -> int:
         limit = max_length or self.t5_tokenizer.model_max_length

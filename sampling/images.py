@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # others never reach their decoder, Ghostscript included
@@ -37,7 +37,7 @@ def open_picture(path: str | Path) -> Image.Image:
         1-bit, grey and 16-bit pictures are converted; colour profiles are not applied
     Errors: ValueError, one line with the name, if the file is missing, damaged, cut short, too large or too narrow
     """
-    with _strict_pillow(), _reading(path) as file:
+    with _quiet_pillow(), _reading(path) as file:
         with Image.open(file, formats=FORMATS) as header:
             kind = header.format
             _check_size(header.size)
@@ -53,7 +53,7 @@ def picture_size(path: str | Path) -> tuple[int, int]:
 
     Errors: as open_picture, as far as a header tells
     """
-    with _strict_pillow(), _reading(path) as file, Image.open(file, formats=FORMATS) as header:
+    with _quiet_pillow(), _reading(path) as file, Image.open(file, formats=FORMATS) as header:
         _check_size(header.size)
         return header.size
 
@@ -64,9 +64,8 @@ def fit(picture: Image.Image, width: int, height: int, rule: str = "crop") -> Im
     width, height: pixels
     rule: "crop" scales to cover and cuts the centre, "pad" scales to fit inside and adds mid-grey bars, "stretch"
         scales each side by itself
-    Errors: ValueError if the rule has another name or the picture is not RGB
+    Errors: ValueError if the rule has another name
     """
-    _check_rgb(picture)
     size, lanczos = (width, height), Image.Resampling.LANCZOS
     if rule not in FIT_RULES:
         raise ValueError(f"fit rule {rule!r} is unknown; choose one of {', '.join(FIT_RULES)}")
@@ -81,9 +80,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
     """Turn an RGB picture into an image: 0..255 -> -1..1, float32.
 
     Returns (1, 3, h, w) image
-    Errors: ValueError if the picture is not RGB
     """
-    _check_rgb(picture)
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, h, w)
 
@@ -163,10 +160,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _strict_pillow() -> Iterator[None]:
-    """Pillow without tolerance for truncated files, and without its warnings and log lines on stderr."""
+def _quiet_pillow() -> Iterator[None]:
+    """Pillow without its warnings and log lines on stderr."""
     logger, silence = logging.getLogger("PIL"), logging.NullHandler()
-    tolerance, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     logger.addHandler(silence)
     try:
         with warnings.catch_warnings():
@@ -174,7 +170,6 @@ def _strict_pillow() -> Iterator[None]:
             yield
     finally:
         logger.removeHandler(silence)
-        ImageFile.LOAD_TRUNCATED_IMAGES = tolerance
 
 
 @contextmanager
@@ -223,12 +218,6 @@ def _check_scans(file: io.BufferedReader) -> None:
         place, scans = found.end() + int.from_bytes(data[found.end() : found.end() + 2]), scans + (found[1] == b"\xda")
     if scans > MAX_SCANS:
         raise _Refusal(f"it has {scans} scans, more than {MAX_SCANS}; save it again as PNG")
-
-
-def _check_rgb(picture: Image.Image) -> None:
-    """Refuse what would lose transparency or depth silently."""
-    if picture.mode != "RGB":
-        raise ValueError(f"picture has mode {picture.mode}, not RGB; read it with open_picture, which converts")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

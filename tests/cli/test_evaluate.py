@@ -236,7 +236,10 @@ def test_a_picture_that_sample_made_of_another_prompt_is_refused(folder, capsys)
     [
         ({"grid": "1x2"}, "line 1: there is no prompt; correct the list"),
         ({"mask": "3", "prompt": "a cat"}, "line 1: it has no markers, but the 2x2 grid takes"),
-        ({"grid": "2x2", "prompt": SET}, "line 1: it has [IMAGE1] [IMAGE2], but the 2x2 grid takes [IMAGE1] to [IMAGE4]"),
+        (
+            {"grid": "2x2", "prompt": SET},
+            "line 1: it has [IMAGE1] [IMAGE2], but the 2x2 grid takes [IMAGE1] to [IMAGE4]",
+        ),
         ({"grid": "1x2", "panel_prompt": ["a cat"]}, "line 1: 1 texts for 2 panels; correct the list"),
         ({"grid": "2", "prompt": "a cat"}, "line 1: grid '2' is not ROWSxCOLS"),
     ],

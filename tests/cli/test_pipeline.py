@@ -157,7 +157,10 @@ def test_a_preset_brings_its_markers_and_tag():
         ({"prompt": "a fox"}, "prompt: it has no markers, but the 1x2 grid takes"),
         ({"prompt": " "}, "prompt: the prompt is empty"),
         ({"preset": "sparklers-visual-effect", "grid": None, "prompt": "[TOP] a [BOTTOM] b"}, "begin with .REAL-SPARK"),
-        ({"preset": "film-storyboard", "grid": None, "prompt": "a fox"}, r"takes \[SCENE-1\] to \[SCENE-3\], each once"),
+        (
+            {"preset": "film-storyboard", "grid": None, "prompt": "a fox"},
+            r"takes \[SCENE-1\] to \[SCENE-3\], each once",
+        ),
         ({"preset": "font-design", "grid": None, "prompt": "a fox"}, r"takes \[TOP-LEFT\] \[TOP-RIGHT\] \[BOT"),
         ({"prompt": PROMPT, "panel_size": "512"}, "tiny knows panels of 64x64; 512x512 comes out badly, try --panel-s"),
         ({"prompt": "x", "grid": "5x1"}, "tiny knows grids of 1x1, 1x2, 2x1, 2x2, 3x1; a 5x1 grid comes out badly"),

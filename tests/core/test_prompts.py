@@ -118,9 +118,17 @@ def test_a_mistyped_preset_is_answered_with_the_nearest_one():
         ("a fox four times", (2, 2), ["it has no markers, but the 2x2 grid takes [IMAGE1] to [IMAGE4]"]),
         ("[MOVIE-SHOTS] [FOUR-PANEL] <Anna> <LEFT> walks", (2, 1), ["it has no markers, but"]),
         ("[IMAGE1] a [IMAGE2] b", (1, 2), []),
-        ("[IMAGE1] a [IMAGE2] b", (1, 3), ["it has [IMAGE1] [IMAGE2], but the 1x3 grid takes [IMAGE1] to [IMAGE3], each once"]),
+        (
+            "[IMAGE1] a [IMAGE2] b",
+            (1, 3),
+            ["it has [IMAGE1] [IMAGE2], but the 1x3 grid takes [IMAGE1] to [IMAGE3], each once"],
+        ),
         ("[IMAGE1] a [IMAGE2] b [IMAGE3] c", (1, 2), ["it has [IMAGE1] [IMAGE2] [IMAGE3], but"]),
-        ("[IMAGE0] a [IMAGE1] b", (1, 2), ["it has [IMAGE0] [IMAGE1], but the 1x2 grid takes [IMAGE1] to [IMAGE2], each"]),
+        (
+            "[IMAGE0] a [IMAGE1] b",
+            (1, 2),
+            ["it has [IMAGE0] [IMAGE1], but the 1x2 grid takes [IMAGE1] to [IMAGE2], each"],
+        ),
         ("[IMAGE1] a [IMAGE2] b [IMAGE1] c", (1, 2), ["it has [IMAGE1] [IMAGE2] [IMAGE1], but"]),
         ("[IMAGE2] a [IMAGE1] b", (1, 2), ["it has [IMAGE2] [IMAGE1], but"]),
         ("[LEFT] a [RIGHT] b", (1, 2), []),
@@ -130,8 +138,16 @@ def test_a_mistyped_preset_is_answered_with_the_nearest_one():
         ("[IMAGE1] a [SCENE-2] b", (1, 2), ["takes [IMAGE1] to [IMAGE2]"]),
         ("[IMAGE1] a [IMAGE2]", (1, 2), ["[IMAGE2] has no text"]),
         ("[IMAGE1], [IMAGE2] b", (1, 2), ["[IMAGE1] has no text"]),
-        ("[SCENE1] a [Scene-2] b", (1, 2), ["it has [SCENE1] [Scene-2], but the 1x2 grid takes [SCENE-1] to [SCENE-2]"]),
-        ("[image\n1] a [IMAGE-2] b", (1, 2), ["it has [image 1] [IMAGE-2], but the 1x2 grid takes [IMAGE1] to [IMAGE2]"]),
+        (
+            "[SCENE1] a [Scene-2] b",
+            (1, 2),
+            ["it has [SCENE1] [Scene-2], but the 1x2 grid takes [SCENE-1] to [SCENE-2]"],
+        ),
+        (
+            "[image\n1] a [IMAGE-2] b",
+            (1, 2),
+            ["it has [image 1] [IMAGE-2], but the 1x2 grid takes [IMAGE1] to [IMAGE2]"],
+        ),
         ("[bottom_right] a", (2, 2), ["takes [TOP-LEFT] [TOP-RIGHT] [BOTTOM-LEFT] [BOTTOM-RIGHT]"]),
     ],
 )

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from sampling.images import (
     MAX_PIXELS,
@@ -257,13 +257,6 @@ def test_a_picture_too_narrow_for_any_panel_is_refused(tmp_path):
     assert "330x10 is narrower than 32:1" in refusal(tmp_path / "line.png")
 
 
-def test_truncated_files_are_refused_even_where_pillow_was_told_to_accept_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    (tmp_path / "a.jpg").write_bytes(encoded(noise_picture(), "JPEG")[:-40])
-    refusal(tmp_path / "a.jpg")
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
-
-
 def test_a_file_name_with_a_line_break_still_gives_one_line():
     with pytest.raises(ValueError, match="no such file") as caught:
         open_picture("a\nb\0.png")
@@ -340,11 +333,9 @@ def test_nan_and_infinity_are_refused(value):
         to_picture(torch.full((3, 2, 2), value))
 
 
-def test_other_shapes_and_modes_are_refused():
+def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\)"):
         to_picture(torch.zeros(2, 3, 4, 4))
-    with pytest.raises(ValueError, match="mode RGBA, not RGB"):
-        to_tensor(Image.new("RGBA", (4, 4)))
 
 
 # writing
