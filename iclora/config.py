@@ -20,6 +20,7 @@ ATTENTIONS = JOINT, ALONE = "joint", "alone"
 OFFSETS = ("d", "h", "w", "o")
 POSTERIORS = ("sample", "mean")
 LORA_INITS = ("kaiming", "uno")
+SCHEDULES = ("tokens", "uno-release")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 FIT_RULES = ("crop", "pad", "stretch")
@@ -28,6 +29,7 @@ REF_SIZES, COUNTS = (16, 2048), (1, 100_000)
 PLACE = {"path": True, "saved": False}  # where something lies, without influence on the result
 MODEL = {"path": True, "metavar": "NAME|PATH"}
 OFFLOAD = "stream the blocks from the CPU's memory: for small GPUs, exact and slower"
+PICTURES = {"metavar": "PICTURE", "path": True}
 LORA = {"path": True, "metavar": "FILE[:STRENGTH]"}
 CARD = {"metavar": "GB", "valid": (0.001, 10_000), "saved": False}
 VRAM = "memory of a card to fit into, by whatever it takes (default: what the device has free)"
@@ -86,56 +88,32 @@ class SampleConfig:
 
     grid: str | None = option(None, "ROWSxCOLS (default: the preset's; 1x1 with --ref or a --prompt of one; else 2x2)")
     mask: str = option("all", "panels to generate, in reading order: 3 or 2,4 or 2-4; the others are kept")
-    panels: tuple[str, ...] = option(
-        (), "the kept panels in reading order, or all (default: a bundled example)", metavar="PICTURE", path=True
-    )
-    set: str | None = option(
-        None, "a folder instead of --panels, with 1.png, 2.png, ... and perhaps caption.txt", metavar="DIR", path=True
-    )
-    ref: tuple[str, ...] = option(
-        (), "reference pictures, any number; what they show is to appear (UNO)", metavar="PICTURE", path=True
-    )
-    prompt: str | None = option(
-        None, "the joint caption of all panels; beside --panel-prompt the sentence before them", metavar="TEXT"
-    )
+    panels: tuple[str, ...] = option((), "kept panels in reading order, or all (default: an example's)", **PICTURES)
+    set: str | None = option(None, "instead: a folder of 1.png, 2.png ... and caption.txt", metavar="DIR", path=True)
+    ref: tuple[str, ...] = option((), "references, any number: what they show is to appear (UNO)", **PICTURES)
+    prompt: str | None = option(None, "joint caption; with --panel-prompt the sentence before them", metavar="TEXT")
     panel_prompt: tuple[str, ...] = option((), "what each panel shows, a text for each, kept ones too", metavar="TEXT")
     preset: str | None = option(None, f"grid, size and markers of a task: {', '.join(TASKS)}", choices=tuple(TASKS))
     model: str = option("tiny", "a folder under weights/, or the path of a model folder or transformer file", **MODEL)
     steps: int | None = option(None, "Euler steps (default: 20; schnell 4; UNO's released LoRA 25)", valid=(1, 1000))
-    guidance: float | None = option(
-        None, "strength of the text, as distilled (default: 3.5, with --ref 4; schnell has none)", valid=(0, 100)
-    )
+    guidance: float | None = option(None, "text's strength (default: 3.5, --ref 4; schnell has none)", valid=(0, 100))
     seed: int = option(0, "of the first picture; the next ones count up", valid=(0, LAST_SEED))
     num: int = option(1, "how many pictures to make", valid=(1, 10_000))
-    lora: tuple[str, ...] = option(
-        (), "LoRAs, each with :STRENGTH if it is not 1 (default: with --ref the model's own, if any)", **LORA
-    )
-    panel_size: str | None = option(
-        None, "pixels, 512 or 512x768 (default: the preset's, else 512; for tiny 64)", metavar="WIDTHxHEIGHT"
-    )
+    lora: tuple[str, ...] = option((), "LoRAs, their strength if not 1 (default: with --ref the model's own)", **LORA)
+    panel_size: str | None = option(None, "pixels (default: the preset's, else 512; tiny 64)", metavar="WIDTHxHEIGHT")
     ref_size: int | None = option(
         None, "a reference's longer side in pixels (default: the LoRA's; 512, of several 320; tiny 64)", valid=REF_SIZES
     )
     offset: str | None = option(
         None, "references' places: d diagonal, h below, w beside, o none (default: the LoRA's, or d)", choices=OFFSETS
     )
-    offset_scale: float | None = option(
-        None, "multiplies how far past the picture they stand (default: the LoRA's, or 1)", valid=(0, 100)
-    )
-    posterior: str | None = option(
-        None, "references' latents: drawn, as UNO's, or the mean (default: the LoRA's, or sample)", choices=POSTERIORS
-    )
+    offset_scale: float | None = option(None, "how many times as far (default: the LoRA's, or 1)", valid=(0, 100))
+    posterior: str | None = option(None, "of references (default: the LoRA's, or sample, as UNO)", choices=POSTERIORS)
     reference_attention: str | None = option(
-        None, "alone: they see only each other; needs such a LoRA (default: the LoRA's, or joint)", choices=ATTENTIONS
+        None, "alone: they see only each other (default: the LoRA's, or joint)", choices=ATTENTIONS
     )
-    schedule: str | None = option(
-        None,
-        "uno-release counts 64 times too few tokens, as that does (default: tokens; UNO's released LoRA uno-release)",
-        choices=("tokens", "uno-release"),
-    )
-    strength: float = option(
-        1.0, "below 1, masked panels start from the given ones as drafts, for that part of the steps", valid=(0, 1)
-    )
+    schedule: str | None = option(None, "uno-release: as UNO's code samples (default: the LoRA's)", choices=SCHEDULES)
+    strength: float = option(1.0, "below 1: start from given drafts, for so much of the steps", valid=(0, 1))
     fit: str = option("crop", "how pictures come to the panel size", choices=FIT_RULES)
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
     dtype: str | None = option(None, "of the weights (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES)
@@ -146,12 +124,8 @@ class SampleConfig:
     vram: float | None = option(None, VRAM, **CARD)
     dry_run: bool = option(False, DRY_RUN, saved=False)
     out: str = option("out", "folder for the files; nothing in it is overwritten", metavar="DIR", **PLACE)
-    jobs: str | None = option(
-        None, "many requests: rows of options over those given here, UNO's .json or DreamBench", metavar="LIST", **PLACE
-    )
-    config: str | None = option(
-        None, "replay a JSON saved beside a picture, or that picture; flags given as well win", metavar="FILE", **PLACE
-    )
+    jobs: str | None = option(None, "many requests: rows of options, UNO's .json, DreamBench", metavar="LIST", **PLACE)
+    config: str | None = option(None, "replay a saved JSON, or its picture; flags win", metavar="FILE", **PLACE)
 
     VOIDS = {  # a flag given beside a replayed file -> options whose recorded values it makes void
         "preset": ("grid", "panel_size"),
@@ -177,58 +151,38 @@ class TrainConfig:
     Errors: ValueError for a number outside its range or an unknown choice
     """
 
-    data: str = option(
-        "sets", "folder with sets, or a .jsonl that lists them; with uno a .json of pairs", metavar="PATH", path=True
-    )
+    data: str = option("sets", "sets: a folder, or a .jsonl; uno: pairs, a .json", metavar="PATH", path=True)
     method: str = option(IN_CONTEXT, "uno follows reference pictures, the other relates panels", choices=METHODS)
-    stage: int | None = option(
-        None, "of uno: 1 one reference, 2 several, from stage 1's LoRA (default: 1)", valid=(1, 2)
-    )
+    stage: int | None = option(None, "uno: 1 one reference, 2 several, from stage 1's LoRA (default: 1)", valid=(1, 2))
     grid: str | None = option(None, "ROWSxCOLS of every set (default: the preset's, else what each set.json says)")
-    preset: str | None = option(
-        None, "a published task, as sample.py's: its grid and, but for tiny, its panels' area", choices=tuple(TASKS)
-    )
+    preset: str | None = option(None, "a published task's grid and, but for tiny, panel area", choices=tuple(TASKS))
     model: str = option("tiny", "the base: a folder under weights/, or a path, as sample.py's", **MODEL)
     rank: int | None = option(None, "of the LoRA, and its alpha (default: 16; uno 512, on tiny 64)", valid=(1, 4096))
     targets: str | None = option(
         None, "all-linear, attn, mlp, mod, uno, several with commas, or names of modules (default: all-linear; uno uno)"
     )
     init_lora: str | None = option(None, "start from this LoRA file instead of a fresh one", metavar="FILE", path=True)
-    lora_init: str | None = option(
-        None, "of down: uniform, or UNO's 1/rank normal (default: kaiming; uno uno; tiny kaiming)", choices=LORA_INITS
-    )
+    lora_init: str | None = option(None, "uno: by 1/rank (default: kaiming; uno uno; tiny kaiming)", choices=LORA_INITS)
     condition: str = option("none", "clean: random panels stay clean, as in sampling", choices=("none", "clean"))
     concat: str = option("pixels", "panels are joined before the autoencoder, or behind", choices=("pixels", "tokens"))
     text: str = option("joint", "all panels read the caption, or each its own part", choices=("joint", "panel"))
-    ref_size: int | None = option(
-        None, "a reference's longer side in pixels (default: 512, of several 320; tiny 64)", valid=REF_SIZES
-    )
+    ref_size: int | None = option(None, "as sample.py's (default: 512, of several 320; tiny 64)", valid=REF_SIZES)
     offset: str | None = option(None, "as sample.py's (default: the starting LoRA's, or d)", choices=OFFSETS)
     offset_scale: float | None = option(None, "as sample.py's (default: the starting LoRA's, or 1)", valid=(0, 100))
-    posterior: str | None = option(
-        None, "of references: drawn each step, or mean (default: the starting LoRA's, or sample)", choices=POSTERIORS
-    )
-    target_posterior: str | None = option(
-        None, "of what is learnt: drawn each step, or mean (default: mean; uno sample; tiny mean)", choices=POSTERIORS
-    )
-    reference_attention: str | None = option(
-        None, "alone: references see only each other (default: the starting LoRA's, or joint)", choices=ATTENTIONS
-    )
+    posterior: str | None = option(None, "of references (default: the starting LoRA's, or sample)", choices=POSTERIORS)
+    target_posterior: str | None = option(None, "of targets (default: mean; uno sample; tiny mean)", choices=POSTERIORS)
+    reference_attention: str | None = option(None, "as sample.py's (default: the starting LoRA's)", choices=ATTENTIONS)
     steps: int | None = option(None, "optimizer steps (default: 5000; tiny 800, with uno 1500)", valid=(1, 10_000_000))
     batch: int | None = option(None, "sets in a step, over all processes (default: 4, tiny 8; uno 16)", valid=COUNTS)
     accumulate: int = option(1, "parts that a step's batch is worked through in", valid=(1, 10_000))
     lr: float | None = option(None, "learning rate of AdamW (default: 1e-4, with uno 1e-5; tiny 1e-3)", valid=(0, 1))
     eps: float | None = option(None, "of AdamW's denominator (default: 1e-6; uno, tiny 1e-8)", valid=(1e-16, 1))
     warmup: int = option(10, "steps until the full learning rate", valid=(0, 1_000_000))
-    decay: float | None = option(
-        None, "last share of steps, rate falling to 0 (default: 0; tiny 0.3, with uno 0.5)", valid=(0, 1)
-    )
+    decay: float | None = option(None, "last share, rate falling to 0 (default: 0; tiny 0.3, uno 0.5)", valid=(0, 1))
     ema: float = option(0.99, "decay of the averaged weights, which are saved; 0 saves the last", valid=(0, 0.99999))
     dropout: float | None = option(None, "share of captions that are left out (default: 0.05; uno 0.1)", valid=(0, 1))
     times: str | None = option(None, "shifted: as in sampling (default: logit-normal; uno shifted)", choices=TIMES)
-    panel_size: int | None = option(
-        None, "a square panel's side; others get its area (default: the preset's, else 512; tiny 64)", valid=(16, 8192)
-    )
+    panel_size: int | None = option(None, "of a square (default: the preset's, else 512; tiny 64)", valid=(16, 8192))
     composite_size: str | None = option(
         None,
         "instead: learn every set at several sizes, N being the side of a square with the area of the whole composite; "
@@ -245,9 +199,7 @@ class TrainConfig:
     )
     seed: int = option(0, "of everything that is drawn", valid=(0, LAST_SEED))
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
-    dtype: str | None = option(
-        None, "of the base; the LoRA's is float32 (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2]
-    )
+    dtype: str | None = option(None, "of the base (default: bfloat16; for tiny on a CPU float32)", choices=DTYPES[:2])
     quantize: str | None = option(None, "fp8: half the memory, slightly other gradients", choices=("fp8",))
     compile: bool = option(False, "compile the blocks, as sample.py's")
     offload: bool = option(False, OFFLOAD, saved=False)
@@ -255,9 +207,7 @@ class TrainConfig:
     dry_run: bool = option(False, DRY_RUN, saved=False)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard, which must be installed", saved=False)
     out: str = option("runs/lora", "folder of the run, or a new one; a run found there goes on", metavar="DIR", **PLACE)
-    config: str | None = option(
-        None, "take the settings of another run's config.json; flags given as well win", metavar="FILE.json", **PLACE
-    )
+    config: str | None = option(None, "settings of another run's config.json; flags win", metavar="FILE.json", **PLACE)
 
     BEFORE = {"lora_init": "kaiming", "target_posterior": "mean", "eps": 1e-8}
     VOIDS = {

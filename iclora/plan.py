@@ -100,9 +100,6 @@ def drop_void(config: SampleConfig, name: str, defaults: ModelDefaults, note: No
     if config.guidance is not None and defaults.guidance is None:
         note(f"{name} has no guidance; --guidance {config.guidance:g} is ignored")
         config = replace(config, guidance=None)
-    if config.schedule == "uno-release" and not defaults.shift:
-        note(f"{name} has even times; --schedule {config.schedule} is ignored")
-        config = replace(config, schedule="tokens")
     return config
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MODES = ("d", "h", "w", "o")  # diagonal, height only, width only, no offset
+MODES = {"d": (1, 1), "h": (1, 0), "w": (0, 1), "o": (0, 0)}  # whether rows and columns are offset
 SINUSOID = 256  # channels of the time and guidance sinusoids
 
 
@@ -36,19 +36,16 @@ def reference_ids(
 
     target: (h, w) of the target image in tokens
     references: (h, w) of each reference in tokens; may be empty
-    mode: "d" offsets rows and columns (the paper's choice), "h" rows, "w" columns, "o" nothing
+    mode: of MODES: "d" offsets rows and columns (the paper's choice), "h" rows, "w" columns, "o" nothing
     scale: multiplies every offset; 1 is the paper
     Returns one (h*w, 3) float32 tensor a reference
-    Errors: ValueError for an unknown mode
     Source: arXiv:2504.02160 equation 8; bytedance/UNO@d305981 uno/flux/sampling.py:135
     """
-    if mode not in MODES:
-        raise ValueError(f"position mode {mode!r} is unknown; use one of {', '.join(MODES)}")
     row, column = target
+    down, right = MODES[mode]
     placed = []
     for h, w in references:
-        offset = torch.tensor([0.0, row if mode in "dh" else 0, column if mode in "dw" else 0])
-        placed.append(grid_ids(h, w) + offset * scale)
+        placed.append(grid_ids(h, w) + scale * torch.tensor([0.0, down * row, right * column]))
         row, column = row + h, column + w
     return placed
 

@@ -69,7 +69,7 @@ def test_several_texts_may_follow_one_flag_or_repeat_it():
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("fit", FIT_RULES), ("offset", MODES), ("schedule", SCHEDULES), ("lora_init", INITS)]
+    ("name", "known"), [("fit", FIT_RULES), ("offset", tuple(MODES)), ("schedule", SCHEDULES), ("lora_init", INITS)]
 )
 def test_the_choices_are_the_ones_there_are(name, known):
     field = next(field for field in (*fields(SampleConfig), *fields(TrainConfig)) if field.name == name)

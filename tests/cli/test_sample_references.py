@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import iclora.memory
 import sample
-from iclora.config import DEV, SCHNELL, TINY, SampleConfig
+from iclora.config import DEV, TINY, SampleConfig
 from iclora.layout import Layout
 from iclora.pipeline import Pipeline, encode_references
 from iclora.plan import choose_loras, follow_release, make_plan, pick_device
@@ -454,10 +454,3 @@ def test_a_large_model_on_the_cpu_unasked_is_told(monkeypatch):
 def test_more_tokens_than_are_possible_are_refused():
     with pytest.raises(ValueError, match=r"^65536 tokens .* take about \d.* GB .*; at most 65536 tokens are possible"):
         plan_for(*[CAT] * 4, ref_size=2048)
-
-
-def test_the_released_schedule_for_a_model_with_even_times_is_ignored_and_said(monkeypatch):
-    monkeypatch.setattr("iclora.plan.model_defaults", lambda shape: SCHNELL)
-    plan, notes = plan_for(schedule="uno-release")
-    said = "tiny has even times; --schedule uno-release is ignored"
-    assert plan.config.schedule == "tokens" and said in notes

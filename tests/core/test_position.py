@@ -34,11 +34,6 @@ def test_scale_multiplies_the_offset_alone():
     assert torch.equal(twice - once, torch.tensor([0.0, 4, 6]).expand(4, 3))
 
 
-def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="use one of d, h, w, o"):
-        reference_ids((4, 6), [(2, 2)], mode="x")
-
-
 def test_grid_ids_run_row_by_row():
     assert grid_ids(2, 3).tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
 
