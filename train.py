@@ -85,18 +85,18 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
     with stop_between_steps() as signals:
         stopping = False
         while state.step < config.steps and not stopping:
-            look_ahead(config, flux, loader, state.step, rank, world_size)
+            look_ahead(config, flux, loader, state.step, rank, world_size)  # for large models; else does nothing
             layout, examples = loader.batch(state.step)
             step_noise = sample_step(config, state.step, len(examples), layout)
 
             loss = torch.zeros((), device=device)
-            for share in micro_batches(len(examples), rank, world_size, config.accumulate):
-                own = step_noise[share]
-                batch = loader.collate(layout, examples[share], own.kept, own.dropped)
-                batch = batch.sample_posterior(own.ref_noise, own.z_noise).to(device)
-                part = flow_loss(flux, batch, own.noise.to(device), own.t.to(device)).sum() / len(examples)
-                part.backward()
-                loss += part.detach()
+            for rows in micro_batches(len(examples), rank, world_size, config.accumulate):
+                drawn = step_noise[rows]
+                batch = loader.collate(layout, examples[rows], drawn.kept, drawn.dropped)
+                batch = batch.sample_posterior(drawn.ref_noise, drawn.z_noise).to(device)
+                share = flow_loss(flux, batch, drawn.noise.to(device), drawn.t.to(device)).sum() / len(examples)
+                share.backward()
+                loss += share.detach()
             stopping = torch.full((), float(len(signals)), device=device)
             sum_over_processes([loss, stopping, *(p.grad for p in state.parameters)], world_size)
             norm = torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)

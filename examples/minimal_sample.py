@@ -29,13 +29,13 @@ def main(path: str = "minimal.png") -> None:
 
     # the panels that are kept, as tokens; the one to make is grey and cannot leak in
     kept = {panel: fit(open_picture(example / f"{panel}.png"), 64, 64) for panel in (1, 2, 4)}
-    data = pack(autoencoder.encode(compose(kept, layout)))  # (1, I, 64)
+    known = pack(autoencoder.encode(compose(kept, layout)))  # (1, I, 64)
     mask = generate_mask([3], layout)  # (1, I, 1)
 
     # from noise to data along the velocity; after every step kept tokens go back onto their own straight path
     start = pack(noise(layout.height, layout.width, seed=0))  # (1, I, 64)
     ts, ids = times(20, tokens=start.shape[1]), grid_ids(8, 8)[None]
-    x = denoise(flux, start, ts, ids, txt, vec, guidance=3.5, after_step=keep_known(data, start, mask))
+    x = denoise(flux, start, ts, ids, txt, vec, guidance=3.5, after_step=keep_known(known, start, mask))
 
     composite = to_picture(autoencoder.decode(unpack(x, 16, 16)))
     paste(composite, kept, layout).save(path)

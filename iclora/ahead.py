@@ -33,8 +33,8 @@ def look_ahead(config: TrainConfig, flux: Flux, loader: Loader, step: int, rank:
         layout, examples = loader.batch(number)
         drawn = sample_step(config, number, len(examples), layout)
         for share in micro_batches(len(examples), rank, world_size, config.accumulate):
-            own = drawn[share]
-            ask(flux, loader.collate(layout, examples[share], own.kept, own.dropped), own.t)
+            part = drawn[share]
+            ask(flux, loader.collate(layout, examples[share], part.kept, part.dropped), part.t)
     tables.ahead = tables.count
 
 

@@ -107,7 +107,7 @@ class Pipeline:
             if self.autoencoder is None:
                 self.autoencoder = load_autoencoder(plan.files.autoencoder, config.device)
             mask = generate_mask(plan.generated, layout).to(config.device)  # (1, I, 1)
-            data = encode_panels(self.autoencoder, plan, mask)
+            known = encode_panels(self.autoencoder, plan, mask)
             if plan.defaults.name == "tiny" and (config.panels or config.set or config.ref):
                 note_unfamiliar(self.autoencoder, plan, self.note)
         with timed(seconds, "transformer"):
@@ -122,7 +122,7 @@ class Pipeline:
             with timed(seconds, "references"):
                 refs = encode_references(self.autoencoder, plan, seed)  # (1, R, 64)
             with timed(seconds, "sampling"):
-                x, ts, after_step = start(plan, seed, data, mask, progress)
+                x, ts, after_step = start(plan, seed, known, mask, progress)
                 x = denoise(self.flux, x, ts, ids, txt, vec, config.guidance, refs, attn_mask, isolate_refs, after_step)
             with timed(seconds, "decoding"):
                 composite = decode(self.autoencoder, x, plan)
@@ -199,7 +199,7 @@ def encode_panels(autoencoder: AutoEncoder, plan: Plan, mask: Tensor) -> Tensor:
     """Encode the kept panels as one composite and the drafts as another, so that neither sees the other.
 
     mask: (1, I, 1) 1 where tokens are generated
-    Returns data: (1, I, 64) kept tokens, drafts under the mask; 0 where there is nothing
+    Returns known: (1, I, 64) kept tokens, drafts under the mask; 0 where there is nothing
     """
 
     def encode(sources: Mapping[int, Source]) -> Tensor:
@@ -236,11 +236,11 @@ def encode_references(autoencoder: AutoEncoder, plan: Plan, seed: int) -> Tensor
 
 
 def start(
-    plan: Plan, seed: int, data: Tensor, mask: Tensor, progress: Progress
+    plan: Plan, seed: int, known: Tensor, mask: Tensor, progress: Progress
 ) -> tuple[Tensor, list[float], Callable[[Tensor, float], Tensor]]:
     """Give where sampling starts, its times, and what holds the kept panels after every step.
 
-    data: (1, I, 64) tokens of kept panels and drafts
+    known: (1, I, 64) tokens of kept panels and drafts
     mask: (1, I, 1) 1 where tokens are generated
     Returns x: (1, I, 64), times and after_step
     """
@@ -249,7 +249,7 @@ def start(
     x = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)
     ts = times(config.steps, tokens=x.shape[1], shift=plan.defaults.shift, schedule=config.schedule)
     ts = drafted_start(ts, config.strength) if config.strength < 1 else ts
-    keep = keep_clean(data, mask) if plan.condition == "clean" else keep_known(data, x, mask)
+    keep = keep_clean(known, mask) if plan.condition == "clean" else keep_known(known, x, mask)
 
     def after_step(x: Tensor, t_next: float) -> Tensor:
         if x.device.type == "cuda":
@@ -257,7 +257,7 @@ def start(
         progress(ts.index(t_next), len(ts) - 1)
         return keep(x, t_next)
 
-    return keep(interpolate(data, x, ts[0]), ts[0]), ts, after_step  # at t = 1 this is the noise
+    return keep(interpolate(known, x, ts[0]), ts[0]), ts, after_step  # at t = 1 this is the noise
 
 
 def decode(autoencoder: AutoEncoder, x: Tensor, plan: Plan) -> Image.Image:
