@@ -44,7 +44,7 @@ def run(config: SampleConfig) -> None:
             raise ValueError(f"{source}: {error}" if source else str(error)) from None
     plans = add_memory_plans(plans)
     if config.dry_run:
-        return print(plans[0].memory_plan)
+        return print(plans[0].memory_plan) if os.environ.get("RANK", "0") == "0" else None
     for line in dict.fromkeys(notes):
         note(line)
     if plans[0].memory_plan:
@@ -53,7 +53,7 @@ def run(config: SampleConfig) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started several
         from iclora.shards import make_share
 
-        return print(*make_share(pipeline, plans), sep="\n")
+        return print("".join(f"{path}\n" for path in make_share(pipeline, plans)), end="")
     sets = {}
     if config.jobs is not None:
         pipeline.read_captions(plans)

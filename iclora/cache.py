@@ -68,13 +68,13 @@ class Cache:
             tensors = load(path.read_bytes())  # not mapped: a file that shrinks under a map kills the process
         except (ValueError, OSError, SafetensorError):
             return None
-        return tensors if metadata.get("sha256") == hash_tensors(tensors) else None
+        return tensors if metadata.get("sha256") == hash_tensors(tensors, key) else None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Errors: OSError if the disk is full or read-only"""
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self.path(key).parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(ready, self.path(key), {"sha256": hash_tensors(ready)})
+        save_safetensors(ready, self.path(key), {"sha256": hash_tensors(ready, key)})
 
     @torch.no_grad()
     def fill(self, entries: Iterable[Entry], load: Callable[[], Any], label: str) -> int:

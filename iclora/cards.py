@@ -123,7 +123,8 @@ def plan_for_sampling(plans: Sequence[Any], free: int) -> MemoryPlan:
     free: bytes that the device has, unless --vram says it
     Errors: ValueError with what the smallest setting needs, if none fits
     """
-    config, files, works = plans[0].config, plans[0].files, []
+    config = replace(plans[0].config, tile=all(plan.config.tile for plan in plans))
+    files, works = plans[0].files, []
     flux, dtype = files.flux.config, getattr(torch, config.dtype)
     for plan in plans:
         layout, masked = plan.layout, plan.text_mode == "panel"
@@ -134,7 +135,9 @@ def plan_for_sampling(plans: Sequence[Any], free: int) -> MemoryPlan:
         works.append((len(tokens), flops, size, plan.config.steps, layout.width * layout.height))
     tokens, flops, sizes, steps, pixels = zip(*works, strict=True)
     rows = max(max(steps), min(MOST_ROWS, sum(steps)))
-    work = Work(max(tokens), min(flops), lambda again: max(sizes), 0, rows, max(pixels), bool(plans[0].loras))
+    work = Work(
+        max(tokens), min(flops), lambda again: max(sizes), 0, rows, max(pixels), any(plan.loras for plan in plans)
+    )
     return plan_memory(config, flux, read_weights(files, dtype), work, free)
 
 
@@ -144,8 +147,8 @@ def share_plan(plans: Sequence[Any], free: int) -> list[Any]:
     Errors: ValueError as plan_for_sampling
     """
     chosen = plan_for_sampling(plans, free)
-    changed = {"tile": chosen.tile, "quantize": chosen.quantize}
-    return [replace(plan, memory_plan=chosen, config=replace(plan.config, **changed)) for plan in plans]
+    configs = [replace(c, tile=c.tile or chosen.tile, quantize=chosen.quantize) for c in (p.config for p in plans)]
+    return [replace(plan, memory_plan=chosen, config=config) for plan, config in zip(plans, configs, strict=True)]
 
 
 def plan_for_training(

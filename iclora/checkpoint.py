@@ -244,14 +244,15 @@ def first_change(
 
 
 def as_begun(config: TrainConfig, note: Callable[[str], None]) -> tuple[TrainConfig, Path | None]:
-    """Give options that are younger than a run the values that they had then, where they are left open.
+    """Give options that are left open the values of the run: those younger than it, and fp8 if memory made it so.
 
     Returns the configuration, and the checkpoint that the run goes on from, None where it begins
     Errors: as last_good
     """
     begun = last_good(Path(config.out) / CHECKPOINT, note)
-    known, old = read_checkpoint(begun)[0] if begun else TrainConfig.BEFORE, TrainConfig.BEFORE.items()
-    return replace(config, **{k: v for k, v in old if k not in known and getattr(config, k) is None}), begun
+    known = read_checkpoint(begun)[0] if begun else TrainConfig.BEFORE
+    then = {k: v for k, v in TrainConfig.BEFORE.items() if k not in known} | {"quantize": known.get("quantize")}
+    return replace(config, **{k: v for k, v in then.items() if getattr(config, k) is None}), begun
 
 
 def refuse_other_run(

@@ -76,7 +76,8 @@ def load(
     Errors: ValueError for anything broken, or if there are no sets
     """
     examples, findings = scan(data, grid, method)
-    advice = f"`python -m iclora.data {data}{f' --method {method}' if method else ''}` lists everything"
+    flags = f"{f' --method {method}' if method else ''}{f' --grid {grid[0]}x{grid[1]}' if grid else ''}"
+    advice = f"`python -m iclora.data {data}{flags}` lists everything"
     if findings.broken:
         more = f" (the first of {count} things that are broken)" if (count := len(findings.broken)) > 1 else ""
         raise ValueError(f"{findings.broken[0]}{more}; {advice}")

@@ -251,10 +251,10 @@ def by_subject(items: Sequence[Item], values: Mapping[str, Values]) -> dict[str,
     return means
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Return the mean and its 95 % interval, bootstrapped; where all are 0 or 1, it is Wilson's."""
+def interval(values: Sequence[float], rate: bool = True) -> Interval:
+    """Return the mean and its 95 % interval, bootstrapped; of a rate, where all are 0 or 1, it is Wilson's."""
     values = np.asarray(values, dtype=float)
-    if {*values} <= {0, 1}:
+    if rate and {*values} <= {0, 1}:
         return float(values.mean()), *wilson(values)
     drawn = np.random.default_rng(0).integers(len(values), size=(ROUNDS, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
@@ -265,7 +265,7 @@ def difference(values: Sequence[float], others: Sequence[float]) -> Interval:
     """Return the mean of values less others, paired, and its 95 % interval; Bonett and Price's where all are 0 or 1."""
     less = np.subtract(values, others)
     rates = {*values, *others} <= {0, 1}
-    return (float(less.mean()), *bonett_price(less)) if rates else interval(less)
+    return (float(less.mean()), *bonett_price(less)) if rates else interval(less, rate=False)
 
 
 def summarise(values: Mapping[str, Values]) -> dict[str, dict[str, Interval]]:

@@ -74,8 +74,10 @@ class Pipeline:
         more: other options for all requests by name, such as quantize or compile
         Errors: ValueError in one line for whatever cannot work
         """
-        config = SampleConfig(model=model, lora=tuple(loras), device=device, dtype=dtype, **more)
-        plan = make_plan(replace(config, prompt="", grid="1x1"), lambda line: None)
+        model_options = {"model": model, "lora": loras, "device": device, "dtype": dtype}
+        config = with_options(SampleConfig(), {**model_options, **more}, "Pipeline.load")
+        networks = {name: getattr(config, name) for name in ("lora", *SHARED)}
+        plan = make_plan(SampleConfig(prompt="", grid="1x1", **networks), lambda line: None)
         return pipeline_for(plan)(config)
 
     def __call__(self, **options: Any) -> Result:
@@ -87,10 +89,8 @@ class Pipeline:
         if fixed := options.keys() & {*SHARED, "num", "out", "jobs", "config"}:
             raise ValueError(f"{min(fixed)} is no option of one set; give it to Pipeline.load, or to sample.py")
         options["ref"] = options.pop("references", options.get("ref", ()))
-        lists = {k: options.pop(k) for k in ("ref", "panels", "panel_prompt", "lora") if k in options}
-        lists = {k: tuple(v) if isinstance(v, list | tuple) else (v,) for k, v in lists.items()}
-        config = replace(self.config, **typed(SampleConfig, options, "the request"), **lists, num=1)
-        (result,) = self.run(make_plan(config, self.note))
+        config = with_options(self.config, options, "the request")
+        (result,) = self.run(make_plan(replace(config, num=1), self.note))
         return result
 
     @torch.inference_mode()
@@ -156,7 +156,8 @@ class Pipeline:
 
     def load_transformer(self, plan: Plan) -> None:
         """Load the transformer with its LoRAs merged, unless it is there."""
-        wanted = [(lora.path, strength) for lora, strength in plan.loras], plan.memory_plan
+        loras = [(lora.path, lora.path.stat().st_mtime_ns, strength) for lora, strength in plan.loras]
+        wanted = loras, plan.memory_plan
         if self.loaded != wanted:
             self.flux = self.loaded = None
             self.flux, self.loaded = self.make_transformer(plan), wanted
@@ -169,6 +170,18 @@ class Pipeline:
         if plan.loras:
             merge(flux)
         return flux
+
+
+def with_options(config: SampleConfig, options: dict[str, Any], source: str) -> SampleConfig:
+    """Lay options over a configuration; of pictures, texts and LoRAs one may stand for a list of one.
+
+    source: what gives them, for messages
+    Errors: ValueError in one line for an unknown option, or a value of another type
+    """
+    several = {k: v for k, v in options.items() if k in ("ref", "panels", "panel_prompt", "lora")}
+    several = {k: tuple(v) if isinstance(v, list | tuple) else (v,) for k, v in several.items()}
+    single = {k: v for k, v in options.items() if k not in several}
+    return replace(config, **typed(SampleConfig, single, source), **several)
 
 
 def pipeline_for(plan: Plan) -> type[Pipeline]:

@@ -113,7 +113,7 @@ def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> Loras:
     methods = {lora.metadata.get("iclora.method"): lora.path.name for lora, _ in loras}
     if UNO in methods and not config.ref:
         note(f"{methods[UNO]} was trained to follow reference pictures (UNO) and gets none; give some with --ref")
-    if config.ref and bundled.is_file() and UNO not in methods and not (loras and config.config):  # records name all
+    if config.ref and bundled.is_file() and UNO not in methods:
         if None in methods:
             name = files.name
             note(f"{methods[None]} may be for references, so {name}'s own is not added; --lora {bundled} adds it")

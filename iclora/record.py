@@ -60,7 +60,7 @@ def replay(plan: Plan) -> SampleConfig:
         panels=_absolute(config.panels),
         set=config.set and os.path.abspath(config.set),
         ref=_absolute(config.ref),
-        lora=tuple(f"{os.path.abspath(lora.path)}:{strength:g}" for lora, strength in plan.loras if config.lora),
+        lora=tuple(f"{os.path.abspath(lora.path)}:{strength}" for lora, strength in plan.loras if config.lora),
         prompt=plan.caption,
         panel_prompt=(),
         model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),

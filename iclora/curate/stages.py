@@ -54,6 +54,7 @@ class Workshop:
         self.judge_name, load_judge = (judge[0], lambda: judge[1]) if judge else self.choose_judge()
         self.locator_name, load_locator = (locator[0], lambda: locator[1]) if locator else self.choose_locator()
         self.load = {"dino": lambda: Dino(self.dino_folder, self.device), "judge": load_judge, "find": load_locator}
+        self.load["redraw"] = lambda: Pipeline.load(config.model, (config.lora,), self.device, config.dtype)
 
     def settings(self, stage: str) -> dict[str, str]:
         """Say what makes a stage's results, besides what the stages before it have made."""

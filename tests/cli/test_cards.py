@@ -13,7 +13,7 @@ import iclora.monitor
 import sample
 import train
 from iclora import sizes
-from iclora.cards import MemoryPlan, plan_for_sampling, plan_for_training
+from iclora.cards import MemoryPlan, plan_for_sampling, plan_for_training, share_plan
 from iclora.cli import parse
 from iclora.config import SampleConfig, TrainConfig, model_defaults, resolve_training_defaults, saved
 from iclora.flops import Tokens, count_flops
@@ -213,6 +213,17 @@ def test_the_first_setting_that_fits_is_taken(dev, flags, vram, wanted):
     assert plan.memory_plan == wanted and plan.memory_plan.peak <= 0.96e9 * float(vram)
     assert plan.config.tile == wanted.tile, "which changes pixels, so it is recorded"
     assert "vram" not in saved(plan.config) and saved(plan.config)["tile"] == wanted.tile
+
+
+def test_requests_of_one_list_keep_their_own_tiles_and_all_loras_count():
+    walk = ROOT / "weights" / "tiny" / "loras" / "walk.safetensors"
+    for rows in ([{"tile": True}, {"lora": (str(walk),)}], [{"lora": (str(walk),)}, {"tile": True}]):
+        configs = [SampleConfig(prompt="a cat.", grid="1x1", device="cpu", **row) for row in rows]
+        plans = share_plan([make_plan(config, lambda line: None) for config in configs], int(8e9))
+        assert [plan.config.tile for plan in plans] == ["tile" in row for row in rows]
+        assert plans[0].memory_plan.phases["loading"] == plans[1].memory_plan.phases["loading"]
+        loading = plans[0].memory_plan.phases["loading"]
+        assert loading > plan_for_sampling([plans["lora" in rows[0]]], int(8e9)).phases["loading"]
 
 
 def test_on_a_cpu_encoders_leave_and_fp8_is_loaded_block_by_block(dev):

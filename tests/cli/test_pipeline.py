@@ -525,6 +525,16 @@ def test_another_lora_loads_the_transformer_alone_and_the_same_one_nothing(count
     assert networks(**SMALL).composite.tobytes() == plain.composite.tobytes()
 
 
+def test_a_lora_that_was_written_anew_is_loaded_anew(tmp_path):
+    first, second = (find_model("tiny").root / "loras" / f"{name}.safetensors" for name in ("uno", "walk"))
+    networks, file = Pipeline.load("tiny", device="cpu", steps=1), tmp_path / "lora.safetensors"
+    made = []
+    for source in (first, second):
+        file.write_bytes(source.read_bytes())
+        made.append(networks(**SMALL, lora=str(file)).composite.tobytes())
+    assert made[1] == networks(**SMALL, lora=str(second)).composite.tobytes() != made[0]
+
+
 def test_a_transformer_that_could_not_be_loaded_does_not_count_as_there(monkeypatch):
     networks, lora = Pipeline.load("tiny", device="cpu"), str(find_model("tiny").root / "loras" / "uno.safetensors")
     plain = networks(**SMALL)
@@ -719,3 +729,14 @@ def test_what_cannot_be_loaded_is_refused_at_once(tmp_path):
         Pipeline.load("tiny", loras=[str(GOLDEN / "lora" / "refuse_dora.safetensors")])
     with pytest.raises(ValueError, match="--dtype 'int8' is unknown"):
         Pipeline.load("tiny", dtype="int8")
+    with pytest.raises(ValueError, match="Pipeline.load sets steps to '4', which is not a whole number"):
+        Pipeline.load("tiny", steps="4")
+    with pytest.raises(ValueError, match="Pipeline.load sets device to 'None', which is not a text"):
+        Pipeline.load("tiny", device=None)
+
+
+def test_options_of_all_requests_need_not_fit_a_single_panel():
+    networks = Pipeline.load(
+        "tiny", loras=str(find_model("tiny").root / "loras" / "walk.safetensors"), mask="2", steps=1
+    )
+    assert [*networks(grid="1x2").panels] == [2]

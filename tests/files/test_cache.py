@@ -102,6 +102,14 @@ def test_a_damaged_entry_is_made_anew(tmp_path, kind, autoencoder):
     assert torch.equal(cache.get(entries[0].key)["z"], good)
 
 
+def test_an_entry_under_the_name_of_another_is_not_believed(tmp_path):
+    cache, (one, two) = Cache(tmp_path), (text_entry(text, None, torch.float32, "e").key for text in ("one", "two"))
+    for key in (one, two):
+        cache.put(key, {"vec": torch.ones(1)})
+    cache.path(one).write_bytes(cache.path(two).read_bytes())
+    assert cache.get(one) is None and cache.get(two)
+
+
 def test_what_is_read_stays_in_memory_as_long_as_there_is_room(tmp_path, monkeypatch):
     monkeypatch.setattr(caching, "MEMORY", 10)
     cache = Cache(tmp_path)

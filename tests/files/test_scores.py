@@ -360,6 +360,7 @@ def test_differences_are_paired_by_item():
     wider = np.array([1] * 7 + [-1])
     assert (mean, low, high) == pytest.approx((1, wider.mean() - 1.96 * wider.std() / np.sqrt(8), 1), abs=1e-4)
     assert low < 1
+    assert difference([0.3, 0.4], [0.3, 0.4]) == (0, 0, 0), "which are no rates"
 
 
 def test_items_without_a_score_are_left_out_of_its_mean():
