@@ -154,6 +154,8 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "another-base": Row(
         "Do a narrower base's own pairs teach it UNO's stage I?",
         Headline("one", "own pairs, stage I", "look", against="true pairs, stage I"),
+        answer="No, nor do true ones: it draws badly.",
+        paper="UNO: FLUX.1-dev alone",
     ),
     "scale": Row(
         "Do references follow better from further away?",

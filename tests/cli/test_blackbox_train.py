@@ -166,7 +166,7 @@ def test_sample_takes_what_was_trained_and_follows_it(whole, tmp_path, name):
     cat = REFERENCES / "cat.png"
     more = ["--ref", cat] if name == "uno" else ["--grid", "1x2", "--mask", "2", "--panels", cat]
     assert main("sample", *argv, *more, "--prompt", "[IMAGE1] a cat, [IMAGE2] a cat") == 0
-    assert record(tmp_path)["config"]["lora"] == [f"{whole(name) / 'lora.safetensors'}:1"]
+    assert record(tmp_path)["config"]["lora"] == [f"{whole(name) / 'lora.safetensors'}:1.0"]
 
 
 def test_the_settings_beside_a_run_repeat_it(whole, out):
@@ -263,7 +263,7 @@ def test_a_killed_process_is_continued_to_the_same_bytes(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["clean", "uno"])
 def test_five_random_kills_end_in_the_same_bytes(out, name):
     draw, direct = random.Random(name), out.with_name(f"{out.name}-direct")
     threads = torch.get_num_threads()
@@ -295,7 +295,7 @@ def test_a_process_that_is_stopped_ends_with_130_and_no_traceback(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["clean", "uno"])
 def test_two_processes_equal_one_within_rounding(out, name):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

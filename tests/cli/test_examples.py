@@ -34,9 +34,9 @@ def test_the_minimal_training_learns_and_its_lora_is_used(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_minimal_training_reaches_a_low_loss(tmp_path, capsys):
-    minimal_train.main(str(tmp_path / "minimal.safetensors"), steps=100)
+    minimal_train.main(str(tmp_path / "minimal.safetensors"), steps=50)
     losses = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().err.splitlines()]
-    assert len(losses) == 2 and losses[-1] < 0.75
+    assert len(losses) == 1 and losses[0] < 0.35
 
 
 @pytest.mark.slow
