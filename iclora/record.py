@@ -54,13 +54,14 @@ def describe(plan: Plan) -> dict[str, Any]:
 def replay(plan: Plan) -> SampleConfig:
     """Write the configuration that makes the same pictures from anywhere: nothing left open, paths absolute."""
     config = plan.config
+    loras = [f"{os.path.abspath(lora.path)}:{str(strength).removesuffix('.0')}" for lora, strength in plan.loras]
     return replace(
         config,
         mask=",".join(map(str, plan.generated)),
         panels=_absolute(config.panels),
         set=config.set and os.path.abspath(config.set),
         ref=_absolute(config.ref),
-        lora=tuple(f"{os.path.abspath(lora.path)}:{strength}" for lora, strength in plan.loras if config.lora),
+        lora=tuple(loras) if config.lora else (),
         prompt=plan.caption,
         panel_prompt=(),
         model=config.model if Path(config.model).name == config.model else os.path.abspath(config.model),

@@ -166,7 +166,7 @@ def test_sample_takes_what_was_trained_and_follows_it(whole, tmp_path, name):
     cat = REFERENCES / "cat.png"
     more = ["--ref", cat] if name == "uno" else ["--grid", "1x2", "--mask", "2", "--panels", cat]
     assert main("sample", *argv, *more, "--prompt", "[IMAGE1] a cat, [IMAGE2] a cat") == 0
-    assert record(tmp_path)["config"]["lora"] == [f"{whole(name) / 'lora.safetensors'}:1.0"]
+    assert record(tmp_path)["config"]["lora"] == [f"{whole(name) / 'lora.safetensors'}:1"]
 
 
 def test_the_settings_beside_a_run_repeat_it(whole, out):

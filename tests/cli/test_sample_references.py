@@ -224,8 +224,10 @@ def test_a_lora_for_panels_leaves_the_models_own_for_references_in_place_and_bot
     grid = {"grid": "3x1", "mask": "2,3", "prompt": "three pictures: [IMAGE1] a, [IMAGE2] b, [IMAGE3] c"}
     plan, notes = plan_for(CAT, lora=(f"{WALK}:0.5",), **grid)
     assert chosen(plan) == ((WALK, 0.5), (OWN, 1.0)) and "tiny's own is used" in notes[0]
-    assert replay(plan).lora == (f"{WALK}:0.5", f"{OWN}:1.0"), "a replay needs no choice"
+    assert replay(plan).lora == (f"{WALK}:0.5", f"{OWN}:1"), "a replay needs no choice"
     assert chosen(plan_for(CAT, lora=replay(plan).lora, **grid)[0]) == chosen(plan)
+    exact = replay(plan_for(lora=(f"{WALK}:1.2345678",), **grid)[0]).lora
+    assert exact == (f"{WALK}:1.2345678",), "else a replay makes another picture"
     assert chosen(plan_for(lora=(str(WALK),), **grid)[0]) == ((WALK, 1.0),), "without references nothing is added"
     unknown = lora(tmp_path)  # says nothing of its method, as the released one
     assert chosen(plan_for(CAT, lora=(unknown,))[0]) == ((Path(unknown), 1.0),)

@@ -1132,7 +1132,7 @@ def test_the_sampler_feeds_what_training_fed_with_tokens_and_texts_of_panels(wor
 
 def test_a_caption_that_a_lora_of_panel_texts_cannot_read_is_refused_before_anything_loads(world, out):
     assert go(world, out, "--text", "panel", steps=1) == 0
-    with pytest.raises(ValueError, match="each panel is to read its own part of 'a fox and a bear': no mark"):
+    with pytest.raises(ValueError, match="each panel is to read its own part of 'a fox and a bear': it has no mark"):
         Sampler(world, out / "lora.safetensors", prompt="a fox and a bear")
 
 

@@ -372,7 +372,7 @@ def test_the_check_notes_what_is_doubtful(tmp_path, capsys):
     notes = "\n".join(line for line in lines if line.startswith("note: "))
     assert status == 0
     for wanted in (
-        "README.md is no picture or caption", "b.png: 1 markers, but the 1x2 grid has 2 panels",
+        "README.md is no picture or caption", "b.png: it has [IMAGE1], but the 1x2 grid takes",
         "b.png shows the same as", "with another caption; it counts double", "c.png: T5 reads 64 of the caption's",
         "4 sets have panels of fewer pixels than 64x64", "either is read as one set of 2 panels; name composites 01",
         "d.txt is passed over, as a row has the caption of its picture",
@@ -396,7 +396,7 @@ def test_the_check_names_the_markers_of_the_preset_and_the_longest_of_many_capti
     status, lines = check(capsys, tmp_path)
     notes = [line for line in lines if line.startswith("note: ")]
     assert status == 0
-    assert sum("introduce each panel by its own, [SCENE-1] to [SCENE-3]" in note for note in notes) == 3
+    assert sum("it has no markers, but the 3x1 grid takes [SCENE-1] to [SCENE-3]" in note for note in notes) == 3
     (length,) = (note for note in notes if "T5 reads" in note)
     assert "c2.png: T5 reads 64 of" in length and length.endswith("; it is the longest of 3 that are too long")
 
