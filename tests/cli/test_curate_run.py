@@ -282,6 +282,7 @@ def test_a_language_model_is_asked_once_for_the_same_words(tmp_path, drawn):
         (["--dino-model", "weights/tiny/clip", "--redo", "dino"], "holds a model of type 'clip', not dinov2"),
         (["--stages", "find"], "no folder of a Owlv2"),
         (["--stages", "redraw"], "redraw needs the LoRA of stage I"),
+        (["--redo", "redraw", "--stages", "redraw", "--lora", "weights/tiny/ae.safetensors"], "not a LoRA for FLUX.1"),
         (["--stages", "judging"], "did you mean judge"),
         (["--words", "setup.json"], "setup.json"),
         (["--judge-score", "5"], "use 0 to 4"),
