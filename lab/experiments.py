@@ -227,7 +227,7 @@ def write(
         made = [row for arm, each in zip(experiment.arms, found, strict=True) if arm.task == task for row in each[0][1]]
         picture = save_picture(sheet([*parts, *made]), args.out / f"{name}-{task}")
         lines += ["", f"{task}: {experiment.judge.sheet}", "", f"![{name}, {task}]({picture.name})"]
-    command = f"python -m lab.experiments {name} --model {model} --count {args.count} --steps {steps}"
+    command = f"python -m lab.experiments {name} --model {args.model} --count {args.count} --steps {steps}"
     page = "\n".join([*lines, "", f"Made by `{command}`."]) + "\n"
     write_atomic(args.out / f"{name}.md", page)
     print(page, flush=True)
