@@ -36,7 +36,7 @@ from .flops import count_flops, count_tokens
 from .layout import MAX_TOKENS, Layout
 from .sizes import COPIES, DECODE, ENCODE, TEXT_WORK, TILE, Weights, forward_bytes, read_weights, step_bytes
 
-RESERVE = 0.04  # of a card: CUDA's own, and gaps that no tensor fits into
+RESERVE = 0.08  # of a card: CUDA's own, and gaps that no tensor fits into
 RATE, LINK = 100e12, 20e9  # FLOP/s of a middling card and bytes/s of its slot, to guess what offload costs
 SLOWER = 2
 SHORT = 128  # tokens of a text whose model has no fixed length
@@ -220,7 +220,6 @@ def settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterat
     """List settings, the fastest first; see the module. big: whether tables are on in any case"""
     blocks = flux.depth + flux.depth_single_blocks
     again = {"auto": range(blocks + 1), True: [blocks]}.get(getattr(config, "checkpointing", None), [0])
-    tiles = [False] if isinstance(config, TrainConfig) else [False, True]
     plain = MemoryPlan(**{k: v for k, v in vars(config).items() if k in ("quantize", "offload", "tile")})
     tables = replace(plain, tables=device != "cpu")  # whose memory has the weights in any case
     full = replace(tables, free_text=True)
@@ -228,8 +227,10 @@ def settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterat
     bases = ([] if device == "cpu" else [tables]) if big else [plain, tables]  # others need the machine's memory too
     bases += [replace(full, offload=full.offload or stream) for stream in streams]
     bases += [replace(base, quantize="fp8") for base in bases[-len(streams) :]]
-    for base, tile, number in product(bases, tiles, again):
-        yield replace(base, tile=base.tile or tile, checkpointing=number)
+    for base in bases:
+        tiles = [False, True] if base.free_text and not isinstance(config, TrainConfig) else [False]  # the exact first
+        for tile, number in product(tiles, again):
+            yield replace(base, tile=base.tile or tile, checkpointing=number)
 
 
 def loading(choice: MemoryPlan, work: Work, weights: Weights, training: bool) -> float:

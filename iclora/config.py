@@ -195,7 +195,7 @@ class TrainConfig:
     sample_every: int = option(250, "steps between sheets of samples; 0 makes none", valid=(0, 10_000_000))
     sample_prompt: tuple[str, ...] = option((), "a text of your own that every sheet shows, or several", metavar="TEXT")
     checkpointing: "bool | str | None" = option(
-        None, "less memory, a third slower; auto: for as few blocks as fit (default: yes; tiny no)", words=("auto",)
+        None, "less memory, a third slower; auto: of as few blocks as need be (default: auto; tiny no)", words=("auto",)
     )
     seed: int = option(0, "of everything that is drawn", valid=(0, LAST_SEED))
     device: str = option("auto", "auto is cuda if there is one, else mps, else cpu", choices=DEVICES)
@@ -254,7 +254,7 @@ SCHNELL = ModelDefaults("schnell", 256, 4, None, False, 512, (512, 320), "bfloat
 TINY = ModelDefaults("tiny", None, 20, 3.5, True, 64, (64, 64), "float32")
 TINY_UNGUIDED = replace(TINY, guidance=None)
 AS_PUBLISHED = {"offset": "d", "offset_scale": 1.0, "posterior": "sample", "reference_attention": JOINT}  # by UNO
-PAPERS = {"steps": 5000, "decay": 0.0, "checkpointing": True}  # arXiv:2410.23775 and arXiv:2504.02160
+PAPERS = {"steps": 5000, "decay": 0.0, "checkpointing": "auto"}  # arXiv:2410.23775 and arXiv:2504.02160
 IN_CONTEXT_PAPER = {"batch": 4, "lr": 1e-4, "rank": 16, "targets": "all-linear", "dropout": 0.05, "times": TIMES[0]}
 IN_CONTEXT_CODE = {"lora_init": "kaiming", "target_posterior": "mean", "eps": 1e-6}  # of ai-toolkit's adamw8bit
 UNO_PAPER = {"batch": 16, "lr": 1e-5, "rank": 512, "targets": "uno", "dropout": 0.1, "times": TIMES[1], "stage": 1}

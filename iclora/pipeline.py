@@ -88,6 +88,8 @@ class Pipeline:
         """
         if fixed := options.keys() & {*SHARED, "num", "out", "jobs", "config"}:
             raise ValueError(f"{min(fixed)} is no option of one set; give it to Pipeline.load, or to sample.py")
+        if options.keys() >= {"ref", "references"}:
+            raise ValueError("references is another name for ref; give one of them")
         options["ref"] = options.pop("references", options.get("ref", ()))
         config = with_options(self.config, options, "the request")
         (result,) = self.run(make_plan(replace(config, num=1), self.note))

@@ -324,7 +324,7 @@ def read_references(config: SampleConfig, layout: Layout, files: ModelFiles) -> 
 
     Errors: ValueError in one line if one cannot be read or is too narrow, or memory does not hold them all
     """
-    sizes = [item.size if isinstance(item, Image.Image) else picture_size(item) for item in config.ref]
+    sizes = map(picture_size, config.ref)
     shapes = tuple(reference_size(s, config.ref_size, n) for s, n in zip(sizes, map(_name, config.ref), strict=True))
     check_memory(config, replace(layout, references=shapes), files.flux)
     fitting = [(read_source(item), _name(item)) for item in config.ref]

@@ -1,6 +1,7 @@
 """Writes a model as large as FLUX.1-dev with random weights, to try memory and time with: its pictures mean nothing.
 
   python -m lab.full_size out/full                  transformer in fp8 (12 GB), T5-XXL (9.5 GB), CLIP, autoencoder
+  python -m lab.full_size out/full --dtype bfloat16     transformer in bfloat16 (24 GB), the others the same
   python -m lab.full_size out/thin --depth 1        one block of each kind and one layer of each encoder
   python sample.py --model out/full --grid 1x1 --panel-size 256 --steps 1 --prompt "a cat"
 
@@ -52,9 +53,12 @@ def clip(depth: int | None) -> nn.Module:
     return CLIPTextModel(CLIPTextConfig(**KNOWN["clip"] | layers))
 
 
+# --dtype -> the file of the transformer, and the type of its matrices
+TRANSFORMERS = {
+    "fp8": ("flux1-dev-fp8.safetensors", torch.float8_e4m3fn), "bfloat16": ("flux1-dev.safetensors", torch.bfloat16),
+}  # fmt: skip
 # file -> the network that it is of, the type of its matrices and of the others
 FILES: dict[str, tuple[Callable, torch.dtype, torch.dtype]] = {
-    "flux1-dev-fp8.safetensors": (flux, torch.float8_e4m3fn, torch.bfloat16),
     "ae.safetensors": (autoencoder, torch.float32, torch.float32),
     "text_encoder_2/model.safetensors": (t5, torch.bfloat16, torch.bfloat16),
     "text_encoder/model.safetensors": (clip, torch.bfloat16, torch.bfloat16),
@@ -66,14 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the model; made if it is not there")
     parser.add_argument("--depth", type=positive, help="blocks of each kind, and layers of encoders (default: all)")
-    return run(parser, lambda args: write_model(args.folder, args.depth), argv)
+    parser.add_argument("--dtype", choices=TRANSFORMERS, default="fp8", help="of the transformer's matrices")
+    return run(parser, lambda args: write_model(args.folder, args.depth, args.dtype), argv)
 
 
-def write_model(folder: Path, depth: int | None) -> None:
-    """Write all files of a model. depth: as --depth"""
+def write_model(folder: Path, depth: int | None, dtype: str) -> None:
+    """Write all files of a model. depth, dtype: as --depth and --dtype"""
+    transformer, matrices = TRANSFORMERS[dtype]
+    files = {transformer: (flux, matrices, torch.bfloat16), **FILES}
     (folder / "text_encoder").mkdir(parents=True, exist_ok=True)
     (folder / "text_encoder_2").mkdir(exist_ok=True)
-    for name, (network, matrices, others) in FILES.items():
+    for name, (network, matrices, others) in files.items():
         with torch.device("meta"):
             state = network(depth).state_dict()
         write_random(folder / name, {key: t for key, t in state.items() if "embed_tokens" not in key}, matrices, others)

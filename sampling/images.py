@@ -48,11 +48,14 @@ def open_picture(path: str | Path) -> Image.Image:
             return to_rgb(picture)
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """Read width and height of a picture file off its header, before any EXIF orientation.
+def picture_size(path: str | Path | Image.Image) -> tuple[int, int]:
+    """Read width and height of a picture file off its header, before any EXIF orientation; or take a picture's.
 
     Errors: as open_picture, as far as a header tells
     """
+    if isinstance(path, Image.Image):
+        _check_size(path.size)
+        return path.size
     with _quiet_pillow(), _reading(path) as file, Image.open(file, formats=FORMATS) as header:
         _check_size(header.size)
         return header.size
@@ -188,6 +191,8 @@ def _quiet_libtiff() -> Iterator[None]:
 def _check_size(size: tuple[int, int]) -> None:
     """Refuse pictures that would fill the memory or that no panel can show."""
     wide, high = size
+    if not wide * high:
+        raise _Refusal(f"the picture has {wide}x{high} pixels; give one with some")
     if wide * high > MAX_PIXELS:
         raise _Refusal(f"{wide}x{high} is {_TOO_LARGE}")
     if max(wide, high) > MAX_ASPECT * min(wide, high):
@@ -222,6 +227,7 @@ def _check_scans(file: io.BufferedReader) -> None:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Convert any mode to upright, opaque 8-bit RGB, without the metadata."""
+    _check_size(picture.size)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _to_eight_bit(picture)

@@ -1,32 +1,37 @@
 """What FLUX.1-dev takes on a card: steps, training and budgets, with random weights of its size; one table.
 
-    python -m lab.benchmarks.cards --out runs/cards.jsonl            on a GPU; goes on where it was stopped
+    python -m lab.benchmarks.cards --minutes 8 --out runs/cards.jsonl      on a GPU; the same command goes on
     python -m lab.benchmarks.cards --size small --device cpu --ways eager "tables, offload"      to try it
+
+    python -m lab.full_size runs/full --dtype bfloat16
+    python -m lab.benchmarks.cards --model runs/full --parts loading first       how long a whole model lets one wait
 
 Every row is a line of JSON with card, versions and commit, written when it is measured; a row that is there is not
 measured again. What cannot be measured here has a reason instead of figures. Beside peers, all take turns on the same
-weights, see lab/benchmarks/speed.py and requirements.txt; --model adds the time that a whole model takes to load.
+weights, see lab/benchmarks/speed.py and requirements.txt.
 """
 
 import argparse
 import gc
 import json
+import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
-from iclora.cards import RESERVE, Work, plan_memory
-from iclora.config import SampleConfig
+from iclora.cards import RESERVE, Config, MemoryPlan, Work, plan_memory
+from iclora.config import SampleConfig, TrainConfig
 from iclora.flops import Tokens, count_flops
-from iclora.sizes import forward_bytes, step_bytes, weigh
+from iclora.sizes import COPIES, forward_bytes, step_bytes, weigh
 from iclora.training import checkpoint_blocks
 from lab import entry
 from model.autoencoder import AutoEncoder, AutoEncoderConfig, decode_tiled
@@ -34,15 +39,14 @@ from model.checkpoint import Checkpoint, Stored
 from model.compiled import compile_blocks
 from model.flux import Flux, FluxConfig
 from model.offload import offload
-from model.position import grid_ids, reference_ids
 from model.quantize import quantize
-from model.tables import make_tables
-from model.weights import find_model, load_autoencoder, load_flux
+from model.tables import AHEAD, make_tables
 from sampling.denoise import denoise
 from sampling.flow import times
 
-from . import peers, speed
-from .rounds import operators, peak, spread, table, take_turns, times_as_fast, wait
+from . import peers, speed, whole
+from .rounds import kernels, peak, spread, table, take_turns, times_as_fast, wait
+from .whole import Missing, Row
 
 RANK = 16
 STEPS, WHOLE = 4, 28  # of a picture under a budget, as memory does not grow with them; and on a card of WHOLE_CARD GB
@@ -57,18 +61,26 @@ WAYS = {
     "fp8, tables": ("quantize", "tables"),
     "tables, offload": ("tables", "offload"),
 }
+FITTED = "eager", "compiled", "fp8, tables, compiled", "tables, offload"  # ways of training, those that must fit
 TECHNIQUES = {"quantize": quantize, "tables": make_tables, "compile": compile_blocks}
-PARTS = "ceiling", "beside", "steps", "training", "budgets", "exactness", "profile", "loading"
-KINDS = {  # of the kernels of a compiled forward, by what their names hold; the first that fits
-    "matrix products": ("mm", "gemm", "cutlass", "cublas", "nvjet"),
-    "attention": ("attention", "flash", "fmha", "cudnn"),
-    "gelu": ("gelu", "tanh"),
-    "norms": ("norm", "mean", "rsqrt", "var"),
-    "cat before linear2, text with image": ("cat",),
-    "RoPE": ("stack", "cos", "sin"),
-    "qkv to heads, other copies": ("clone", "copy", "permute", "contiguous"),
-    "everything else": ("",),
+PARTS = "ceiling", "steps", "beside", "training", "budgets", "exactness", "profile", "loading", "first"
+GOALS = {  # of one H100, by what, way and size, or part of it
+    ("forward", "tables, compiled", 1024): "118 ms", ("forward", "fp8, tables, compiled", 1024): "85 ms",
+    ("forward", "tables, compiled", 512): "38 ms", ("training step", "compiled"): "495 TFLOP/s",
+    ("loading", "transformer"): "5 s", ("first picture",): "15 s", ("next picture",): "3.5 s",
+}  # fmt: skip
+FUSED = "^(triton|cpp)_"  # kernels that the compiler made; their names list what they join
+KINDS = {  # of the kernels of a forward, by their names; the first that fits
+    "fused: gelu, and cat before linear2": FUSED + ".*gelu",
+    "fused: norms of queries and keys, RoPE, heads": FUSED + ".*(scaled_dot_product|rms_norm|stack|rsqrt_[^s])",
+    "fused: other norms, modulation, gates": FUSED + ".*(layer_norm|var_mean|add|mul)",
+    "fused: everything else": FUSED,
+    "attention": "attention|scaled_dot_product|flash|fmha|sdpa",
+    "matrix products": "mm|gemm|cutlass|cublas|nvjet|linear",
+    "copies": "copy|memcpy|memset|cat|clone",
+    "everything else": "",
 }
+LARGEST = 8  # kernels that a profile names
 
 
 @dataclass(frozen=True)
@@ -87,14 +99,10 @@ class Setting:
 SIZES = {  # a square of 96 has 2 % more tokens than a 2x2 grid of 1344x1728
     "dev": Setting(
         peers.flux_config(3072, 24, 19, 38, 4096, 768), (32, 64), 512,
-        ((32, 1), (32, 4), (64, 1), (64, 4), (96, 1)), ((32, 4), (64, 1)), (80, 24, 16, 12), 128,
+        ((64, 1), (32, 1), (96, 1), (32, 4), (64, 4), (96, 4)), ((32, 4), (64, 1)), (80, 24, 16, 12), 128,
     ),
     "small": Setting(peers.flux_config(64, 2, 1, 2, 32, 16), (4,), 8, ((4, 2),), ((4, 2),), (0.5, 0.01), 32),
 }  # fmt: skip
-
-
-class Missing(Exception):
-    """What is to be measured is not there, or does not fit."""
 
 
 def apply(flux: Flux, techniques: tuple[str, ...], device: torch.device) -> None:
@@ -114,7 +122,7 @@ def made(setting: Setting, techniques: tuple[str, ...], device: torch.device, on
 # rows
 
 
-def ceiling(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def ceiling(setting: Setting, device: torch.device) -> Iterator[Row]:
     """The rate of a large matrix product, which the others are a share of."""
     side = 8192 if device.type == "cuda" else 256
 
@@ -126,7 +134,7 @@ def ceiling(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Call
     yield {"what": "matrix product", "way": f"{side}^3", "size": side}, measure
 
 
-def steps(setting: Setting, device: torch.device, profile: bool = False) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def steps(setting: Setting, device: torch.device, profile: bool = False) -> Iterator[Row]:
     """Forwards without gradients, of every way and size; or where the time of a compiled one goes."""
     for way, techniques in WAYS.items():
         for side in setting.sides:
@@ -142,12 +150,7 @@ def forward(setting: Setting, techniques: tuple[str, ...], side: int, device: to
     given = peers.new_inputs(flux.config, peers.Shape(flux.config, side, setting.text, 1, 1), device, torch.bfloat16)
     call = torch.inference_mode()(lambda: flux(**given))
     if profile:
-        took = {kind: 0.0 for kind in KINDS}
-        for name, operator in operators(call, device).items():
-            took[next(k for k, parts in KINDS.items() if any(part in name.lower() for part in parts))] += (
-                operator.seconds
-            )
-        return {"ms by kind": {kind: round(1e3 * seconds, 3) for kind, seconds in took.items()}}
+        return by_kind({name: 1e3 * kernel.seconds for name, kernel in kernels(call, device).items()})
     standing = torch.cuda.memory_allocated() if device.type == "cuda" else None
     seconds = take_turns({"step": call}, 7, device, seconds=0.1)["step"]
     flops = count_flops(flux.config, 1, tokens).forward
@@ -156,79 +159,96 @@ def forward(setting: Setting, techniques: tuple[str, ...], side: int, device: to
     return {**figures, "standing GB": standing and standing / 1e9, **against(peak(call, device), predicted)}
 
 
+def kind_of(name: str) -> str:
+    """Say what a kernel does."""
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name.lower()))
+
+
+def by_kind(took: dict[str, float]) -> dict:
+    """Add up what kernels took, and name the largest. took: ms by name"""
+    sums = {kind: round(sum(ms for name, ms in took.items() if kind_of(name) == kind), 3) for kind in KINDS}
+    largest = sorted(took, key=lambda name: -took[name])[:LARGEST]
+    return {"ms by kind": sums, "largest": {name[:80]: round(took[name], 3) for name in largest}}
+
+
 def against(measured: float, predicted: float) -> dict:
     """Put a peak beside what iclora/sizes.py says."""
     return {"peak GB": measured / 1e9, "predicted GB": predicted / 1e9}
 
 
-def trainings(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """Steps of training, with all blocks computed again and with none; and UNO's, with a reference."""
-    for side, batch in setting.training:
-        for again in (setting.flux.depth + setting.flux.depth_single_blocks, 0):
-            for way in ("eager", "compiled"):
+def trainings(setting: Setting, device: torch.device) -> Iterator[Row]:
+    """Steps of training, with no block computed again and with all; the first size in all ways that fit small cards."""
+    blocks = setting.flux.depth + setting.flux.depth_single_blocks
+    for number, (side, batch) in enumerate(setting.training):
+        for again in (0, blocks):
+            for way in FITTED if again and not number else FITTED[:2]:
                 key = {"what": "training step", "way": way, "size": 16 * side, "batch": batch, "again": again}
                 yield key, partial(training, setting, WAYS[way], side, batch, again, device)
-    side, again = setting.sides[0], setting.flux.depth + setting.flux.depth_single_blocks
-    key = {"what": f"training step, UNO, rank {UNO[0]}", "way": "eager", "size": 16 * side, "batch": 1, "again": again}
-    yield key, partial(training, setting, (), side, 1, again, device, "uno", *UNO)
 
 
 def training(
     setting: Setting, techniques: tuple[str, ...], side: int, batch: int, again: int, device: torch.device,
-    targets: str = "all-linear", rank: int = RANK, reference: int = 0,
+    on: torch.device | None = None,
 ) -> dict:  # fmt: skip
-    """Measure one step of training. reference: side of one in tokens"""
-    flux, tokens = made(setting, (), device), Tokens(setting.text, side**2, reference**2)
-    parameters = peers.attach(flux, rank, targets)
-    apply(flux, techniques, device)
+    """Measure one step of training with a LoRA of rank RANK. on: where the transformer is made, if not on the device"""
+    flux, tokens = made(setting, techniques[: techniques.count("quantize")], device, on), Tokens(setting.text, side**2)
+    parameters = peers.attach(flux, RANK)
+    apply(flux, techniques[techniques.count("quantize") :], device)  # behind the adapters, as the commands do
+    if "offload" not in techniques:
+        flux.to(device)
     checkpoint_blocks(flux, again)
     shape = peers.Shape(flux.config, side, setting.text, 1, batch)
-    encoded, *drawn = peers.new_batch(flux.config, shape, device, torch.bfloat16)
-    if reference:
-        ids = torch.cat((grid_ids(side, side), *reference_ids((side, side), [(reference, reference)])))[None].to(device)
-        encoded = replace(encoded, references=torch.randn(batch, reference**2, 64, device=device), ids=ids)
-    run = peers.Training(flux, parameters, (encoded, *drawn))
+    run = peers.Training(flux, parameters, peers.new_batch(flux.config, shape, device, torch.bfloat16))
     seconds = spread(take_turns({"step": run.step}, 5, device, seconds=0.1)["step"]).median
     flops = count_flops(flux.config, batch, tokens, flux).step
-    predicted = step_bytes(flux.config, torch.bfloat16, batch, tokens, targets, rank, again)
+    predicted = step_bytes(flux.config, torch.bfloat16, batch, tokens, "all-linear", RANK, again)
     predicted += 6 * sum(p.numel() for p in parameters)  # gradients, and the adapters in bfloat16
     return {"ms": 1e3 * seconds, "tflops": flops / seconds / 1e12, **against(peak(run.step, device), predicted)}
 
 
-def beside(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def beside(setting: Setting, device: torch.device) -> Iterator[Row]:
     """Forwards and training steps in turns with the official code, diffusers and PEFT, on the same weights."""
     for side, batch in setting.forwards:
         for way in ("eager", "compiled"):
             key = {"what": "forward beside peers", "way": way, "size": 16 * side, "batch": batch}
-            yield key, partial(turns, setting, "forward", way == "compiled", side, batch, device)
+            yield key, partial(turns, setting, speed.forward, side, batch, device, way == "compiled")
+    what = "training step beside peers"
     for side, batch in setting.training:
-        key = {"what": "training step beside peers", "way": "eager", "size": 16 * side, "batch": batch}
-        yield key, partial(turns, setting, "train", False, side, batch, device)
+        for way in ("eager", "recomputed"):
+            key = {"what": what, "way": way, "size": 16 * side, "batch": batch}
+            yield key, partial(turns, setting, speed.train, side, batch, device, way == "recomputed")
+    side = setting.sides[0]
+    key = {"what": what, "way": f"recomputed, rank {UNO[0]}, a reference", "size": 16 * side, "batch": 1}
+    yield key, partial(turns, setting, speed.train, side, 1, device, True, UNO[0], "attn", UNO[1])
 
 
-def turns(setting: Setting, measure: str, compiled: bool, side: int, batch: int, device: torch.device) -> dict:
-    """Measure ours and peers, whose answers are compared first."""
-    shape = peers.Shape(setting.flux, side, setting.text, batch, batch)
-    chosen = list(peers.PEERS) if measure == "forward" and not compiled else ["diffusers"]  # only that has a way
+def turns(setting: Setting, measure: Callable, side: int, batch: int, device: torch.device, *options) -> dict:
+    """Measure ours and peers, whose answers are compared first.
+
+    measure: forward or train of lab.benchmarks.speed; options: what else it takes, first whether something is not plain
+    """
+    shape, kind = peers.Shape(setting.flux, side, setting.text, batch, batch), measure.__name__
+    chosen = list(peers.PEERS) if kind == "forward" and not options[0] else ["diffusers"]  # only that has a way
     try:
-        given = shape, chosen, device, torch.bfloat16
-        contestants = speed.train(*given) if measure == "train" else speed.forward(*given, compiled)
-        speed.compare(contestants, speed.TOLERANCES[measure][torch.bfloat16])
+        contestants = measure(shape, chosen, device, torch.bfloat16, *options)
+        speed.compare(contestants, speed.TOLERANCES[kind][torch.bfloat16])
     except (ValueError, ImportError) as error:
         raise Missing(str(error)) from None
     took = take_turns({name: c.call for name, c in contestants.items()}, 7, device, seconds=0.1)
+    peaks = {name: peak(c.call, device) / 1e9 for name, c in contestants.items()}
     ours, flops = took.pop(speed.OURS), count_flops(setting.flux, batch, Tokens(setting.text, side**2)).forward
-    figures = {"ms": 1e3 * spread(ours).median}
-    figures |= {"tflops": flops / spread(ours).median / 1e12} if measure == "forward" else {}
+    figures = {"ms": 1e3 * spread(ours).median, "peak GB": peaks[speed.OURS]}
+    figures |= {"tflops": flops / spread(ours).median / 1e12} if kind == "forward" else {}
     for name, seconds in took.items():
         figures |= {
             f"{name} ms": 1e3 * spread(seconds).median,
             f"times as fast as {name}": times_as_fast(ours, seconds).median,
+            f"{name} peak GB": peaks[name],
         }
     return figures
 
 
-def exactness(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
+def exactness(setting: Setting, device: torch.device) -> Iterator[Row]:
     """How far every way's answer is from the eager one's."""
     for way, techniques in WAYS.items():
         key = {"what": "distance from eager", "way": way, "size": 16 * setting.sides[0]}
@@ -248,13 +268,58 @@ def distance(setting: Setting, techniques: tuple[str, ...], device: torch.device
     return {"equal": torch.equal(*answers), "relative": peers.far(answers[1], answers[0])}
 
 
-def budgets(setting: Setting, device: torch.device) -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """Pictures on smaller cards: what the planner chooses, and its peaks beside the measured ones."""
-    for side in setting.sides:
-        for vram in setting.budgets:
+def budgets(setting: Setting, device: torch.device) -> Iterator[Row]:
+    """Pictures and training steps on smaller cards: what the planner chooses, and its peaks beside the measured."""
+    for vram in setting.budgets:
+        for side in setting.sides:
             count = WHOLE if vram >= WHOLE_CARD else STEPS
             key = {"what": f"picture in {count} steps", "way": f"{vram:g} GB", "size": 16 * side}
             yield key, partial(picture, setting, side, count, vram, device)
+    side = setting.sides[0]
+    for vram in setting.budgets:
+        key = {"what": "training step in a budget", "way": f"{vram:g} GB", "size": 16 * side}
+        yield key, partial(training_in, setting, side, vram, device)
+
+
+@contextmanager
+def only(vram: float, device: torch.device) -> Iterator[None]:
+    """Have the allocator give no more than a budget. vram: GB"""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * vram * (1 - RESERVE / 2) / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def planned(setting: Setting, config: Config, work: Work) -> tuple[MemoryPlan, tuple[str, ...], torch.device | None]:
+    """Plan a run. Returns the plan, its techniques, and where the transformer is made, if not on the device"""
+    known = headers(setting)
+    weights = weigh(known.transformer, known.autoencoder, 0, torch.bfloat16)  # text encoders are not there
+    try:
+        plan = plan_memory(config, setting.flux, weights, work, 0)
+    except ValueError as error:
+        raise Missing(str(error)) from None
+    names = tuple(name for name in ("quantize", "tables", "offload") if getattr(plan, name))
+    return plan, names, torch.device("cpu") if plan.load_on_cpu else None
+
+
+def training_in(setting: Setting, side: int, vram: float, device: torch.device) -> dict:
+    """Take a step of training as planned, batch 1, while the allocator gives no more than the budget."""
+    tokens = Tokens(setting.text, side**2)
+    held = partial(step_bytes, setting.flux, torch.bfloat16, 1, tokens, "all-linear", RANK)
+    with torch.device("meta"):
+        trained = sum(p.numel() for p in peers.attach(Flux(setting.flux), RANK))
+    flops = count_flops(setting.flux, 1, tokens).step
+    work = Work(len(tokens), flops, held, trained * (4 * COPIES + 2), AHEAD, (16 * side) ** 2, False)
+    config = TrainConfig(vram=vram, device=device.type, dtype="bfloat16", checkpointing="auto")
+    plan, names, on = planned(setting, config, work)
+    with only(vram, device):
+        figures = training(setting, names, side, 1, plan.checkpointing, device, on)
+    return {**figures, "with": plan.techniques}
 
 
 def headers(setting: Setting) -> SimpleNamespace:
@@ -274,70 +339,29 @@ def autoencoder(setting: Setting) -> AutoEncoder:
 
 def picture(setting: Setting, side: int, count: int, vram: float, device: torch.device) -> dict:
     """Make one picture as planned, while the allocator gives no more than the budget."""
-    known, tokens = headers(setting), Tokens(setting.text, side**2)
-    weights = weigh(known.transformer, known.autoencoder, 0, torch.bfloat16)  # text encoders are not there
+    tokens = Tokens(setting.text, side**2)
     held, flops = forward_bytes(setting.flux, torch.bfloat16, tokens), count_flops(setting.flux, 1, tokens).forward
     work = Work(len(tokens), flops, lambda again: held, 0, count, (16 * side) ** 2, False)
-    config = SampleConfig(vram=vram, device=device.type, dtype="bfloat16")
-    try:
-        plan = plan_memory(config, setting.flux, weights, work, 0)
-    except ValueError as error:
-        raise Missing(str(error)) from None
-    chosen = [name for name in ("quantize", "tables", "offload") if getattr(plan, name)]
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * vram * (1 - RESERVE / 2) / total))
-    try:
-        flux = made(setting, tuple(chosen), device, torch.device("cpu") if plan.load_on_cpu else device)
+    plan, names, on = planned(setting, SampleConfig(vram=vram, device=device.type, dtype="bfloat16"), work)
+    with only(vram, device):
+        flux = made(setting, names, device, on)
         flux, decoder = flux if plan.offload else flux.to(device), autoencoder(setting).to(device)
-        given = peers.new_inputs(
-            flux.config, peers.Shape(flux.config, side, setting.text, 1, 1), device, torch.bfloat16
-        )
+        shape = peers.Shape(flux.config, side, setting.text, 1, 1)
+        given = peers.new_inputs(flux.config, shape, device, torch.bfloat16)
         ids, x = given["img_ids"], torch.randn(1, side**2, 64, device=device)
-        step = torch.inference_mode()(
-            lambda: denoise(flux, x, times(count, side**2, True), ids, given["txt"], given["y"], 3.5)
-        )
+        text = given["txt"], given["y"], 3.5
+        steps = torch.inference_mode()(lambda count: denoise(flux, x, times(count, side**2, True), ids, *text))
         decode = decode_tiled if plan.tile else AutoEncoder.decode
         z = torch.randn(1, 16, 2 * side, 2 * side, device=device)
         image = torch.inference_mode()(lambda: decode(decoder, z))
         start = time.perf_counter()
-        step(), image(), wait(device)
+        steps(count), image(), wait(device)
         figures = {"ms": 1e3 * (time.perf_counter() - start), "with": plan.techniques}
         standing = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        for name, call in (("sampling", step), ("decoding", image)):
+        for name, call in (("sampling", partial(steps, min(count, STEPS))), ("decoding", image)):
             figures |= {f"{name} {k}": v for k, v in against(standing + peak(call, device), plan.phases[name]).items()}
+        figures |= {"reserved GB": torch.cuda.max_memory_reserved(device) / 1e9} if device.type == "cuda" else {}
         return figures
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def loading(setting: Setting, device: torch.device, model: str | None) -> Iterator[tuple[dict, Callable[[], dict]]]:
-    """Seconds until networks stand on the device; twice, as the second time files are in the page cache."""
-
-    def measure(load: Callable[[], Any]) -> dict:
-        seconds = []
-        for _ in range(2):
-            start = time.perf_counter()
-            network = load()
-            wait(device)
-            seconds.append(time.perf_counter() - start)
-            size = sum(p.nbytes for p in network.parameters())
-            del network
-            gc.collect()
-        return {"ms": 1e3 * seconds[1], "first ms": 1e3 * seconds[0], "GB/s": size / seconds[1] / 1e9}
-
-    for name, load in (("transformer", load_flux), ("autoencoder", load_autoencoder)):
-        key = {"what": "loading", "way": name, "size": 0}
-        if model is None:
-            yield key, partial(refuse, "no --model was given")
-        else:
-            checkpoint = getattr(find_model(model), "flux" if name == "transformer" else name)
-            yield key, partial(measure, partial(load, checkpoint, device))
-
-
-def refuse(reason: str) -> dict:
-    raise Missing(reason)
 
 
 # the command
@@ -347,7 +371,8 @@ def machine(device: torch.device) -> dict:
     """Say what the figures hold for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"card": name, "torch": torch.__version__, "commit": commit}
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+    return {"card": name, **versions, "commit": commit}
 
 
 def measure_all(args: argparse.Namespace) -> list[dict]:
@@ -359,32 +384,42 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
         "ceiling": ceiling(setting, device), "beside": beside(setting, device), "steps": steps(setting, device),
         "training": trainings(setting, device), "budgets": budgets(setting, device),
         "exactness": exactness(setting, device), "profile": steps(setting, device, profile=True),
-        "loading": loading(setting, device, args.model),
+        "loading": whole.loading(args.model, device), "first": whole.first(args.model, device),
     }  # fmt: skip
     lines = args.out.read_text().splitlines() if args.out and args.out.is_file() else []
-    rows, about = [json.loads(line) for line in lines], {**machine(device), "model": args.size}
-    for part in args.parts:
-        for key, measure in parts[part]:
-            key = {**key, **about}
-            if any(key.items() <= row.items() for row in rows) or key["way"] in {*WAYS} - {*args.ways}:
-                continue
-            try:
-                figures = measure()
-            except Missing as reason:
-                figures = {"not available": str(reason)}
-            except RuntimeError as error:  # no memory, or a compiler that is not there
-                figures = {"not available": str(error).strip().partition("\n")[0][:160]}
-            gc.collect()
-            if "compiled" in key["way"]:
-                torch._dynamo.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            rows.append({**key, **figures})
-            if args.out:
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-            print(f"{key['what']}, {key['way']}, {key['size']}", file=sys.stderr, flush=True)
+    rows, about = [json.loads(line) for line in lines], {**machine(device), "model": args.model or args.size}
+    wanted = [(key | about, measure) for part in args.parts for key, measure in parts[part]]
+    wanted = [(key, measure) for key, measure in wanted if key["way"] not in {*WAYS} - {*args.ways}]
+    missing = [(key, measure) for key, measure in wanted if not any(key.items() <= row.items() for row in rows)]
+    began = time.monotonic()
+    for left, (key, measure) in zip(range(len(missing), 0, -1), missing, strict=True):
+        if args.minutes and time.monotonic() - began > 60 * args.minutes:
+            print(f"time is up; {left} rows are left, which the same command measures", file=sys.stderr)
+            break
+        try:
+            figures = measure()
+        except Missing as reason:
+            figures = {"not available": str(reason)}
+        except RuntimeError as error:  # no memory, or a compiler that is not there
+            figures = {"not available": str(error).strip().partition("\n")[0][:160]}
+        gc.collect()
+        if "compiled" in key["way"]:
+            torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        rows.append({**key, **figures})
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        print(f"{key['what']}, {key['way']}, {key['size']}", file=sys.stderr, flush=True)
     return rows
+
+
+def goal_of(row: dict) -> str:
+    """Say what a row is to reach, if anything."""
+    names = row["what"], row["way"], row["size"]
+    return next((goal for key, goal in GOALS.items() if names[: len(key)] == key), "")
 
 
 def show(rows: list[dict]) -> list[str]:
@@ -399,11 +434,13 @@ def show(rows: list[dict]) -> list[str]:
             for name in ("standing GB", "peak GB", "predicted GB")
         ]
         known = {"what", "way", "size", "batch", "ms", "tflops", "standing GB", "peak GB", "predicted GB"}
-        rest = {k: v for k, v in row.items() if k not in known | {"card", "torch", "commit", "model"}}
+        known |= {"card", "torch", "cuda", "python", "commit", "model"}
+        rest = {k: v for k, v in row.items() if k not in known}
         said = "; ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in rest.items())
-        return [row["what"], row["way"], str(row["size"]), str(row.get("batch", 1)), *plain, share, *memory, said]
+        first = [row["what"], row["way"], str(row["size"]), str(row.get("batch", 1))]
+        return [*first, *plain, goal_of(row), share, *memory, said]
 
-    columns = "what way pixels batch ms TFLOP/s share_of_a_product standing_GB more_at_the_peak predicted also"
+    columns = "what way pixels batch ms TFLOP/s goal share_of_a_product standing_GB more_at_the_peak predicted also"
     header = [name.replace("_", " ") for name in columns.split()]
     return table(header, [cells(row) for row in rows])
 
@@ -417,7 +454,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of forwards and training steps")
     parser.add_argument("--budgets", nargs="+", type=float, help="GB of cards to keep to")
-    parser.add_argument("--model", help="a whole model, whose loading is timed")
+    parser.add_argument("--model", help="a whole model, for the parts loading and first")
+    parser.add_argument("--minutes", type=float, help="after which no further row is begun")
     parser.add_argument("--out", type=Path, help="rows as JSON, a line each; what is there is not measured again")
     return entry.run(parser, lambda args: print("\n".join(show(measure_all(args)))), argv)
 

@@ -9,7 +9,7 @@ Letters: B batch, I image tokens, T text tokens, C and V widths of the text feat
 import contextlib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from iclora.training import flow_loss
 from model import lora
 from model.flux import Flux, FluxConfig
 from model.lora_formats import names_in, slice_of, swap, template
-from model.position import grid_ids
+from model.position import grid_ids, reference_ids
 from model.weights import load_flux, open_checkpoint
 
 TINY = Path(__file__).parents[2] / "weights" / "tiny" / "flux1-tiny.safetensors"
@@ -129,9 +129,10 @@ class Peer(nn.Module):
     def forward(
         self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None, mask=None, references=None, isolate_refs=False
     ) -> Tensor:  # fmt: skip
-        if mask is not None or references is not None:
-            raise ValueError("peers know neither masks nor references; measure joint text without references")
-        return self.run(img, img_ids, txt, txt_ids, timesteps, y, guidance)
+        if mask is not None or isolate_refs:
+            raise ValueError("peers know no masks; measure joint text, and references that all tokens see")
+        tokens = img if references is None else torch.cat((img, references), dim=1)
+        return self.run(tokens, img_ids, txt, txt_ids, timesteps, y, guidance)[:, : img.shape[1]]
 
 
 class Official(Peer):
@@ -267,16 +268,24 @@ def new_inputs(config: FluxConfig, shape: Shape, device: torch.device, dtype: to
 
 
 def new_batch(
-    config: FluxConfig, shape: Shape, device: torch.device, dtype: torch.dtype
+    config: FluxConfig, shape: Shape, device: torch.device, dtype: torch.dtype, reference: int = 0
 ) -> tuple[Batch, Tensor, Tensor]:
-    """Draw the arguments of one training step: encoded sets, noise (B, I, 64) and times (B,)."""
+    """Draw the arguments of one training step: encoded sets, noise (B, I, 64) and times (B,).
+
+    reference: side of one beside each example, in tokens
+    """
     generator, batch = torch.Generator().manual_seed(3), shape.train_batch
     z = torch.randn(batch, 16, 2 * shape.side, 2 * shape.side, generator=generator)
     txt = torch.randn(batch, shape.text, config.context_in_dim, generator=generator)
     vec = torch.randn(batch, config.vec_in_dim, generator=generator)
     noise = torch.randn(batch, shape.side**2, 64, generator=generator)
     t = torch.linspace(0.25, 0.75, batch + 2)[1:-1]
-    return Batch(z.to(device), txt.to(device, dtype), vec.to(device, dtype)), noise.to(device), t.to(device)
+    given = Batch(z.to(device), txt.to(device, dtype), vec.to(device, dtype))
+    if reference:
+        side, refs = (shape.side, shape.side), torch.randn(batch, reference**2, 64, generator=generator)
+        ids = torch.cat((grid_ids(*side), *reference_ids(side, [(reference, reference)])))[None]
+        given = replace(given, references=refs.to(device), ids=ids.to(device))
+    return given, noise.to(device), t.to(device)
 
 
 class Training:

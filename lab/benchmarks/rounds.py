@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
 Calls = dict[str, Callable[[], object]]
 
@@ -147,6 +148,29 @@ class Operator:
 
 def operators(call: Callable[[], object], device: torch.device) -> dict[str, Operator]:
     """Give the operators of a call by name, on the device where they compute."""
+    return {
+        event.key: Operator(
+            (event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total) / REPEATS / 1e6,
+            event.count / REPEATS,
+        )
+        for event in events(call, device)
+        if event.device_type == DeviceType.CPU  # of a kernel's own entry the time is in its operator already
+    }
+
+
+def kernels(call: Callable[[], object], device: torch.device) -> dict[str, Operator]:
+    """Give what computes in a call by name: the kernels of a GPU; on a CPU operators, and what the compiler made."""
+    if device.type != "cuda":
+        return operators(call, device)
+    return {
+        event.key: Operator(event.self_device_time_total / REPEATS / 1e6, event.count / REPEATS)
+        for event in events(call, device)
+        if event.device_type == DeviceType.CUDA
+    }
+
+
+def events(call: Callable[[], object], device: torch.device) -> Sequence[FunctionEventAvg]:
+    """Profile a call, REPEATS times."""
     call()
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -156,12 +180,7 @@ def operators(call: Callable[[], object], device: torch.device) -> dict[str, Ope
         for _ in range(REPEATS):
             call()
         wait(device)
-    found = {}
-    for event in profile.key_averages():
-        if event.device_type == DeviceType.CPU:  # of a kernel's own entry the time is in its operator already
-            took = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-            found[event.key] = Operator(took / REPEATS / 1e6, event.count / REPEATS)
-    return found
+    return profile.key_averages()
 
 
 def group(name: str) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from iclora.training import checkpoint_blocks
 from lab import entry
 from model.checkpoint import write_atomic
 from model.compiled import compile_blocks
@@ -79,19 +80,25 @@ def forward(
     return {name: contestant(model) for name, model in models.items()}
 
 
-def train(shape: peers.Shape, chosen: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Contestant]:
+def train(
+    shape: peers.Shape, chosen: list[str], device: torch.device, dtype: torch.dtype, recompute: bool = False,
+    rank: int = RANK, targets: str = "all-linear", reference: int = 0,
+) -> dict[str, Contestant]:  # fmt: skip
     """Set up a training step of this project and of PEFT on diffusers, from equal adapters.
 
     Ours are float32 whatever the model is. PEFT's are either of the model's dtype, which is fastest, or float32 under
     autocast, which is how diffusers' scripts train; both compute in the model's dtype, as we do.
+
+    recompute: blocks keep their inputs only, and compute the rest again in the backward pass
+    reference: side of one beside each example, in tokens
     """
     if "diffusers" not in chosen:
         raise ValueError("training is compared with PEFT on diffusers only; add diffusers to --peers")
     title = f"{peers.package('diffusers')} + {peers.package('peft')}"
     flux = peers.new_flux(shape, device, dtype)
     state = flux.state_dict()  # before adapters change the names
-    given = peers.new_batch(flux.config, shape, device, dtype)
-    runs = {OURS: peers.Training(flux, peers.attach(flux, RANK), given)}
+    given = peers.new_batch(flux.config, shape, device, dtype, reference)
+    runs = {OURS: peers.Training(flux, peers.attach(flux, rank, targets), given)}
     ways = {title: (False, dtype)}
     if dtype != torch.float32:
         ways = {f"{title}, {str(dtype).removeprefix('torch.')} adapters": (False, dtype)}
@@ -99,6 +106,10 @@ def train(shape: peers.Shape, chosen: list[str], device: torch.device, dtype: to
     for name, (autocast, adapters) in ways.items():
         model = peers.Diffusers(flux.config, state, autocast)
         runs[name] = peers.Training(model, peers.attach_peft(model, flux, adapters), given)
+        if recompute:
+            model.transformer.enable_gradient_checkpointing()
+    if recompute:
+        checkpoint_blocks(flux)
     return {name: Contestant(run.step, run.gradient, run.standing) for name, run in runs.items()}
 
 

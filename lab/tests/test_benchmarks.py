@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -141,8 +142,11 @@ def test_a_training_step_gives_a_peer_what_its_forward_takes(flux, name, monkeyp
     nn.Module.load_state_dict(inner, flux.state_dict(), assign=True)
     sets, *drawn = peers.new_batch(SMALL.config, SMALL, CPU, torch.float32)
     assert torch.equal(peers.flow_loss(peer, sets, *drawn), peers.flow_loss(flux, sets, *drawn))
-    for more in ({"attention_mask": torch.ones(21, 21, dtype=torch.bool)}, {"references": torch.zeros(2, 3, 64)}):
-        with pytest.raises(ValueError, match="peers know neither masks nor references"):
+    refs, ids = torch.randn(2, 4, 64), torch.randn(1, sets.z.shape[2] * sets.z.shape[3] // 4 + 4, 3)
+    uno = replace(sets, references=refs, ids=ids)
+    assert torch.allclose(peers.flow_loss(peer, uno, *drawn), peers.flow_loss(flux, uno, *drawn), atol=1e-5)
+    for more in ({"attention_mask": torch.ones(21, 21, dtype=torch.bool)}, {"references": refs, "isolate_refs": True}):
+        with pytest.raises(ValueError, match="peers know no masks"):
             peers.flow_loss(peer, replace(sets, **more), *drawn)
 
 
@@ -376,12 +380,14 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
         "--out",
         str(tmp_path / "rows"),
     ]
-    parts = ["--parts", "ceiling", "beside", "steps", "training", "budgets", "exactness", "loading"]
+    parts = ["--parts", *(part for part in cards.PARTS if part != "profile")]
+    assert cards.main([*command, *parts, "--minutes", "1e-9"]) == 0
+    assert re.search(r"time is up; \d+ rows are left", capsys.readouterr().err)
     assert cards.main([*command, *parts]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert {row["what"].partition(",")[0] for row in rows} == {
-        "matrix product", "forward", "training step", "picture in 1 steps", "loading", "distance from eager",
-        "forward beside peers", "training step beside peers",
+        "matrix product", "forward", "training step", "picture in 1 steps", "training step in a budget", "loading",
+        "distance from eager", "forward beside peers", "training step beside peers", "first picture", "next picture",
     }  # fmt: skip
     why = {row["way"]: row["not available"] for row in rows if "not available" in row}
     assert why["transformer"] == "no --model was given"
@@ -400,12 +406,47 @@ def test_every_part_is_measured_at_a_small_size_or_says_why_not(tmp_path, capsys
 
 def test_peers_take_turns_with_ours_on_the_same_weights(monkeypatch):
     monkeypatch.setattr(peers, "PEERS", {"official": ("torch", Double)})
-    figures = cards.turns(cards.SIZES["small"], "forward", False, 4, 2, CPU)
+    given = cards.SIZES["small"], cards.speed.forward, 4, 2, CPU, False
+    figures = cards.turns(*given)
     (name,) = (key for key in figures if key.startswith("times as fast as official: torch"))
-    assert 0.2 < figures[name] < 5 and figures["tflops"] > 0
+    assert 0.2 < figures[name] < 5 and figures["tflops"] > 0 and figures["peak GB"] > 0
     monkeypatch.setattr(peers, "PEERS", {"official": ("torch", lambda config, state: Double(config, state, 0.2))})
     with pytest.raises(cards.Missing, match="nothing is timed"):
-        cards.turns(cards.SIZES["small"], "forward", False, 4, 2, CPU)
+        cards.turns(*given)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),  # as they were seen, or stand in the compiler's code
+    [
+        ("triton_poi_fused_addmm_cat_gelu_7", "fused: gelu, and cat before linear2"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_cat_4", "fused: norms of queries and keys, RoPE, heads"),
+        ("triton_red_fused_add_mul_native_layer_norm_2", "fused: other norms, modulation, gates"),
+        ("cpp_fused_clone_1", "fused: everything else"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob", "attention"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_bias_TNT", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "everything else"),
+    ],
+)
+def test_a_kernel_is_of_one_kind(kernel, kind):
+    assert cards.kind_of(kernel) == kind
+
+
+def test_a_profile_says_where_the_time_of_a_forward_goes():
+    figures = cards.forward(cards.SIZES["small"], (), 4, CPU, True)
+    assert figures["ms by kind"]["matrix products"] > 0 and figures["ms by kind"]["attention"] > 0
+    assert len(figures["largest"]) == cards.LARGEST
+
+
+def test_a_whole_model_is_loaded_and_samples_in_a_process_and_in_a_pipeline(monkeypatch):
+    monkeypatch.setattr(cards.whole, "STEPS", 1)
+    monkeypatch.setattr(cards.whole, "run_command", lambda argv: (float(argv[0] == "sample.py"), 0, 0))
+    rows = [*cards.whole.loading("tiny", CPU), *cards.whole.first("tiny", CPU)]
+    figures = {key["way"].partition(",")[0]: measure() for key, measure in rows}
+    assert figures["transformer"]["GB"] > figures["autoencoder"]["GB"] > 0.001
+    assert figures["sample.py"] == {"ms": 1e3, "first ms": 1e3} and figures["one pipeline"]["sampling ms"] > 0
 
 
 def test_a_transformer_made_beside_the_device_streams_to_it(monkeypatch):

@@ -196,8 +196,8 @@ GRID = ("--grid", "2x2", "--prompt", "[IMAGE1] a [IMAGE2] b [IMAGE3] c [IMAGE4] 
     ("flags", "vram", "wanted"),
     [
         (GRID, "80", MemoryPlan(tables=True)),
-        (GRID, "24", MemoryPlan(tables=True, free_text=True, load_on_cpu=True)),
-        (GRID, "22", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, tile=True)),
+        (GRID, "32", MemoryPlan(tables=True, free_text=True)),
+        (GRID, "24", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, tile=True)),
         (GRID, "16", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, offload=True)),
         (
             GRID,
@@ -210,7 +210,7 @@ GRID = ("--grid", "2x2", "--prompt", "[IMAGE1] a [IMAGE2] b [IMAGE3] c [IMAGE4] 
 )
 def test_the_first_setting_that_fits_is_taken(dev, flags, vram, wanted):
     plan = sampled(dev, *flags, "--vram", vram)
-    assert plan.memory_plan == wanted and plan.memory_plan.peak <= 0.96e9 * float(vram)
+    assert plan.memory_plan == wanted and plan.memory_plan.peak <= 0.92e9 * float(vram)
     assert plan.config.tile == wanted.tile, "which changes pixels, so it is recorded"
     assert "vram" not in saved(plan.config) and saved(plan.config)["tile"] == wanted.tile
 
@@ -236,7 +236,7 @@ def test_on_a_cpu_encoders_leave_and_fp8_is_loaded_block_by_block(dev):
 
 def test_too_little_is_refused_with_the_least_that_would_do(dev):
     with pytest.raises(
-        ValueError, match=r"^--vram 2 is too little for 4608 tokens; .*offload.* needs --vram \d.\d; "
+        ValueError, match=r"^--vram 2 is too little for 4608 tokens; .*offload.* needs --vram \d(\.\d)?; "
     ) as no:
         sampled(dev, *GRID, "--vram", "2")
     least = re.search(r"needs --vram (\S+);", str(no.value))[1]
@@ -257,12 +257,12 @@ def test_every_example_of_a_step_has_rows_of_its_own_in_the_plan(dev):
 
 
 def test_training_keeps_the_activations_of_as_many_blocks_as_fit(dev):
-    counts = [trained(dev, vram, checkpointing="auto").checkpointing for vram in (80, 32, 24)]
+    counts = [trained(dev, vram).checkpointing for vram in (80, 32, 24)]
     assert counts[0] == 0 < counts[1] < counts[2] <= 57
-    assert trained(dev, 24).checkpointing == 57, "which is the default"
+    assert trained(dev, 80, checkpointing=True).checkpointing == 57
     plans = [trained(dev, vram) for vram in (24, 16, 12)]
     assert [(plan.quantize, plan.offload) for plan in plans] == [(None, False), ("fp8", False), ("fp8", True)]
-    assert all(plan.tables and plan.peak <= 0.96e9 * vram for plan, vram in zip(plans, (24, 16, 12), strict=True))
+    assert all(plan.tables and plan.peak <= 0.92e9 * vram for plan, vram in zip(plans, (24, 16, 12), strict=True))
     with pytest.raises(ValueError, match="use that much, --checkpointing auto, a larger --accumulate or"):
         trained(dev, 2, checkpointing=False)
 
@@ -274,7 +274,7 @@ def test_dry_run_prints_the_plan_and_stops(dev, tmp_path, capsys):
     assert sample.main(["--model", dev, *GRID, "--vram", "24", "--dry-run", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["tokens", "4608"]
-    assert lines[-1] == "with modulation tables, text encoders freed first, loading through the CPU"
+    assert lines[-1] == "with modulation tables, text encoders freed first, loading through the CPU, tiles"
     flags = ["--data", str(ROOT / "sets" / "sketch"), "--out", str(tmp_path / "run"), "--dry-run"]
     assert train.main([*flags, "--checkpointing", "auto", "--vram", "0.25"]) == 0
     assert re.search(r"^with .*\d+ blocks computed again", capsys.readouterr().out, re.M)

@@ -1100,11 +1100,11 @@ def test_kept_panels_stay_clean_beside_drafts(world, clean):
     assert not torch.equal(points[0][~kept], data[~kept])
 
 
-def test_the_12b_model_recomputes_its_activations_unless_told_not_to(world, out):
+def test_the_12b_model_recomputes_activations_that_do_not_fit_unless_told_not_to(world, out):
     for method in METHODS:
         config = TrainConfig(method=method)
         chosen = [resolve_training_defaults(config, row, "cpu").checkpointing for row in (DEV, TINY)]
-        assert chosen == [True, False]
+        assert chosen == ["auto", False]
         assert not resolve_training_defaults(replace(config, checkpointing=False), DEV, "cpu").checkpointing
     assert go(world, out, "--no-checkpointing", steps=1) == 0
     assert json.loads((out / "config.json").read_text())["config"]["checkpointing"] is False
