@@ -23,4 +23,4 @@ demo:
 	rm -r $(DEMO)
 
 lab:
-	$(PYTHON) -m pytest lab
+	$(PYTHON) -m pytest lab -m "not gpu and not weights"

@@ -61,8 +61,9 @@ def run(config: SampleConfig) -> None:
         record = describe(plan)
         if config.config:
             compare(record, read_record(config.config), config.config, note)
-        with tqdm(total=plan.config.steps * plan.config.num, unit="step", disable=None) as bar:
-            for result in pipeline.run(plan, lambda done, total: bar.update()):
+        steps = int(plan.config.steps * plan.config.strength + 1e-9)
+        with tqdm(total=steps * plan.config.num, unit="step", disable=None) as bar:
+            for result in pipeline.run(plan, bar.update):
                 paths = save(result, record, folder)
                 print(*paths, sep="\n")
                 sets[paths[0].stem] = result.composite

@@ -41,7 +41,7 @@ from .prompts import texts_of
 from .references import encode, image_ids
 
 FAMILIAR = 23.4  # dB; the worst of 114 pictures of its own world comes back with 23.5, 18 of 29 photos with less
-Progress = Callable[[int, int], None]  # steps done, steps in all
+Progress = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Pipeline:
         more: other options for all requests by name, such as quantize or compile
         Errors: ValueError in one line for whatever cannot work
         """
+        if void := more.keys() & {"num", "jobs", "config", "dry_run"}:
+            raise ValueError(f"{min(void)} is an option of sample.py alone; leave it out")
         model_options = {"model": model, "lora": loras, "device": device, "dtype": dtype}
         config = with_options(SampleConfig(), {**model_options, **more}, "Pipeline.load")
         networks = {name: getattr(config, name) for name in ("lora", *SHARED)}
@@ -90,13 +92,14 @@ class Pipeline:
             raise ValueError(f"{min(fixed)} is no option of one set; give it to Pipeline.load, or to sample.py")
         if options.keys() >= {"ref", "references"}:
             raise ValueError("references is another name for ref; give one of them")
-        options["ref"] = options.pop("references", options.get("ref", ()))
+        if "references" in options:
+            options["ref"] = options.pop("references")
         config = with_options(self.config, options, "the request")
         (result,) = self.run(make_plan(replace(config, num=1), self.note))
         return result
 
     @torch.inference_mode()
-    def run(self, plan: Plan, progress: Progress = lambda done, total: None) -> Iterator[Result]:
+    def run(self, plan: Plan, progress: Progress = lambda: None) -> Iterator[Result]:
         """Make the sets of a plan, one for each seed.
 
         progress: called after every step
@@ -269,7 +272,7 @@ def start(
     def after_step(x: Tensor, t_next: float) -> Tensor:
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)  # so that progress and the clock tell the truth
-        progress(ts.index(t_next), len(ts) - 1)
+        progress()
         return keep(x, t_next)
 
     return keep(interpolate(known, x, ts[0]), ts[0]), ts, after_step  # at t = 1 this is the noise

@@ -340,6 +340,7 @@ def _name(item: str | Path | Image.Image) -> str:
 def read_source(item: str | Path | Image.Image) -> Source:
     """Read a picture from a file, or take one that Python made. Errors: ValueError in one line if it cannot be read"""
     if isinstance(item, Image.Image):
+        picture_size(item)
         picture = to_rgb(item)
         return Source("a PIL image", hashlib.sha256(picture.tobytes()).hexdigest(), picture)
     picture = open_picture(item)

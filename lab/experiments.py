@@ -225,7 +225,7 @@ def write(
     save_values({**base, "count": args.count, "steps": steps, "rows": rows}, args.out / f"{name}.json")
     for task, (_, parts) in truth.items():
         made = [row for arm, each in zip(experiment.arms, found, strict=True) if arm.task == task for row in each[0][1]]
-        picture = save_picture(sheet([*parts, *made]), args.out / f"{name}-{task}")
+        picture = save_picture(sheet([*parts, *made]), args.out / f"{name}-{task}".replace(", ", "-").replace(" ", "-"))
         lines += ["", f"{task}: {experiment.judge.sheet}", "", f"![{name}, {task}]({picture.name})"]
     command = f"python -m lab.experiments {name} --model {args.model} --count {args.count} --steps {steps}"
     page = "\n".join([*lines, "", f"Made by `{command}`."]) + "\n"

@@ -16,6 +16,7 @@ import numpy as np
 from model.checkpoint import write_atomic
 
 from . import entry
+from .judge import ALL_TASKS
 from .pages import TRUE, base_mark
 from .scores import above_chance, difference, interval, percent
 
@@ -41,12 +42,14 @@ class Row:
 
     answer: eight words at most; empty until somebody has looked
     paper: what the paper has, and whether this agrees
+    more: what README claims besides
     """
 
     question: str
     headline: Headline
     answer: str = ""
     paper: str = ""
+    more: tuple[Headline, ...] = ()
 
 
 ROWS = {  # in the order of the page; a name without values in lab/results is told as not run
@@ -60,18 +63,19 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
         Headline("walk", "LoRA", "first panel given", against="base"),
         answer="A walk yes; copying pixel by pixel no.",
         paper="In-Context LoRA: 20 to 100 sets do; no figures; agrees in part",
+        more=(Headline("walk", "LoRA", "from text"), Headline("walk", ALL_TASKS, "first panel given")),
     ),
     "few": Row(
         "Do more sets help?",
         Headline("sketch", "100 sets", "from text", against="20 sets"),
         answer="Yes; copying needs a hundred sets or more.",
-        paper="In-Context LoRA: 20 to 100 sets; no figures; agrees",
+        paper="In-Context LoRA: 20 to 100 sets; no figures; agrees in part",
     ),
     "silent": Row(
         "Does a given panel tell who it is if captions are silent?",
         Headline("walk", "LoRA after filling in, clean", "all traits, own panel", none="all traits, no panel"),
         answer="Half, if it learnt filling in before.",
-        paper="In-Context LoRA: captions name the subject",
+        paper="In-Context LoRA: captions name the subject; not comparable",
     ),
     "untuned": Row(
         "Does the base generate in context, without a LoRA?",
@@ -83,7 +87,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
         "Are given panels better noised along (SDEdit) or clean?",
         Headline("walk", "clean", "first panel given", against="SDEdit"),
         answer="No difference was seen.",
-        paper="In-Context LoRA: SDEdit, which loses identity; no figures",
+        paper="In-Context LoRA: SDEdit, which loses identity; no figures; not seen",
     ),
     "text": Row(
         "Is one joint caption better than a part for each panel?",
@@ -108,6 +112,10 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
         Headline("one subject, 2x2", "LoRA of walk", "same subject", against="base"),
         answer="UNO's but patterns; of twenty sets hardly any.",
         paper="In-Context LoRA: it does; no figures; does not agree",
+        more=(
+            Headline("one subject, 2x2", "base", "same subject"),
+            Headline("two subjects, 1x1", "base", "colours unmixed"),
+        ),
     ),
     "bundled": Row(
         "Does the bundled LoRA walk?",
@@ -118,14 +126,14 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "stages": Row(
         "Are two references followed after both stages?",
         Headline("two", "stages I and II", "look", none="look, no references"),
-        answer="Mostly; after stage I alone they are not.",
-        paper="UNO, table 2: DINO 54.2, CLIP-I 73.3; not comparable",
+        answer="Half of the look; stage I: a fifth.",
+        paper="UNO, table 4: stage II helps one reference too, DINO 73.0 to 76.0; here it costs; agrees in part",
     ),
     "offsets": Row(
         "Does it matter where references stand?",
         Headline("two", "offset o", "look", against="offset d"),
-        answer="Yes: on the picture two of them swap.",
-        paper="UNO, table 6: DINO d 54.2, w 50.8, h 50.1, o 38.6; agrees",
+        answer="On the picture is worst: two swap.",
+        paper="UNO, table 6: DINO d 54.2, w 50.8, h 50.1, o 38.6; agrees in part: o is last",
     ),
     "cropped": Row(
         "Do references cut out of the target teach pasting?",
@@ -172,7 +180,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "edits": Row(
         "Can it recolour a reference once such pairs are taught?",
         Headline("recolour", "taught", "traits", none="traits, no references"),
-        answer="It obeys words; less than half of identity.",
+        answer="Words yes; identity suffers, plain references' too.",
         paper="UNO leaves it open",
     ),
     "tiny-uno": Row(
@@ -201,7 +209,8 @@ HEAD = """\
 
 One line an experiment; its name leads to the page with all tables and sheets. Everything is measured on held-out \
 subjects, in percent, with 95 % intervals. Figures *above chance* are (own - none) / (ceiling - none): none is the \
-same arm without references or given panels, ceiling is the true picture after the autoencoder. What \
+same arm without references or given panels, ceiling is the true picture after the autoencoder; other figures and \
+differences are not. What \
 intervals cover stands on each page. The papers' figures are of photographs, so that only the order of arms can agree.
 
 Made by `python -m lab.summary`; speed and memory are in [benchmarks.md](../lab/results/benchmarks.md).
@@ -223,7 +232,8 @@ def page(results: Path, mark: str) -> str:
         if values and (values["base"] == mark) != (name == OTHER):
             arms = ", ".join(dict.fromkeys(each["name"] for each in values["rows"] if each["name"] != TRUE))
             link = f"[{name}](../lab/results/{name}.md)"
-            cells = link, row.question, arms, headline(path, row.headline), row.answer, row.paper
+            told = "; ".join(headline(path, each) for each in (row.headline, *row.more))
+            cells = link, row.question, arms, told, row.answer, row.paper
             (other if name == OTHER else run).append(cells)
         else:
             not_run.append(f"- {name}: {row.question}")

@@ -39,8 +39,11 @@ def reference_ids(
     mode: of MODES: "d" offsets rows and columns (the paper's choice), "h" rows, "w" columns, "o" nothing
     scale: multiplies every offset; 1 is the paper
     Returns one (h*w, 3) float32 tensor a reference
+    Errors: ValueError for another mode
     Source: arXiv:2504.02160 equation 8; bytedance/UNO@d305981 uno/flux/sampling.py:135
     """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
     row, column = target
     down, right = MODES[mode]
     placed = []

@@ -227,7 +227,6 @@ def _check_scans(file: io.BufferedReader) -> None:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Convert any mode to upright, opaque 8-bit RGB, without the metadata."""
-    _check_size(picture.size)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _to_eight_bit(picture)

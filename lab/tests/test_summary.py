@@ -57,11 +57,18 @@ FIGURES = {  # that judges tell, as far as there are headlines of them
 
 def test_headlines_name_arms_tasks_and_figures_that_there_are():
     for name, row in summary.ROWS.items():
-        told = row.headline
-        if name != "base":
+        for told in (row.headline, *row.more) if name != "base" else ():
             arms = {(arm.task, arm.name) for arm in EXPERIMENTS[name].arms}
             assert {(told.task, arm) for arm in (told.arm, told.against or told.arm)} <= arms, name
             assert {told.figure, told.none or told.figure} <= FIGURES[EXPERIMENTS[name].judge.name], name
+
+
+def test_the_claims_of_the_readme_are_headlines():
+    claims = re.findall(r"\| ([\d.]+) \| ([\d.]+ to [\d.]+) \| \[([\w-]+)\]", (ROOT / "README.md").read_text())
+    lines = {line.split("]")[0].strip("| ["): line for line in PAGE.read_text().splitlines()}
+    assert len(claims) == 6
+    for share, bounds, name in claims:
+        assert f" {share} ({bounds})" in lines[name], name
 
 
 def test_headlines_are_read_from_the_values_of_all_trainings(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -287,6 +288,16 @@ def test_fp8_that_makes_a_training_fit_is_recorded_as_if_it_had_been_asked_for(t
     monkeypatch.setattr("iclora.training.check_training_memory", lambda *given: MemoryPlan(quantize="fp8"))
     config = TrainConfig(data=str(ROOT / "sets" / "sketch"), out=str(tmp_path / "run"))
     assert config.quantize is None and plan_training(config, 1, lambda line: None).config.quantize == "fp8"
+
+
+@pytest.mark.slow
+def test_a_training_on_a_small_card_ends_in_the_tensors_of_a_plain_one(tmp_path):
+    flags = ["--data", str(ROOT / "sets" / "sketch"), "--batch", "2", "--steps", "2", "--sample-every", "0"]
+    tensors = []
+    for name, more in (("plain", []), ("small", ["--offload", "--checkpointing", "auto", "--vram", "0.25"])):
+        assert train.main([*flags, "--device", "cpu", "--out", str(tmp_path / name), *more]) == 0
+        tensors.append(load_file(tmp_path / name / "lora.safetensors"))
+    assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[1][k], t) for k, t in tensors[0].items())
 
 
 @pytest.mark.parametrize("value", [True, False, "auto"])

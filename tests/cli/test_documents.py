@@ -132,7 +132,7 @@ def test_every_file_that_is_named_exists(path):
     text = path.read_text()
     names = [name for name in re.findall(r"`([^`\n]+)`", text) for name in name.split()]
     names = [name for name in names if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]*\w", name)]
-    names += re.findall(r'(?:src="|\]\()([\w./-]+\.(?:png|jpg|md|py))', text)
+    names += re.findall(r'(?:src="|\]\()([\w./, -]+\.(?:png|jpg|md|py))', text)
     missing = [name for name in names if not (ROOT / name).exists() and not (path.parent / name).exists()]
     assert path.name == "log.md" or not missing  # the log tells of files as they were called then
 

@@ -397,6 +397,15 @@ def test_on_a_terminal_progress_shows_step_pace_and_time_left(tmp_path, monkeypa
     assert re.search(r"100%\|.*\| 4/4 \[\d\d:\d\d<00:00", bars[-1])
 
 
+def test_progress_counts_the_steps_that_drafts_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    draft = str(ROOT / "weights" / "tiny" / "examples" / "references" / "cat.png")
+    assert (
+        run(tmp_path, "--prompt", PROMPT, "--grid", "1x1", "--panels", draft, "--strength", "0.5", "--steps", "4") == 0
+    )
+    assert re.search(r"100%\|.*\| 2/2 ", sys.stderr.getvalue())
+
+
 def test_elsewhere_progress_is_silent(tmp_path, capsys):
     assert run(tmp_path, "--prompt", PROMPT) == 0
     assert all(line.startswith("note: ") for line in capsys.readouterr().err.splitlines())

@@ -5,6 +5,11 @@ from golden import case, far
 from model.position import MODES, grid_ids, reference_ids, rotary_angles, rotate
 
 
+def test_another_mode_is_refused():
+    with pytest.raises(ValueError, match="'x' is none of d, h, w, o"):
+        reference_ids((4, 4), [(2, 2)], "x")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_reference_ids_equal_the_official_ones(mode, count):
