@@ -47,6 +47,9 @@ def _explain(error: BaseException, memory_advice: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         tell(plain(str(error)) or "interrupted; what was finished is saved")
         return 130
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return complain(f"{where}{error.strerror}; mend that, or name another file or folder")
     if isinstance(error, ValueError | OSError | ImportError) or "Too many open files" in str(error):
         return complain(str(error))
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
@@ -93,24 +96,15 @@ def as_flags(config: Any) -> list[str]:
 def check_folder(folder: Path) -> None:
     """Refuse a place for the files that cannot work, without making anything there yet.
 
-    Errors: ValueError
+    Errors: ValueError; OSError for an impossible name
     """
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:  # an impossible name; ValueError: a NUL in it
-        raise unusable(folder, error) from None
     exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not exists.is_dir():
         raise ValueError(f"--out {folder}: {exists} is not a folder; choose another")
     if not os.access(exists, os.W_OK | os.X_OK):
         raise ValueError(f"--out {folder}: {exists} cannot be written to; choose another")
-
-
-def unusable(folder: Path, error: Exception) -> ValueError:
-    """Say what the system has against a folder."""
-    return ValueError(f"--out {str(folder)[-80:]}: {getattr(error, 'strerror', None) or error}; choose another")
 
 
 def parse(kind: type[Config], argv: Sequence[str] | None, description: str, program: str | None = None) -> Config:

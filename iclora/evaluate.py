@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import read_json
+from model.checkpoint import read_json, write_atomic
 from model.weights import find_model
 from sampling.images import open_picture, picture_size
 
@@ -34,7 +34,6 @@ from .intervals import bonett_price, wilson
 from .layout import parse_grid
 from .plan import pick_device
 from .prompts import clean, lint, preset, texts_of
-from .record import write_new
 from .records import PICTURES
 
 Values = dict[str, list[float | None]]  # by score, a value an item; None where it has no such score
@@ -351,7 +350,7 @@ def run(config: EvaluateConfig) -> None:
     if config.out:
         content = {"config": asdict(config), "table": table, "goals": goals, "unlike UNO": unlike, "values": values}
         content |= {"DINO": dino.about, "CLIP": clip.about, "items": [asdict(item) for item in items]}
-        write_new(Path(config.out), json.dumps(content, indent=1, default=str) + "\n")
+        write_atomic(Path(config.out), json.dumps(content, indent=1, default=str) + "\n", overwrite=False)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     task = preset(config.preset) if config.preset else None
     files = find_model(config.model)
     defaults = model_defaults(files.flux.config)
-    config = drop_void(config, files.name, defaults, note)
+    if config.guidance is not None and defaults.guidance is None:
+        note(f"{files.name} has no guidance; --guidance {config.guidance:g} is ignored")
+        config = replace(config, guidance=None)
     loras = choose_loras(config, files, note) if config.lora or config.ref else ()
     modes = {name: mode_of(loras, name, *values) for name, values in MODES.items()}
     if loras:
@@ -93,14 +95,6 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
         texts_of(caption, layout.rows, layout.cols, "panel")  # refuses a caption that cannot be taken apart
     how = modes["condition"], modes["concat"], modes["text"]
     return Plan(config, files, defaults, loras, layout, generated, caption, kept, drafts, references, *how)
-
-
-def drop_void(config: SampleConfig, name: str, defaults: ModelDefaults, note: Note) -> SampleConfig:
-    """Drop what means nothing to a model."""
-    if config.guidance is not None and defaults.guidance is None:
-        note(f"{name} has no guidance; --guidance {config.guidance:g} is ignored")
-        config = replace(config, guidance=None)
-    return config
 
 
 def choose_loras(config: SampleConfig, files: ModelFiles, note: Note) -> Loras:

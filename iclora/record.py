@@ -19,7 +19,6 @@ from model.checkpoint import file_sha256, write_atomic
 from model.weights import weight_files
 from sampling.images import to_png
 
-from .cli import unusable
 from .config import SampleConfig, saved
 from .pipeline import Result
 from .plan import Note, Plan
@@ -76,17 +75,6 @@ def _file(path: Path, name: str) -> dict[str, Any]:
     return {"file": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def write_new(path: Path, data: bytes | str) -> None:
-    """Write a file whole or not at all. Errors: FileExistsError if the name is taken; ValueError if it cannot be"""
-    try:
-        write_atomic(path, data, overwrite=False)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"cannot write {path}: {reason}; free space there or choose another --out") from error
-
-
 def compare(record: dict[str, Any], old: dict[str, Any], name: str, note: Note) -> None:
     """Note where a replay starts from other pictures, weights or versions than the recorded run."""
 
@@ -111,7 +99,7 @@ def save(result: Result, record: dict[str, Any], folder: Path) -> list[Path]:
     """Save one set under the next free number: composite, generated panels, JSON; all of them or none.
 
     Returns the paths
-    Errors: ValueError if the folder cannot be written
+    Errors: OSError if the folder cannot be written
     """
     record = {**record, "config": {**record["config"], "seed": result.seed, "num": 1}, "seconds": dict(result.seconds)}
     for number in count(next_number(folder)):
@@ -120,19 +108,17 @@ def save(result: Result, record: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def next_number(folder: Path) -> int:
-    """Make the folder and give the number behind the largest in it. Errors: ValueError if the system does not let us"""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = os.listdir(folder)
-    except OSError as error:
-        raise unusable(folder, error) from None
-    return 1 + max((int(match[1]) for name in names if (match := re.match(r"(\d{4,9})[.-]", name))), default=0)
+    """Make the folder and give the number behind the largest in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return 1 + max(
+        (int(match[1]) for name in os.listdir(folder) if (match := re.match(r"(\d{4,9})[.-]", name))), default=0
+    )
 
 
 def save_as(stem: str, result: Result, record: dict[str, Any], folder: Path) -> list[Path]:
     """Save one set under a given number. The composite is first, so it reserves the number.
 
-    Errors: FileExistsError if a name is taken, ValueError if the folder cannot be written; no file is left then
+    Errors: FileExistsError if a name is taken, OSError if the folder cannot be written; no file is left then
     """
     paths = {f"{stem}.png": result.composite}
     paths |= {f"{stem}-panel-{panel}.png": picture for panel, picture in result.panels.items()}
@@ -145,7 +131,7 @@ def save_as(stem: str, result: Result, record: dict[str, Any], folder: Path) -> 
     written: list[Path] = []
     try:
         for name, data in files.items():
-            write_new(folder / name, data)
+            write_atomic(folder / name, data, overwrite=False)
             written.append(folder / name)
     except BaseException:  # Ctrl-C included
         for path in written:
@@ -170,5 +156,5 @@ def save_sheet(sets: dict[str, Image.Image], folder: Path) -> Path:
         picture.thumbnail((wide, high))
         sheet.paste(picture, (left, top + LABEL))
     path = folder / f"{next_number(folder):04d}-sheet.png"
-    write_new(path, to_png(sheet))
+    write_atomic(path, to_png(sheet), overwrite=False)
     return path

@@ -22,7 +22,6 @@ MAX_PIXELS = 100_000_000  # read off the header, before a pixel is decoded
 MAX_SCANS = 64  # of a JPEG; progressive ones have 10
 MAX_JPEG = 500_000_000  # bytes
 MAX_ASPECT = 32  # long side over short side
-FIT_RULES = ("crop", "pad", "stretch")
 GREY = (128, 128, 128)  # what "pad" adds: the 8-bit value next to 0.0, the neutral middle of -1..1
 
 _TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels; scale it down first"
@@ -67,11 +66,8 @@ def fit(picture: Image.Image, width: int, height: int, rule: str = "crop") -> Im
     width, height: pixels
     rule: "crop" scales to cover and cuts the centre, "pad" scales to fit inside and adds mid-grey bars, "stretch"
         scales each side by itself
-    Errors: ValueError if the rule has another name
     """
     size, lanczos = (width, height), Image.Resampling.LANCZOS
-    if rule not in FIT_RULES:
-        raise ValueError(f"fit rule {rule!r} is unknown; choose one of {', '.join(FIT_RULES)}")
     if picture.size == size:
         return picture
     if rule == "crop":
@@ -92,13 +88,9 @@ def to_picture(image: Tensor) -> Image.Image:
     """Turn one image into an RGB picture, rounded and clamped; the exact inverse of to_tensor.
 
     image: (1, 3, h, w) or (3, h, w) in -1..1, any float type, any device
-    Errors: ValueError if the shape is another or a value is NaN or infinite
+    Errors: ValueError if a value is NaN or infinite
     """
-    if image.ndim == 4 and image.shape[0] == 1:
-        image = image[0]
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image has shape {tuple(image.shape)}; one image is (3, h, w) or (1, 3, h, w)")
-    image = image.detach().to("cpu", torch.float32)
+    image = image.detach().reshape(image.shape[-3:]).to("cpu", torch.float32)
     if not torch.isfinite(image).all():
         raise ValueError("the model gave NaN or infinite pixels; try --dtype float32, or another checkpoint or LoRA")
     pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

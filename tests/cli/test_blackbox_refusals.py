@@ -196,7 +196,7 @@ SAMPLE = [
     (["--config", "{bad}/range.json"], ("--steps 5000", "1 to 1000")),
     (["--out", "{bad}/file", *TWO], ("file", "not a folder")),
     (["--out", "{bad}/file/below", *TWO], ("file", "not a folder")),
-    (["--out", "a" * 300, *TWO], ("--out", "choose another")),
+    (["--out", "a" * 300, *TWO], ("File name too long", "name another")),
 ]  # fmt: skip
 TRAIN = [
     (["--stpes"], ("--stpes", "did you mean --steps")),

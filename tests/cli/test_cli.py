@@ -24,8 +24,6 @@ from iclora.config import (
 from iclora.prompts import TASKS, preset
 from model.lora import INITS
 from model.position import MODES
-from sampling.flow import SCHEDULES
-from sampling.images import FIT_RULES
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (
@@ -68,9 +66,7 @@ def test_several_texts_may_follow_one_flag_or_repeat_it():
     assert read("--panel-prompt", "a", "--panel-prompt", "b").panel_prompt == ("a", "b")
 
 
-@pytest.mark.parametrize(
-    ("name", "known"), [("fit", FIT_RULES), ("offset", tuple(MODES)), ("schedule", SCHEDULES), ("lora_init", INITS)]
-)
+@pytest.mark.parametrize(("name", "known"), [("offset", tuple(MODES)), ("lora_init", INITS)])
 def test_the_choices_are_the_ones_there_are(name, known):
     field = next(field for field in (*fields(SampleConfig), *fields(TrainConfig)) if field.name == name)
     assert field.metadata["choices"] == known

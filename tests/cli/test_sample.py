@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_set(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(os, "fsync", full)
     assert run(tmp_path / "out", "--prompt", PROMPT) == 2
-    assert "No space left on device; free space there" in refused(capsys)
+    assert "No space left on device; mend that" in refused(capsys)
     assert files(tmp_path / "out") == {}
 
 

@@ -35,11 +35,6 @@ def test_the_released_uno_sampler_counts_a_sixty_fourth_of_the_tokens(tokens, st
     assert times(4, 1024, False, "uno-release") == times(4, 1024, False)
 
 
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="schedule 'fast' is unknown; choose one of tokens, uno-release"):
-        times(4, 16, schedule="fast")
-
-
 def test_euler_is_exact_on_a_straight_path():
     data, start = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
     x = euler(lambda x, t: start - data, start, times(7, 256))
