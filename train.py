@@ -1,5 +1,5 @@
-"""Trains a LoRA: a relation between panels, from 20 to 100 sets that show it (In-Context LoRA), or to draw what
-reference pictures show, from many pairs of references and target (UNO, in two stages).
+"""Trains a LoRA: a relation between panels, from 20 to 100 sets that show it (In-Context LoRA), or how to draw the
+subjects of reference pictures, from many pairs of references and target (UNO, in two stages).
 
   python train.py --data sets/ --rank 16              the bundled sets on the bundled model: minutes on a CPU
   python train.py --data my-sets --model flux-dev     the same on FLUX.1-dev, as the paper does
@@ -70,7 +70,7 @@ def train(config: TrainConfig, flux: "Flux", loader: "Loader", state: "State", m
 
     Ctrl-C in any process makes the step under way the last one in all of them.
 
-    config: with nothing left undecided
+    config: with all defaults resolved
     monitor: shows and saves, in the first process
     Errors: ValueError if the loss or its gradient is not finite; the state is that of the step before then
     """

@@ -1,7 +1,7 @@
 """In-Context LoRA and UNO on FLUX.1.
 
-To import it changes nothing, except in a process that is one of our commands: what can happen to it before its modules
-are loaded is seen to here. Ctrl-C and what the system refuses are one line; no standard stream ends the work.
+To import it changes nothing, except in a process that is one of our commands, while whose modules load it handles what
+can end them. Ctrl-C and what the system refuses are one line; no standard stream ends the work.
 """
 
 import io

@@ -156,7 +156,7 @@ def plan_for_training(
 ) -> MemoryPlan:
     """Choose techniques that the largest step of a training fits with.
 
-    config: with nothing left undecided
+    config: with all defaults resolved
     layouts: of all batches
     trained: how many values
     share: examples that one process works on at once
@@ -177,7 +177,7 @@ def plan_for_training(
 def plan_memory(config: Config, flux: FluxConfig, weights: Weights, work: Work, free: int) -> MemoryPlan:
     """Choose the first setting that fits.
 
-    config: with nothing left undecided
+    config: with all defaults resolved
     free: bytes that the device has, unless --vram says it
     Errors: ValueError with what the smallest setting needs, if none fits; or for too many tokens
     """

@@ -178,7 +178,7 @@ def check_tensors(path: Path, state: State) -> None:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             for name in getattr(optimizer, "moments", MOMENTS):
                 wanted[f"{numbers[id(p)]}.optimizer.{name}"] = torch.zeros(()) if name == "step" else p
-    kinds = [{name: (t.shape, t.dtype) for name, t in some.items()} for some in (wanted, load_file(path))]
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (wanted, load_file(path))]
     if odd := {name for name, _ in kinds[0].items() ^ kinds[1].items()}:
         raise ValueError(f"{path} does not hold what this run trains ({min(odd)[:40]!a}); {ANEW}")
 

@@ -75,7 +75,7 @@ def tell(line: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Make one line that commands no terminal, as names in a downloaded file might."""
+    """Join lines and escape control characters, which names in a downloaded file might have."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 

@@ -36,7 +36,7 @@ from .memory import add_memory_plans, stored_values
 from .plan import Note, Plan, text_key
 
 MOST = 200  # captions
-Config = SampleConfig | TrainConfig  # with nothing left undecided
+Config = SampleConfig | TrainConfig  # with all defaults resolved
 
 
 def load_fitted(

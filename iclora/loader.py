@@ -82,7 +82,7 @@ class Loader:
 
     The cache lies beside the run's folder, so that trials on the same data share it.
 
-    config: with nothing left undecided
+    config: with all defaults resolved
     Errors: ValueError for too large composites, too narrow references, or too many ways to keep panels
     """
 
@@ -164,7 +164,7 @@ class Loader:
         return Batch(z, txt, vec, torch.stack(known), generated, attention_mask, z_std=z_std)
 
     def prompt(self, text: str, layout: Layout) -> Batch:
-        """Return what it takes to sample from a text alone, which was told to encode; the latents are empty."""
+        """Return what it takes to sample from a text alone, encoded before; the latents are empty."""
         txt, vec, attention_mask = self._read_texts([text], layout)
         z = torch.zeros(1, 16, 2 * layout.tokens_high, 2 * layout.tokens_wide)
         return Batch(z, txt, vec, attention_mask=attention_mask)

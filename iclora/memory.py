@@ -46,7 +46,7 @@ def check_training_memory(
     layouts: of all batches; the largest decides
     trained: how many values
     world_size: processes; the estimate is for one of them
-    Returns how it fits, an iclora.cards.MemoryPlan; None is plainly
+    Returns how it fits, an iclora.cards.MemoryPlan; None needs no technique
     Errors: ValueError with the tokens and an estimate of the memory
     """
     examples, flux, dtype = config.batch // (world_size * config.accumulate), files.flux, getattr(torch, config.dtype)

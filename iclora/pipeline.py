@@ -41,7 +41,6 @@ from .prompts import texts_of
 from .references import encode, image_ids
 
 FAMILIAR = 23.4  # dB; the worst of 114 pictures of its own world comes back with 23.5, 18 of 29 photos with less
-Progress = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Pipeline:
         return result
 
     @torch.inference_mode()
-    def run(self, plan: Plan, progress: Progress = lambda: None) -> Iterator[Result]:
+    def run(self, plan: Plan, progress: Callable[[], object] = lambda: None) -> Iterator[Result]:
         """Make the sets of a plan, one for each seed.
 
         progress: called after every step
@@ -254,7 +253,7 @@ def encode_references(autoencoder: AutoEncoder, plan: Plan, seed: int) -> Tensor
 
 
 def start(
-    plan: Plan, seed: int, known: Tensor, mask: Tensor, progress: Progress
+    plan: Plan, seed: int, known: Tensor, mask: Tensor, progress: Callable[[], object]
 ) -> tuple[Tensor, list[float], Callable[[Tensor, float], Tensor]]:
     """Give where sampling starts, its times, and what holds the kept panels after every step.
 

@@ -85,14 +85,12 @@ def markers_for(kind: str, rows: int, cols: int) -> tuple[str, ...]:
     """Name the panels of a grid in reading order.
 
     kind: "image" ([IMAGE1]...), "scene" ([SCENE-1]...) or "position" ([TOP-LEFT]...)
-    Errors: ValueError for another kind, or a grid whose panels have no position names
+    Errors: ValueError for a grid whose panels have no position names
     """
     if kind == "image":
         return tuple(f"[IMAGE{number}]" for number in range(1, rows * cols + 1))
     if kind == "scene":
         return tuple(f"[SCENE-{number}]" for number in range(1, rows * cols + 1))
-    if kind != "position":
-        raise ValueError(f"marker kind {ascii(kind)} is unknown; choose one of {', '.join(MARKER_KINDS)}")
     if (rows, cols) not in POSITIONS:
         named = ", ".join(f"{r}x{c}" for r, c in POSITIONS)
         raise ValueError(f"a {rows}x{cols} grid has no position markers, only {named} have; use image markers")
@@ -113,8 +111,6 @@ def build(summary: str, panels: Sequence[str], markers: Sequence[str], tag: str 
     tag: fixed beginning, such as [MOVIE-SHOTS]
     Errors: ValueError if the numbers differ or a text is not clean
     """
-    if len(panels) != len(markers):
-        raise ValueError(f"{len(panels)} panel texts for {len(markers)} panels; give one for each, in reading order")
     marked = [part for marker, panel in zip(markers, panels, strict=True) for part in (marker, clean(panel))]
     return clean(" ".join(part for part in (clean(tag), clean(summary), *marked) if part))
 

@@ -7,6 +7,7 @@ import platform
 import re
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import cache
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -72,7 +73,14 @@ def _absolute(items: tuple) -> tuple[str, ...]:
 
 
 def _file(path: Path, name: str) -> dict[str, Any]:
-    return {"file": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    stat = path.stat()
+    return {"file": name, "bytes": stat.st_size, "sha256": _sha256(path, stat.st_mtime_ns)}
+
+
+@cache
+def _sha256(path: Path, written: int) -> str | None:
+    """Hash a file once for all requests of a list. written: when"""
+    return file_sha256(path)
 
 
 def compare(record: dict[str, Any], old: dict[str, Any], name: str, note: Note) -> None:

@@ -1,7 +1,7 @@
 """Pictures shared by processes that torchrun has started: the same files under the same names as from one process.
 
-The processes must see one folder. Each takes every so manieth picture, in the order of requests and seeds, and the
-number of a picture's files is known before any is made.
+The processes must see one folder. Process r of n takes pictures r, r + n, ..., in the order of requests and seeds, and
+the number of a picture's files is known before any is made.
 """
 
 from collections.abc import Sequence

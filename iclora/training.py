@@ -48,7 +48,7 @@ DIALECTS = {IN_CONTEXT: "diffusers", UNO: "xlabs"}  # of the LoRA file, by metho
 class TrainingPlan:
     """Everything that is settled before a network loads.
 
-    config: with nothing left undecided
+    config: with all defaults resolved
     fingerprint: of what is learnt from, see iclora.loader.fingerprints
     train_on: the command that trains on from the run's LoRA, in a run of its own
     checkpoint: what the run goes on from; None where it begins

@@ -145,7 +145,7 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden, config.mlp_hidden)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """Let both streams exchange and think.
+        """Update both streams: joint attention, then the MLP of each.
 
         img: (B, N, D), txt: (B, T, D)
         vec: (B, D) conditioning
@@ -185,7 +185,7 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden // self.heads)
 
     def forward(self, x: Tensor, vec: Tensor, attend: Attend) -> Tensor:
-        """Attend and think side by side.
+        """Run attention and MLP in parallel.
 
         x: (B, L, D) text, then image
         vec: (B, D) conditioning

@@ -8,8 +8,8 @@ Linear comes to the GPU once, alone, is applied to all of them, and a step looks
     flux.velocity(img, cond, rows)               before the first block, what is on the list is computed
 
 The result is the same to the bit: every vec is computed and multiplied as it is without tables, in the same shape, only
-earlier. Who knows what will be asked for asks early: sampling/denoise.py for all steps, iclora/ahead.py for those of a
-training that come next. What is asked for late costs one more pass over the weights.
+earlier. Callers that know later times ask for their rows early: sampling/denoise.py for all steps, iclora/ahead.py for
+the next ones of a training. What is asked for late costs one more pass over the weights.
 Letters: B batch, D width, N rows of a table, W their width, which is 2, 3 or 6 D.
 """
 

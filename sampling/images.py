@@ -183,11 +183,9 @@ def _quiet_libtiff() -> Iterator[None]:
 def _check_size(size: tuple[int, int]) -> None:
     """Refuse pictures that would fill the memory or that no panel can show."""
     wide, high = size
-    if not wide * high:
-        raise _Refusal(f"the picture has {wide}x{high} pixels; give one with some")
     if wide * high > MAX_PIXELS:
         raise _Refusal(f"{wide}x{high} is {_TOO_LARGE}")
-    if max(wide, high) > MAX_ASPECT * min(wide, high):
+    if max(wide, high) > MAX_ASPECT * min(wide, high) or not wide:
         raise _Refusal(f"{wide}x{high} is narrower than {MAX_ASPECT}:1; crop it first")
 
 

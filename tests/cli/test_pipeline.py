@@ -711,7 +711,7 @@ def test_python_may_leave_out_everything(networks):
         ({"config": "out/0001.json"}, "config is no option of one set"),
         ({"ref": "nowhere.png"}, "cannot read nowhere.png"),
         ({"ref": (), "references": ()}, "references is another name for ref"),
-        ({"ref": Image.new("RGB", (0, 0)), "prompt": "a cat"}, "0x0 pixels"),
+        ({"ref": Image.new("RGB", (0, 0)), "prompt": "a cat"}, "0x0 is narrower than 32:1"),
         ({"panels": [Image.new("RGB", (1, 64))], "mask": "2", "grid": "1x2"}, "1x64 is narrower than 32:1"),
         ({"lora": "nowhere.safetensors"}, "there is no such file"),
     ],

