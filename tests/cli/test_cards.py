@@ -96,7 +96,7 @@ def test_a_forward_holds_what_was_computed(shape, dtype):
     assert near(forward_bytes(flux.config, dtype, Tokens(shape.text, shape.side**2)), peak)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32])
 @pytest.mark.parametrize(
     ("targets", "again"), [("all-linear", 0), ("attn", 0), ("uno", 2), ("all-linear", 3), ("attn", 3)]
 )

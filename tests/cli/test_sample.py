@@ -19,6 +19,7 @@ from PIL import Image
 import iclora.fitted as fitted
 import iclora.memory as memory
 import iclora.pipeline as pipeline
+import iclora.record
 import model.checkpoint
 import sample
 from iclora.cards import MemoryPlan
@@ -90,6 +91,7 @@ def test_the_json_holds_the_resolved_configuration_hashes_and_timings(made):
 
 def test_large_weight_files_are_recorded_by_name_and_size_only(monkeypatch):
     monkeypatch.setattr(model.checkpoint, "MAX_HASHED", 1_000_000)
+    monkeypatch.setattr(iclora.record, "_sha256", lambda path, written: model.checkpoint.file_sha256(path))
     listed = {file["file"]: file for file in describe(plan_for())["model"]["files"]}
     size = (find_model("tiny").root / "ae.safetensors").stat().st_size
     assert listed["ae.safetensors"] == {"file": "ae.safetensors", "bytes": size, "sha256": None}
