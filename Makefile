@@ -2,7 +2,7 @@
 PYTHON ?= python
 DEMO := $(shell mktemp -u -d -t iclora-demo.XXXXXX)
 
-.PHONY: test test-core test-slow lint demo lab
+.PHONY: test test-core test-slow lint demo lab lab-slow
 
 test:
 	$(PYTHON) -m pytest
@@ -23,4 +23,7 @@ demo:
 	rm -r $(DEMO)
 
 lab:
-	$(PYTHON) -m pytest lab -m "not gpu and not weights"
+	$(PYTHON) -m pytest lab
+
+lab-slow:
+	$(PYTHON) -m pytest lab -n 0 -m slow
