@@ -480,7 +480,8 @@ def test_a_file_that_the_system_refuses_is_one_line_with_its_name(tmp_path, caps
     (tmp_path / "work").write_text("no folder")
     argv = ["--work", str(tmp_path / "work" / "deeper"), "--out", str(tmp_path / "out")]
     assert pretrain.main(argv) == 2
-    assert capsys.readouterr().err == f"error: [Errno 20] Not a directory: '{tmp_path / 'work' / 'deeper'}'\n"
+    said = f"error: {tmp_path / 'work' / 'deeper'}: Not a directory; mend that, or name another file or folder\n"
+    assert capsys.readouterr().err == said
 
 
 def test_only_another_start_or_shape_has_another_origin_of_its_checkpoints(tmp_path):
