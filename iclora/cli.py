@@ -98,6 +98,8 @@ def check_folder(folder: Path) -> None:
 
     Errors: ValueError; OSError for an impossible name
     """
+    if "\0" in str(folder):
+        raise ValueError(f"--out {ascii(str(folder))[:80]} has a character that no name may have; choose another")
     with suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(folder)
     exists = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))

@@ -73,8 +73,7 @@ def _absolute(items: tuple) -> tuple[str, ...]:
 
 
 def _file(path: Path, name: str) -> dict[str, Any]:
-    stat = path.stat()
-    return {"file": name, "bytes": stat.st_size, "sha256": _sha256(path, stat.st_mtime_ns)}
+    return {"file": name, "bytes": path.stat().st_size, "sha256": _sha256(path, path.stat().st_mtime_ns)}
 
 
 @cache
@@ -118,9 +117,8 @@ def save(result: Result, record: dict[str, Any], folder: Path) -> list[Path]:
 def next_number(folder: Path) -> int:
     """Make the folder and give the number behind the largest in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    return 1 + max(
-        (int(match[1]) for name in os.listdir(folder) if (match := re.match(r"(\d{4,9})[.-]", name))), default=0
-    )
+    matches = [re.match(r"(\d{4,9})[.-]", name) for name in os.listdir(folder)]
+    return 1 + max((int(match[1]) for match in matches if match), default=0)
 
 
 def save_as(stem: str, result: Result, record: dict[str, Any], folder: Path) -> list[Path]:

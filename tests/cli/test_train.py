@@ -238,7 +238,7 @@ def test_a_typo_is_answered_without_waiting_for_torch():
     (["--config", "{sample}"], "sets 'mask', which is unknown"),
     (["--out", "{model}/ae.safetensors"], "ae.safetensors is not a folder; choose another"),
     (["--out", "{model}/ae.safetensors/run"], "ae.safetensors is not a folder; choose another"),
-    (["--out", "a\0b"], "embedded null"),
+    (["--out", "a\0b"], "no name may have; choose another"),
     (["--out", "a" * 300], "File name too long; mend that, or name another"),
     (["--device", "mps"], "--device mps is not available"),
     (["--concat", "token"], "--concat 'token' is unknown; did you mean tokens?"),
