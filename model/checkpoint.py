@@ -5,7 +5,6 @@ Nothing is ever unpickled, and every header is read once: it is carried in a Che
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -132,7 +131,7 @@ class Checkpoint:
         """
         tensors, ready = {}, [key for key in keys if FLOATS[self.tensors[key].dtype] is dtype]
         others = keys if torch.device(device).type == "cuda" else {*keys} - {*ready}
-        if sum(math.prod(self.tensors[key].shape) for key in others) * dtype.itemsize > BIG:
+        if others and sum(map(os.path.getsize, self.paths)) > BIG:
             tensors = read_pieces({key: self.tensors[key] for key in sorted(others)}, FLOATS, dtype, device)
             keys = ready = [key for key in ready if key not in tensors]
         for group in [ready, *([key] for key in sorted({*keys} - {*ready}))]:  # one by one, as mapped pages count too

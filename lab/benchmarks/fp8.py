@@ -1,13 +1,16 @@
-"""What --quantize fp8 loses: the relative error of the velocity, and the PSNR of pictures.
+"""What --quantize fp8 loses: the relative error of the velocity, the PSNR of pictures, and the loss of a training.
 
-    python -m lab.benchmarks.fp8 --out runs/fp8.md
+    python -m lab.benchmarks.fp8 --out lab/results/fp8.md
 
-On the bundled model, along the way of pictures of its bundled captions, and on random weights of FLUX.1-dev's width.
-All on a CPU: what a card does, whose codes are multiplied, is emulated by a product in float32 of both rounded factors.
+On the bundled model, along the way of pictures of its bundled captions and by LoRAs of its bundled sets, and on random
+weights of FLUX.1-dev's width. All on a CPU: what a card does, whose codes are multiplied, is emulated by a product in
+float32 of both rounded factors.
 """
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import train
 from iclora.config import SampleConfig
 from iclora.pipeline import Pipeline
 from iclora.plan import Plan, make_plan
@@ -37,6 +41,12 @@ PLAIN, NARROW = (
     ("float32", "bfloat16"),
     ("fp8 weights, float32", "fp8 weights, bfloat16", "fp8 weights and activations"),
 )
+TRAINED = {  # the base's weights, and how activations are rounded: flags of train.py
+    PLAIN[0]: (),
+    PLAIN[1]: ("--dtype", "bfloat16"),
+    NARROW[0]: ("--quantize", "fp8"),
+    NARROW[1]: ("--quantize", "fp8", "--dtype", "bfloat16"),
+}
 SHAPES = {  # random weights; the second has all the blocks of FLUX.1-dev
     "3072 wide, 1 + 1 blocks": peers.Shape(peers.flux_config(3072, 24, 1, 1, 4096, 768), 12, 128, 1, 1),
     "384 wide, 19 + 38 blocks": peers.Shape(peers.flux_config(384, 3, 19, 38, 256, 128), 12, 128, 1, 1),
@@ -156,15 +166,33 @@ def random(name: str) -> list[str]:
     return [*table([f"random, {name}", *(f"velocity against {w}" for w in PLAIN)], lines), ""]
 
 
+def training(steps: int) -> list[str]:
+    """Train a LoRA of the walk beside each form of the base: the same draws, and so curves that can be compared."""
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for form, flags in TRAINED.items():
+            out = Path(folder, form)
+            if train.main(["--data", "sets/walk", "--batch", "2", "--steps", str(steps), *flags, "--out", str(out)]):
+                raise ValueError(f"training on {form} did not end well")
+            metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            parts = np.array_split([entry["loss"] for entry in metrics if "loss" in entry], 4)
+            (*_, held_out) = [entry["validation"] for entry in metrics if "validation" in entry]
+            lines.append([form, *(f"{part.mean():.4f}" for part in parts), f"{held_out:.4f}"])
+    header = ["training on", *(f"loss, quarter {n}" for n in range(1, 5)), "loss of held-out sets"]
+    return [f"A LoRA of `sets/walk`, {steps} steps of train.py with `--batch 2`.", "", *table(header, lines), ""]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lab.benchmarks.fp8",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", nargs="+", choices=("bundled", *SHAPES), default=["bundled", *SHAPES])
+    parts = ["bundled", "training", *SHAPES]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--num", type=entry.positive, default=4, help="pictures of each grid")
-    parser.add_argument("--steps", type=entry.positive, default=20)
+    parser.add_argument("--steps", type=entry.positive, default=20, help="of sampling")
+    parser.add_argument("--train-steps", type=entry.positive, default=60)
     parser.add_argument("--out", type=Path, help="also write everything to this file")
     return entry.run(parser, write, argv)
 
@@ -174,7 +202,8 @@ def write(args: argparse.Namespace) -> None:
     text = ["# What fp8 loses", "", f"{machine(CPU)}.", ""]
     print("\n".join(text))
     for part in args.parts:
-        section = bundled(args.num, args.steps) if part == "bundled" else random(part)
+        ways = {"bundled": lambda: bundled(args.num, args.steps), "training": lambda: training(args.train_steps)}
+        section = ways.get(part, partial(random, part))()
         print("\n".join(section), flush=True)
         text += section
     if args.out:

@@ -1,23 +1,42 @@
 """References: parity with the official UNO on the reference numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from golden import EXACT, FLUX, GOLDEN, WHOLE, case, far
+from model.compiled import compile_blocks
 from model.lora import load_lora, merge
+from model.offload import offload
 from model.position import MODES, grid_ids, reference_ids
+from model.tables import make_tables
 from model.weights import load_flux
 from sampling.denoise import denoise
 from sampling.flow import euler
 from sampling.latents import pack
 
+STREAM = partial(offload, device="cpu")
+EXACT_TECHNIQUES = {  # what makes a transformer ready, in the order of iclora.fitted
+    "plain": (),
+    "tables": (make_tables,),
+    "offload": (STREAM,),
+    "compile": (compile_blocks,),
+    "all": (make_tables, compile_blocks, STREAM),
+}
+COMPILED = {"compile", "all"}
 
-@pytest.fixture(scope="module")
-def uno():
+
+def official_uno():
     flux = load_flux(FLUX["dev"], dtype=torch.float32)
     load_lora(flux, GOLDEN / "uno" / "dit_lora.safetensors")
     merge(flux)
     return flux
+
+
+@pytest.fixture(scope="module")
+def uno():
+    return official_uno()
 
 
 def velocity_of(flux, golden, count, mode):
@@ -74,7 +93,13 @@ def test_what_is_computed_once_equals_the_official_forward_in_every_step(uno, co
 
 
 @torch.no_grad()
-def test_the_sampling_loop_is_the_official_one(uno):
+@pytest.mark.parametrize(
+    "how", [pytest.param(h, marks=pytest.mark.slow) if h in COMPILED else h for h in EXACT_TECHNIQUES]
+)
+def test_the_sampling_loop_is_the_official_one(how):
+    uno = official_uno()
+    for make_ready in EXACT_TECHNIQUES[how]:
+        make_ready(uno)
     golden = case("uno")
     _, x, ids = velocity_of(uno, golden, 2, "d")
     refs = torch.cat([pack(golden[f"ref{k}"]) for k in (1, 2)], dim=1)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from golden import FLUX
 from model import checkpoint, loading
 from model.loading import Senders, read_pieces
+from model.quantize import load_quantized
 from model.weights import load_flux, open_checkpoint
 
 
@@ -34,6 +35,19 @@ def test_pieces_are_cast_to_what_the_whole_would_be(tmp_path, monkeypatch, store
     monkeypatch.setattr(checkpoint, "read_pieces", lambda *args: calls.append(args))
     load_flux(path, dtype=stored)
     assert not calls, "what is as it is wanted is mapped"
+
+
+def test_a_large_file_of_small_blocks_is_read_in_pieces_too(tmp_path, monkeypatch):
+    path = write(tmp_path / "flux1-dev.safetensors", {k: t.bfloat16() for k, t in load_file(FLUX["dev"]).items()})
+    opened, calls = open_checkpoint(path, "transformer"), []
+    monkeypatch.setattr(checkpoint, "BIG", path.stat().st_size - 1)
+    monkeypatch.setattr(checkpoint, "read_pieces", lambda *args: calls.append(args) or read_pieces(*args))
+    narrow = load_quantized(opened, dtype=torch.float32).state_dict()
+    assert len(calls) == 1 + 5, "what stays wide, and each block"
+    monkeypatch.setattr(checkpoint, "BIG", path.stat().st_size)
+    mapped = load_quantized(opened, dtype=torch.float32).state_dict()
+    assert len(calls) == 1 + 5 and mapped.keys() == narrow.keys()
+    assert all(torch.equal(narrow[name].float(), tensor.float()) for name, tensor in mapped.items())
 
 
 def test_what_is_scaled_or_put_together_is_read_too(tmp_path):
