@@ -150,10 +150,8 @@ STAGES = (
 )
 MADE = Training((("made-judge-3", 1000),), (), 1)  # on pairs that the base made itself, see lab.circle
 COLD = Training(pairs("two"), (), 2, length=2)
-BUNDLED = Training(  # single references stay among the pairs of stage II: what is bundled must do both
-    pairs("one", "two", "up-to-four", "up-to-four", count=2 * PAIRS), (), 2,
-    Training(pairs("one", count=2 * PAIRS), (), 1), length=0.5,
-)  # fmt: skip
+# single references stay among the pairs of stage II: what is bundled must do both
+BUNDLED = Training(pairs("one", "two", count=2 * PAIRS), (), 2, one(), length=2.5)
 
 EXPERIMENTS = {
     "tasks": Experiment(
@@ -296,7 +294,6 @@ EXPERIMENTS = {
         "UNO: the bundled LoRA",
         *thrice(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two")),
         judge=UNO_WITH_BARS,
-        steps=1500,
         columns=(
             "traits", "look", "right", "all right", "swapped", "confused", "scene", "copied", "pasted", "DINO",
             "CLIP-I",

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -357,6 +358,15 @@ def test_each_step_from_float32_to_codes_loses_more(monkeypatch):
     errors = [float(line[2].strip(" %")) for line in lines]
     assert [line[1].strip() for line in lines] == [*fp8.PLAIN[1:], *fp8.NARROW]
     assert 0.1 < errors[0] < 2 < errors[1] < errors[3] < 20
+
+
+def test_training_on_codes_draws_the_same_and_its_curve_is_another(monkeypatch):
+    for form in (fp8.PLAIN[1], fp8.NARROW[1]):  # on most CPUs bfloat16 takes minutes
+        monkeypatch.delitem(fp8.TRAINED, form)
+    wide, narrow = (
+        [*map(float, line.split("|")[2:-1])] for line in fp8.training(4) if line.startswith(("| float32", "| fp8"))
+    )
+    assert len(wide) == 5 and wide != narrow and np.allclose(wide, narrow, rtol=0.1)
 
 
 # a large model on a card
