@@ -10,7 +10,8 @@ import pytest
 import torch
 from wrong import KINDS, with_effect, wrong
 
-from lab.judge import Ruler, judge
+from lab import judge_kept, judge_text
+from lab.judge import OWN, Ruler, judge
 from lab.judge_uno import score
 from lab.pairs import make_pairs
 from lab.scores import traits_shown
@@ -20,7 +21,7 @@ from lab.world import draw
 from model.weights import find_model, load_autoencoder
 from sampling.images import to_tensor
 
-COUNT, SEED = 60, 21
+COUNT, FEW, SEED = 60, 20, 21  # sets; of four panels
 TRUE, WRONG = 0.95, 0.10  # of true pictures at least, of wrong ones at most
 TASKS = ("sparkle", "sketch", "walk")
 
@@ -55,9 +56,12 @@ def passed(task, kind, ruler, after):
             for at in range(3) if kind == "blurred" else [int(rng.integers(3))]:
                 pictures[at] = wrong(one.panels[at], kind, rng)
         panels += pictures
-    rows, cols = sets[0].grid
-    image = after(panels).unflatten(0, (COUNT, rows, cols)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-    return np.mean(judge(task, ruler.reader, image, sets))
+    return np.mean(judge(task, ruler.reader, composites(after(panels), *sets[0].grid), sets))
+
+
+def composites(panels, rows, cols):
+    """Sets as they are judged, (N, 3, rows h, cols w), from their panels (N rows cols, 3, h, w)."""
+    return panels.unflatten(0, (-1, rows, cols)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -134,3 +138,53 @@ def test_traits_are_those_of_the_subject_alone(ruler, after):
     true, other, nobody = mean("true"), mean("somebody else"), mean("subject removed")
     assert min(true.values()) >= 0.8 and true["all traits"] >= TRUE, "small patterns are hard to read"
     assert other["shape"] == 0 and other["all traits"] <= 0.3 and nobody["all traits"] <= WRONG
+
+
+def wrongly(sets, kind, at, grid, after):
+    """Composites of sets whose panels of these numbers are wrong in one way."""
+    rng = np.random.default_rng(SEED)
+    return composites(
+        after([wrong(panel, kind if i in at else "true", rng) for one in sets for i, panel in enumerate(one)]), *grid
+    )
+
+
+def means_of(figures):
+    return {name.removesuffix(f", {OWN}"): np.mean(values) for name, values in figures.items()}
+
+
+def test_a_wrong_panel_is_not_filled_in(ruler, after):
+    sets, found = judge_kept.held_out(FEW), {}
+    for kind in ("true", "somebody else", "subject removed", "another scene"):
+        image = wrongly(sets, kind, (judge_kept.MASKED - 1,), (2, 2), after)
+        found[kind] = means_of(judge_kept.judge(ruler.reader, image, sets, OWN))
+    true, other, nobody, elsewhere = found.values()
+    assert min(true[name] for name in ("scene", "shape", "all traits")) >= TRUE
+    assert other["shape"] <= WRONG and other["all traits"] <= 0.3 and nobody["all traits"] <= WRONG
+    assert elsewhere["scene"] <= WRONG
+
+
+def test_a_set_that_is_not_as_its_text_says_is_told(ruler, after):
+    case = "one subject, 2x2"
+    sets, found = judge_text.held_out(case, FEW), {}
+    for kind, at in (
+        ("true", ()), ("somebody else", (2,)), ("subject removed", (2,)), ("another scene", range(4)),
+        ("another place", range(4)),
+    ):  # fmt: skip
+        image = wrongly(sets, kind, at, judge_text.TEXT_CASES[case][1], after)
+        found[kind] = means_of(judge_text.judge(case, ruler, image, sets))
+    true, other, nobody, scene, place = found.values()
+    assert min(true[name] for name in ("colour and shape", "scene", "position", "same subject")) >= TRUE
+    assert max(other["same subject"], nobody["same subject"], scene["scene"], place["position"]) <= WRONG
+
+
+def test_exchanged_colours_are_told(ruler, after):
+    case, exchanged = "two subjects, 1x1", []
+    sets = judge_text.held_out(case, FEW)
+    for (panel,) in sets:
+        one, other = panel.placed
+        colours = [replace(a.subject, colour=b.subject.colour) for a, b in ((one, other), (other, one))]
+        placed = replace(one, subject=colours[0]), replace(other, subject=colours[1])
+        exchanged.append(replace(panel, placed=placed))
+    for panels, least, most in (([panel for (panel,) in sets], TRUE, 1), (exchanged, 0, WRONG)):
+        image = after([draw(panel) for panel in panels])
+        assert least <= means_of(judge_text.judge(case, ruler, image, sets))["colours unmixed"] <= most
