@@ -79,6 +79,11 @@ def filling_in(*flags: str) -> Training:
     return Training((("panels", 1200),), (*flags, *SIZE), length=2)
 
 
+def after_filling_in(task: str, name: str) -> Arm:
+    """An arm that learns the task's sets with clean given panels, from the LoRA that fills in panels."""
+    return Arm(task, name, Training(((task, COUNT),), CLEAN, start=filling_in(*CLEAN)))
+
+
 def of_tasks(arms: Callable[[str], Iterable[Arm]], tasks: Iterable[str] = GRIDS) -> tuple[Arm, ...]:
     """The same arms for each task."""
     return tuple(arm for task in tasks for arm in arms(task))
@@ -170,7 +175,7 @@ EXPERIMENTS = {
         "Captions silent about the subject: does a given panel tell who it is? (bar: traits 80 % above chance)",
         (
             Arm("walk", "base"), on_sets("walk", "LoRA"), on_sets("walk", "LoRA, clean", CLEAN),
-            Arm("walk", "LoRA after filling in, clean", Training((("walk", COUNT),), CLEAN, start=filling_in(*CLEAN))),
+            after_filling_in("walk", "LoRA after filling in, clean"),
         ),
         SILENT,
     ),
@@ -189,8 +194,11 @@ EXPERIMENTS = {
     ),
     "condition": Experiment(
         "Given panels noised along (SDEdit) or clean, in training as in sampling",
-        of_tasks(
-            lambda task: (Arm(task, "base"), on_sets(task, "SDEdit"), on_sets(task, "clean", CLEAN)), LEARNT
+        (
+            *of_tasks(
+                lambda task: (Arm(task, "base"), on_sets(task, "SDEdit"), on_sets(task, "clean", CLEAN)), LEARNT
+            ),
+            after_filling_in("sparkle", "clean, after filling in"),
         ),
     ),
     "text": Experiment(
