@@ -103,7 +103,8 @@ class Fitted:
                 if plan.memory_plan.free_text:
                     self.flux = self.loaded = None
                     gc.collect()  # as below
-                self.encoders = load_text_encoders(plan.files, device, getattr(torch, plan.config.dtype))
+                self.encoders = load_text_encoders(plan.files, "cpu", getattr(torch, plan.config.dtype))
+                move(self.encoders.t5, device), move(self.encoders.clip, device)
             txt, vec = super().read_caption(plan)
             lines = bytearray(json.dumps(self.doubts(plan)).encode())
             tensors = {"txt": txt, "vec": vec, "lines": torch.frombuffer(lines, dtype=torch.uint8)}

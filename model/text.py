@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .checkpoint import FLOATS, MAX_JSON, read_json
 from .flux import FluxConfig
-from .loading import move
 from .weights import ModelFiles, open_checkpoint
 
 UNLIMITED = 1_000_000  # a tokenizer without a limit says 1e30
@@ -150,7 +149,7 @@ def load_text_encoders(
     t5_tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
     clip = _load(CLIPTextModel, CLIPTextConfig, files.clip, "clip", dtype)
     t5 = _load(T5EncoderModel, T5Config, files.t5, "t5", torch.bfloat16 if dtype is torch.float16 else dtype)
-    return TextEncoders(move(t5, device), move(clip, device), t5_tokenizer, clip_tokenizer, dtype)
+    return TextEncoders(t5.to(device), clip.to(device), t5_tokenizer, clip_tokenizer, dtype)
 
 
 def _load(network: type, config: type, path: Path, kind: str, dtype: torch.dtype) -> nn.Module:
