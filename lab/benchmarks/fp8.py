@@ -106,7 +106,7 @@ def draw(flux: Flux | Together, plans: list[Plan]) -> np.ndarray:
     pixels = []
     for plan in plans:
         pipeline = Pipeline(plan.config)
-        pipeline.flux, pipeline.loaded = flux, []
+        pipeline.flux, pipeline.load_transformer = flux, lambda plan: None
         for result in pipeline.run(plan):
             pixels += [np.asarray(picture, dtype=np.float64).ravel() for picture in result.panels.values()]
     return np.concatenate(pixels)

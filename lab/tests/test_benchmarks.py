@@ -360,6 +360,14 @@ def test_each_step_from_float32_to_codes_loses_more(monkeypatch):
     assert 0.1 < errors[0] < 2 < errors[1] < errors[3] < 20
 
 
+def test_pictures_of_all_forms_are_compared(monkeypatch):
+    monkeypatch.setattr(fp8, "GRIDS", ("1x2",))
+    lines = [line.split("|") for line in fp8.bundled(1, 1) if "%" in line]
+    assert [line[1].strip() for line in lines] == [*fp8.PLAIN[1:], *fp8.NARROW]
+    errors, decibels = ([float(line[at].strip(" %")) for line in lines] for at in (2, 4))
+    assert 0 < errors[0] < errors[1] < errors[3] < 50 and decibels[0] > decibels[1]
+
+
 def test_training_on_codes_draws_the_same_and_its_curve_is_another(monkeypatch):
     for form in (fp8.PLAIN[1], fp8.NARROW[1]):  # on most CPUs bfloat16 takes minutes
         monkeypatch.delitem(fp8.TRAINED, form)
