@@ -213,7 +213,8 @@ same arm without references or given panels, ceiling is the true picture after t
 differences are not. What \
 intervals cover stands on each page. The papers' figures are of photographs, so that only the order of arms can agree.
 
-Made by `python -m lab.summary`; speed and memory are in [benchmarks.md](../lab/results/benchmarks.md).
+Made by `python -m lab.summary`; speed and memory are in [benchmarks.md](../lab/results/benchmarks.md),
+what fp8 loses in [fp8.md](../lab/results/fp8.md).
 """
 COLUMNS = ("experiment", "question", "arms", "headline", "answer", "paper")
 
