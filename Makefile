@@ -11,7 +11,7 @@ test-core:
 	$(PYTHON) -m pytest tests/core
 
 test-slow:
-	$(PYTHON) -m pytest -n 0 -m slow
+	$(PYTHON) -m pytest -m slow
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -1,6 +1,6 @@
-"""What a LoRA leaves of the base's knowledge: sets from text that have nothing to do with what it was taught.
+"""Sets from text, of one subject or two: what the base knows, and what a LoRA leaves of it that learnt other things.
 
-The figures are those of lab.report: one subject in 2x2 sets, two in single panels.
+lab.report asks the base alone, the experiment "knowledge" each LoRA too.
 """
 
 import numpy as np
@@ -15,7 +15,10 @@ from .world import Panel, random_set
 
 SEED = 9_300_000  # of the sets that are judged
 COLUMNS = 6  # sets on a sheet
-TEXT_CASES = {"one subject, 2x2": (1, (2, 2)), "two subjects, 1x1": (2, (1, 1))}
+TEXT_CASES = {  # subjects in a panel, and the grid
+    "one subject, 2x2": (1, (2, 2)), "two subjects, 1x1": (2, (1, 1)), "two subjects, 1x2": (2, (1, 2)),
+    "two subjects, 2x2": (2, (2, 2)),
+}  # fmt: skip
 NAMES = ("colour and shape", "pattern", "accessory", "colours unmixed", "scene", "position", "same subject")
 
 
@@ -41,9 +44,11 @@ def measure_truth(case: str, networks: Networks, ruler: Ruler, count: int) -> Fo
 
 
 def judge(case: str, ruler: Ruler, image: Tensor, sets: list[tuple[Panel, ...]]) -> Figures:
-    """The figures of lab.report for composites (N, 3, h, w): a mean of each set's panels."""
+    """The figures of composites (N, 3, h, w): a mean of each set's panels."""
     subjects, readings = TEXT_CASES[case][0], read_sets(ruler.reader, image)
     figures = {name: per_set(readings, sets, score) for name, score in TEXT_SCORES[subjects].items()}
+    if case == "two subjects, 2x2":
+        del figures["position"]  # a caption of two subjects in four panels has no room for places
     if subjects == 1:
         figures["same subject"] = [float(share == 1) for share in figures["colour and shape"]]
     return figures

@@ -1,8 +1,8 @@
 """Measure a tiny model against the truth: python -m lab.report --model tiny --out lab/results
 
-On held-out combinations of traits: the autoencoder, the reader that everything is read with, sets from text alone
-(2x2, and of two subjects 1x1 and 1x2 too), one panel from the three others, what guidance does, and borders between
-panels. Then it draws the contact sheets, and writes all on a page, with the values of every set beside it.
+On held-out combinations of traits: the autoencoder, the reader that everything is read with, sets from text alone, one
+panel from the three others, what guidance does, and borders between panels. Then it draws the contact sheets, and
+writes all on a page, with the values of every set beside it.
 """
 
 import argparse
@@ -14,14 +14,18 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from model.autoencoder import AutoEncoder
 from model.checkpoint import write_atomic
 from model.weights import find_model
 from sampling.images import to_picture
 
 from . import entry, eyes
-from .captions import joint_caption
+from .captions import DOMAIN_WORDS, joint_caption
+from .domains import in_domain
 from .generate import Networks, Options, generate, load_networks, without
+from .judge import Ruler
 from .judge_kept import others
+from .judge_text import TEXT_CASES, measure, measure_truth
 from .measure import psnr, survival, tiling
 from .pages import TRUE, base_mark, save_picture, save_values
 from .scores import (
@@ -43,7 +47,7 @@ from .world import POSITIONS, random_set
 
 SEED = 7_000_000  # far from the seeds of pretraining
 BARS = {
-    "colour and shape": 0.90, "scene": 0.95, "position": 0.85, "same subject in all four": 0.85,
+    "colour and shape": 0.90, "scene": 0.95, "position": 0.85, "same subject": 0.85,
     "colours unmixed": 0.75, "masked panel: its own scene": 0.90, "masked panel: kept subject": 0.85,
 }  # fmt: skip
 SHEETS = {  # name -> what it shows
@@ -55,20 +59,22 @@ COVER = (
     "95 %: Wilson's of what a set shows or does not, else bootstrapped over sets. They cover sampling, not training. A "
     "ceiling is what the reader says of true panels after the autoencoder. Hidden traits are never named by captions."
 )
-SAME, OWN, OTHER = "same subject in all four", "own kept panels", "another set's"
+OWN, OTHER = "own kept panels", "another set's"
 KEPT_SCORES = {
     "masked panel: its own scene": TEXT_SCORES[1]["scene"],
     "masked panel: kept subject": TEXT_SCORES[1]["colour and shape"],
 }
 HIDDEN = ("face", "hue", "angle", "spacing", "face and hue")
-CASES = ((1, (2, 2)), (2, (1, 1)), (2, (1, 2)), (2, (2, 2)))  # subjects in a panel, and the grid
 
 
 # the experiments
 
 
 def autoencoder_rows(networks: Networks, reader: Reader, count: int) -> list[str]:
-    """PSNR, and the reader's accuracy on fresh panels and on their round trips, by number of subjects."""
+    """PSNR, and the reader's accuracy on fresh panels and on their round trips, by number of subjects.
+
+    Of one subject in the drawn domains, which the reader has never seen, PSNR alone.
+    """
     lines = ["| subjects | PSNR | " + " | ".join(("scene", *READ)) + " |", "|---|---|" + "---|" * (1 + len(READ))]
     mean, mixed = 0.0, np.zeros(4)
     for (rows, cols), (often, chances) in GRIDS.items():
@@ -76,16 +82,27 @@ def autoencoder_rows(networks: Networks, reader: Reader, count: int) -> list[str
     for subjects, share in zip((1, 2, 3, 4), mixed / mixed.sum(), strict=True):
         pictures, told = draw_some((SEED + subjects, count, subjects, None))
         pictures, told = torch.from_numpy(pictures), torch.from_numpy(told)
-        decoded = round_trip(networks.autoencoder, pictures)
-        quality = psnr(decoded.float() / 127.5 - 1, pictures.float() / 127.5 - 1)
+        decoded, quality = after_autoencoder(networks.autoencoder, pictures)
         mean += share * 10 ** (-quality / 10)
         fresh, after = (accuracy(reader, image, told) for image in (pictures, decoded))
         cells = [f"{fresh[name]:.1%} / {after[name]:.1%}" for name in ("scene", *READ)]
         lines.append(f"| {subjects} | {quality:.2f} dB | " + " | ".join(cells) + " |")
+    plain, _ = draw_some((SEED + 1, count, 1, None))
+    for domain in DOMAIN_WORDS:
+        drawn = [in_domain(Image.fromarray(one.transpose(1, 2, 0)), domain, i) for i, one in enumerate(plain)]
+        pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+        _, quality = after_autoencoder(networks.autoencoder, pictures)
+        lines.append(f"| 1, {domain} | {quality:.2f} dB |" + " |" * (1 + len(READ)))
     return [*lines, "", f"PSNR over panels as pretraining mixes them: {-10 * np.log10(mean):.2f} dB (bar 28)"]
 
 
 READ = ("shape", "colour", "pattern", "accessory", "face", "hue", "angle", "spacing")
+
+
+def after_autoencoder(autoencoder: AutoEncoder, pictures: Tensor) -> tuple[Tensor, float]:
+    """What the autoencoder gives back of pictures (N, 3, 64, 64) uint8, and its PSNR in dB."""
+    decoded = round_trip(autoencoder, pictures)
+    return decoded, psnr(decoded.float() / 127.5 - 1, pictures.float() / 127.5 - 1)
 
 
 @torch.no_grad()
@@ -108,38 +125,26 @@ def accuracy(reader: Reader, pictures: Tensor, told: Tensor) -> dict[str, float]
     return right
 
 
-def text_figures(networks: Networks, reader: Reader, count: int) -> tuple[Figures, Figures]:
-    """Figures of sets from captions alone and of true ones, 2x2 of one subject, and of two in panels of several grids.
+def text_figures(networks: Networks, ruler: Ruler, count: int) -> tuple[Figures, Figures]:
+    """Figures of sets from captions alone, of all cases of judge_text.
 
     Returns a value of every set that was made, and of every true one after the autoencoder
     """
-    figures, ceilings = {}, {}
-    for number, (subjects, (rows, cols)) in enumerate(CASES):
-        rng = np.random.default_rng(SEED + 11 + number)
-        sets = [random_set(rng, rows, cols, subjects, held_out=True) for _ in range(count)]
-        captions = [joint_caption(panels, rows, cols) for panels in sets]
-        made = read_sets(reader, generate(networks, captions, (rows, cols), list(range(count))))
-        true = read_sets(reader, tensors_after(networks.autoencoder, to_tensors(sets, rows, cols)))
-        for name, score in TEXT_SCORES[subjects].items():
-            if subjects == 2 and name == "position" and rows * cols > 2:
-                continue  # a caption of two subjects in four panels has no room for places
-            label = name if subjects == 1 else f"two subjects, {rows}x{cols}: {name}"
-            figures[label], ceilings[label] = (per_set(found, sets, score) for found in (made, true))
-        if subjects == 1:
-            whole = TEXT_SCORES[1]["colour and shape"]
-            figures[SAME] = [
-                float(min(whole(r, p) for r, p in zip(f, s, strict=True))) for f, s in zip(made, sets, strict=True)
-            ]
-    return figures, ceilings
+    made, true = {}, {}
+    for case in TEXT_CASES:
+        found = measure(case, networks, {}, ruler, count)[0], measure_truth(case, networks, ruler, count)[0]
+        for all_figures, figures in zip((made, true), found, strict=True):
+            all_figures |= {f"{case}: {name}": values for name, values in figures.items()}
+    return made, true
 
 
 def from_text(figures: Figures, ceilings: Figures) -> list[str]:
     """The table of text_figures."""
-    lines = list(HEAD)
-    for name, values in figures.items():
-        ceiling = float(np.mean(ceilings[name])) if name in ceilings else None
-        lines.append(row(name, values, BARS.get(name.split(": ")[-1]), ceiling))
-    return lines
+    rows = [
+        row(name, values, BARS.get(name.split(": ")[1]), float(np.mean(ceilings[name])))
+        for name, values in figures.items()
+    ]
+    return [*HEAD, *rows]
 
 
 def kept_figures(networks: Networks, reader: Reader, count: int) -> dict[str, Figures]:
@@ -249,7 +254,7 @@ def write(args: argparse.Namespace) -> None:
     networks, model = load_networks(args.model), Path(args.model).name
     reader = load_reader(args.model)
     few = max(2, args.sets // 4)
-    text, kept = text_figures(networks, reader, args.sets), kept_figures(networks, reader, args.sets)
+    text, kept = text_figures(networks, Ruler(reader), args.sets), kept_figures(networks, reader, args.sets)
     experiments = {
         "Autoencoder, and reader: fresh panels / after the autoencoder": lambda: autoencoder_rows(
             networks, reader, args.sets

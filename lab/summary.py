@@ -55,7 +55,7 @@ class Row:
 ROWS = {  # in the order of the page; a name without values in lab/results is told as not run
     "base": Row(
         "Does the base draw what captions tell, alike in all panels?",
-        Headline("text", "base", "same subject in all four"),
+        Headline("text", "base", "one subject, 2x2: same subject"),
         answer="Yes, as far as its small world goes.",
     ),
     "tasks": Row(

@@ -1,10 +1,10 @@
-"""Sets from text with a LoRA: the same captions and noise in every arm, and the figures of the base's report."""
+"""Sets from text with a LoRA: the same captions and noise in every arm, as in the base's report."""
 
 import numpy as np
 import pytest
 import torch
 
-from lab import judge_text
+from lab import judge_text, report
 from lab.arms import EXPERIMENTS
 from lab.captions import joint_caption
 from lab.generate import Options
@@ -40,6 +40,14 @@ def test_an_arm_makes_held_out_sets_from_their_captions_alone(case, monkeypatch)
     assert all(len(panels) == rows * cols and len(panels[0].placed) == subjects for panels in sets)
     assert all(is_held_out(one.subject) for panels in sets for one in panels[0].placed)
     assert figures and set(figures) <= set(judge_text.NAMES) and set(map(tuple, figures.values())) == {(1, 1, 1)}
+
+
+def test_the_report_has_the_bases_figures_of_every_case(monkeypatch):
+    for name, value in (("measure", 0.5), ("measure_truth", 1)):
+        monkeypatch.setattr(report, name, lambda case, *rest, value=value: ({case[:3]: [value] * rest[-1]}, []))
+    made, true = report.text_figures(None, Ruler(None), 2)
+    assert made == {f"{case}: {case[:3]}": [0.5, 0.5] for case in judge_text.TEXT_CASES}
+    assert made.keys() == true.keys() and set(map(tuple, true.values())) == {(1, 1)}
 
 
 def test_a_subject_is_the_same_if_no_panel_has_another_colour(monkeypatch):

@@ -178,10 +178,13 @@ def test_the_report_measures_with_the_models_own_reader_and_writes_everything(tm
 
 
 def test_tables_of_the_base_have_a_line_for_each_figure():
-    made, true = {"scene": [1.0, 1.0], report.SAME: [1.0, 0.0]}, {"scene": [1.0, 0.5]}
+    made, true = (
+        {"a: scene": [1.0, 1.0], "b: same subject": [1.0, 0.0]},
+        {"a: scene": [1.0, 0.5], "b: same subject": [1]},
+    )
     assert report.from_text(made, true)[2:] == [
-        "| scene | 100.0% | 34.2% to 100.0% | 75.0% | 95% | reached |",
-        "| same subject in all four | 50.0% | 9.5% to 90.5% |  | 85% | **missed** |",
+        "| a: scene | 100.0% | 34.2% to 100.0% | 75.0% | 95% | reached |",
+        "| b: same subject | 50.0% | 9.5% to 90.5% | 100.0% | 85% | **missed** |",
     ]
     hidden = {trait: [1.0, np.nan] for trait in report.HIDDEN}
     kept = {name: {**dict.fromkeys(report.KEPT_SCORES, [1.0, 0.0]), **hidden} for name in (report.OWN, report.TRUE)}

@@ -26,6 +26,7 @@ from blackbox import (
     record,
 )
 
+pytestmark = pytest.mark.slow
 PICTURES = FIXTURES / "pictures"
 LORAS = FIXTURES / "loras"
 # Levels: another instruction set or number of threads moves a picture by 4e-5, one step of 20 fewer by 0.1, so that a
@@ -88,11 +89,6 @@ COMMANDS = {
     ),
 }  # fmt: skip
 RECORDS = ("walk", "kept-and-reference", "text", "first")  # of pictures, kept beside them
-SELDOM = {"two-panels", "whole-set", "reference", "two-references", "tiled", "clean-lora", "uno-lora"}
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,7 +118,6 @@ def kept_are_equal(made, stored, grid, generated):
 # pictures
 
 
-@pytest.mark.slow
 def test_the_readmes_first_command_makes_its_picture_and_keeps_three_panels_bit_for_bit(tmp_path):
     command = [sys.executable, "sample.py", "--grid", "2x2", "--mask", "3", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -139,7 +134,7 @@ def test_the_readmes_first_command_makes_its_picture_and_keeps_three_panels_bit_
             assert (panel_of(pixels(made), "2x2", number) == pixels(given.filename)).all()
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in SELDOM else name for name in COMMANDS])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_makes_its_stored_picture_and_keeps_panels_bit_for_bit(tmp_path, name):
     grid, generated, flags = COMMANDS[name]
     assert main("sample", *flags, "--device", "cpu", "--out", tmp_path) == 0
@@ -152,7 +147,7 @@ def test_a_command_makes_its_stored_picture_and_keeps_panels_bit_for_bit(tmp_pat
         assert (pixels(tmp_path / f"0001-panel-{number}.png") == panel_of(pixels(made), grid, number)).all()
 
 
-@pytest.mark.parametrize("lora", ["uno", slow("alone")])
+@pytest.mark.parametrize("lora", ["uno", "alone"])
 def test_what_a_lora_or_a_default_says_can_be_overruled_and_changes_the_picture(tmp_path, lora):
     changes = {
         "uno": [["--offset", "d"], ["--offset-scale", "1"], ["--posterior", "sample"], ["--ref-size", "32"]],
@@ -202,7 +197,6 @@ def test_a_text_for_each_panel_becomes_a_joint_caption_with_markers(tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_a_preset_gives_its_grid_its_tag_and_its_markers(tmp_path):
     argv = ["--preset", "film-storyboard", "--steps", "1", "--panel-size", "32", "--panel-prompt", "a", "b", "c"]
     assert main("sample", *argv, "--out", tmp_path) == 0
@@ -211,9 +205,7 @@ def test_a_preset_gives_its_grid_its_tag_and_its_markers(tmp_path):
     assert config["prompt"].startswith("[MOVIE-SHOTS]") and config["prompt"].index("[SCENE-1] a") > 0
 
 
-@pytest.mark.parametrize(
-    "flags", [["--fit", "pad"], slow(["--fit", "stretch"]), slow(["--dtype", "bfloat16"]), slow(["--tile"])]
-)
+@pytest.mark.parametrize("flags", [["--fit", "pad"], ["--fit", "stretch"], ["--dtype", "bfloat16"], ["--tile"]])
 def test_other_ways_to_the_same_size_run(tmp_path, flags):
     (tmp_path / "wide.png").write_bytes(CAT.read_bytes())
     Image.open(CAT).convert("RGB").resize((90, 40)).save(tmp_path / "wide.png")
@@ -247,7 +239,7 @@ def test_the_same_command_twice_gives_the_same_bytes_and_num_counts_seeds_up(mad
     assert record(made, "0002")["config"]["num"] == 1
 
 
-@pytest.mark.parametrize("stem", ["0002", slow("0001")])
+@pytest.mark.parametrize("stem", ["0002", "0001"])
 def test_a_replay_gives_the_same_bytes(made, tmp_path, stem):
     assert main("sample", "--config", made / f"{stem}.json", "--out", tmp_path) == 0
     assert pngs(tmp_path, "0001") == pngs(made, stem)
@@ -280,7 +272,7 @@ def test_a_replay_from_other_pictures_is_told_and_made(tmp_path, capsys):
     assert pngs(tmp_path / "out", "0002") != pngs(tmp_path / "out", "0001")
 
 
-@pytest.mark.parametrize("name", [RECORDS[0], *map(slow, RECORDS[1:])])
+@pytest.mark.parametrize("name", RECORDS)
 def test_a_record_of_before_is_replayed_to_its_picture(tmp_path, name):
     text = (FIXTURES / "records" / f"{name}.json").read_text().replace("{root}", str(ROOT))
     (tmp_path / "old.json").write_text(text)
@@ -376,7 +368,6 @@ def test_an_interruption_is_status_130_and_keeps_whole_sets_only(tmp_path, capsy
     assert names == {f"{s}{end}" for s in stems for end in (".png", "-panel-1.png", "-panel-2.png", ".json")}
 
 
-@pytest.mark.slow
 def test_a_process_that_is_interrupted_ends_with_130_and_no_traceback(tmp_path):
     command = [
         sys.executable,

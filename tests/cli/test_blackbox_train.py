@@ -30,6 +30,7 @@ from blackbox import (
     refused,
 )
 
+pytestmark = pytest.mark.slow
 PAIRS = FIXTURES / "pairs" / "pairs.json"
 ONE_LINEAR = ["--rank", "1", "--targets", "double_blocks.0.img_attn.qkv"]
 FAST = [*ONE_LINEAR, "--steps", "6", "--batch", "2", "--device", "cpu", "--sample-every", "0"]
@@ -125,7 +126,7 @@ def same_end(folder, other):
 # what a run leaves
 
 
-@pytest.mark.parametrize("name", ["clean", "uno", pytest.param("tokens", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["clean", "uno", "tokens"])
 def test_a_run_leaves_a_lora_that_says_what_it_is_a_checkpoint_a_curve_and_its_settings(whole, name):
     folder = whole(name)
     assert complete(folder)
@@ -153,14 +154,13 @@ def test_a_sheet_of_samples_is_drawn_at_the_end(out):
     assert {name for name in files(out) if name.startswith("sheet-")} == {"sheet-000001.png"}
 
 
-@pytest.mark.slow
 def test_sheets_are_drawn_when_they_are_due_and_at_the_end(out):
     assert go(out, "clean", "--steps", "3", "--sample-every", "2", "--holdout", "0") == 0
     assert {name for name in files(out) if name.startswith("sheet-")} == {"sheet-000002.png", "sheet-000003.png"}
     assert Image.open(out / "sheet-000002.png").convert("RGB").size[0] >= 128
 
 
-@pytest.mark.parametrize("name", ["clean", pytest.param("uno", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["clean", "uno"])
 def test_sample_takes_what_was_trained_and_follows_it(whole, tmp_path, name):
     argv = ["--lora", whole(name) / "lora.safetensors", "--steps", "1", "--device", "cpu", "--out", tmp_path]
     cat = REFERENCES / "cat.png"
@@ -181,7 +181,6 @@ def test_a_finished_run_is_left_as_it_is(whole):
     assert files(whole("clean")) == before
 
 
-@pytest.mark.slow
 def test_parts_of_a_batch_and_recomputed_activations_change_only_rounding(whole, out):
     assert go(out, "clean", "--accumulate", "2", "--checkpointing") == 0
     losses = [[row["loss"] for row in metrics(folder)] for folder in (out, whole("clean"))]
@@ -212,8 +211,7 @@ def test_a_second_stage_starts_from_the_first_and_keeps_how_references_were_give
 
 
 @pytest.mark.parametrize(("name", "number"), [
-    ("clean", signal.SIGINT), ("uno", signal.SIGTERM),
-    pytest.param("tokens", signal.SIGINT, marks=pytest.mark.slow),
+    ("clean", signal.SIGINT), ("uno", signal.SIGTERM), ("tokens", signal.SIGINT),
 ], ids=["clean", "uno", "tokens"])  # fmt: skip
 def test_a_stopped_run_is_status_130_and_goes_on_to_the_same_bytes(whole, out, capsys, name, number):
     handler = signal.getsignal(number)
@@ -227,7 +225,6 @@ def test_a_stopped_run_is_status_130_and_goes_on_to_the_same_bytes(whole, out, c
     assert steps_of(out) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
 def test_a_raised_number_of_steps_goes_on_to_the_same_bytes(out):
     direct = out.with_name(f"{out.name}-direct")
     same = ["--decay", "0", "--holdout", "0"]
@@ -243,7 +240,6 @@ def start(out, name, *flags, env=None):
     return subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_continued_to_the_same_bytes(out):
     direct = out.with_name(f"{out.name}-direct")
     threads = torch.get_num_threads()
@@ -262,7 +258,6 @@ def test_a_killed_process_is_continued_to_the_same_bytes(out):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clean", "uno"])
 def test_five_random_kills_end_in_the_same_bytes(out, name):
     draw, direct = random.Random(name), out.with_name(f"{out.name}-direct")
@@ -284,7 +279,6 @@ def test_five_random_kills_end_in_the_same_bytes(out, name):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.slow
 def test_a_process_that_is_stopped_ends_with_130_and_no_traceback(out):
     process = start(out, "clean", "--steps", "400")
     while process.poll() is None and rows(out) < 3:
@@ -294,7 +288,6 @@ def test_a_process_that_is_stopped_ends_with_130_and_no_traceback(out):
     assert metadata(out / "lora.safetensors")["iclora.steps"] == str(rows(out))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clean", "uno"])
 def test_two_processes_equal_one_within_rounding(out, name):
     with socket.socket() as free:
@@ -352,7 +345,6 @@ def test_other_content_under_the_same_name_is_refused_but_moved_content_is_not(o
 # runs that were begun before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_a_run_that_was_killed_before_is_continued_by_the_same_command(runs, name):
     folder = runs / f"old-{name}"
@@ -384,7 +376,6 @@ def test_a_run_that_was_killed_before_still_refuses_other_settings(runs, capsys)
     assert files(folder) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OLD_RUNS)
 def test_the_settings_of_a_run_of_before_repeat_it(out, name):
     assert main("train", "--config", FIXTURES / "begun" / name / "config.json", "--out", out) == 0

@@ -10,6 +10,8 @@ import sys
 import tokenize
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ENTERED, READING = 1396, 4505  # asked for: 1,050 and 3,200; docs/log.md says what stands in the way
 FORMS = ("model/lora_formats.py", "model/lora_kinds.py", "model/checkpoint_forms.py", "iclora/data_forms.py")
@@ -57,6 +59,7 @@ def entered(path, calls):
     return lines & code_lines(path.read_text())
 
 
+@pytest.mark.slow
 def test_the_first_command_enters_few_lines(tmp_path):
     command = [sys.executable, "-c", TRACE, "--grid", "2x2", "--mask", "3", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

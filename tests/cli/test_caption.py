@@ -326,6 +326,7 @@ def test_an_endpoint_that_cannot_work_costs_a_line(sets, capsys, flags, line):
     assert len(err.splitlines()) == 1 and any(part in err for part in line.split("|")) and not captions(sets)
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_module(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "iclora.caption", str(tmp_path)], cwd=ROOT, capture_output=True, text=True

@@ -132,6 +132,7 @@ def test_a_bad_input_costs_one_line(case, model, folder, stderr):
     assert sorted(path for path in folder.rglob("*") if out not in (path, *path.parents)) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_process_of_its_own_ends_alike(name, model, folder):
     argv, out = BY_NAME[name].make(folder, model), folder / "made"

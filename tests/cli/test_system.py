@@ -40,12 +40,8 @@ def start(command, *argv, **more):
 # streams
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "kind", ["full", *(pytest.param(k, marks=SLOW) for k in ("closed", "ascii", "nobody listens"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "closed", "ascii", "nobody listens"])
 def test_a_set_is_saved_whatever_becomes_of_stdout(kind, tmp_path):
     more = {"env": os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}} if kind == "ascii" else {}
     if kind == "full":
@@ -60,7 +56,7 @@ def test_a_set_is_saved_whatever_becomes_of_stdout(kind, tmp_path):
     assert len(list((tmp_path / "\u00e9").iterdir())) == 3, "composite, panel, JSON"
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "nobody listens"])
 def test_a_run_is_trained_and_saved_whatever_becomes_of_stderr(kind, tmp_path):
     reader, writer = os.pipe()
@@ -92,6 +88,7 @@ def test_what_ends_a_command_while_modules_load_is_one_line(command, raised, sta
     assert done.returncode == status and done.stderr.startswith(line) and done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["data", "convert"])
 def test_five_descriptors_are_too_few_and_that_is_one_line(command):
     flags = ["a", "b", "--to", "kohya"] if command == "convert" else ["sets"]
@@ -117,6 +114,7 @@ def without_unix(monkeypatch):
     monkeypatch.setattr(iclora.locks, "fcntl", None)
 
 
+@pytest.mark.slow
 def test_nothing_is_called_that_windows_does_not_have(monkeypatch, tmp_path):
     without_unix(monkeypatch)
     assert blackbox.main("sample", *SMALL, "--out", tmp_path / "out") == 0

@@ -960,6 +960,7 @@ def compare(folder, other):
     return max(far.values())
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_stop_together_and_their_checkpoint_resumes_on_one(world, whole, out):
     interrupted = hit("iclora.training.flow_loss", 3, 2)  # the second process alone, and in its third step
     status, said = together(world, out, codes=(TRAIN, interrupted))

@@ -90,6 +90,7 @@ def test_bfloat16_rounds_the_conditioning_as_the_official_sampler_does():
     assert not torch.equal(timestep_embedding(guidance), timestep_embedding(torch.tensor([3.5])).bfloat16())
 
 
+@pytest.mark.slow
 def test_two_full_width_blocks_build_and_run():
     config = FluxConfig(64, 64, 768, 4096, 3072, 12288, 24, 1, 1, (16, 56, 56), guidance_embed=True)
     with torch.device("meta"):

@@ -540,10 +540,9 @@ print(1024 * (kilobytes("VmHWM") - before), sum(2 * parameter.numel() for parame
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to measure the resident set")
-@pytest.mark.parametrize(
-    "form", [pytest.param("diffusers", marks=pytest.mark.slow), pytest.param("scaled", marks=pytest.mark.slow), "both"]
-)
+@pytest.mark.parametrize("form", ["diffusers", "scaled", "both"])
 def test_loading_another_form_adds_little_more_than_what_it_makes(tmp_path, form):
     from model.flux import Flux, FluxConfig
 

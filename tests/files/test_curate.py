@@ -319,6 +319,7 @@ def test_owl_finds_a_box_in_pixels_of_the_picture_or_nothing(owl_folder, monkeyp
     assert owl(picture, "cat") is None
 
 
+@pytest.mark.slow
 def test_folders_that_hold_something_else_are_refused(owl_folder, tmp_path):
     with pytest.raises(ValueError, match="config.json is no file"):
         Dino(tmp_path, "cpu")
@@ -359,6 +360,7 @@ def truth():
     return load_reader("tiny")
 
 
+@pytest.mark.slow
 def test_the_reader_tells_the_same_subject_from_its_twin_in_panels_and_in_crops(truth):
     judge, rng, right = TruthJudge(truth), np.random.default_rng(8), {"same": 0, "twin": 0, "crop": 0, "twin's crop": 0}
     for _ in range(25):

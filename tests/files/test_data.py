@@ -411,6 +411,7 @@ def test_an_interrupted_check_is_one_line_and_130(monkeypatch, capsys):
     assert out == "" and err.count("\n") == 1 and "interrupted" in err
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback():
     command = [sys.executable, "-m", "iclora.data", str(SETS / "sketch")]
     read, write_end = os.pipe()
@@ -420,6 +421,7 @@ def test_a_closed_pipe_is_no_traceback():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_reading_shows_progress_on_a_terminal_and_nowhere_else():
     main, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 80))

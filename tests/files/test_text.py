@@ -247,7 +247,8 @@ def test_a_lone_damaged_spiece_model_is_one_line_that_says_what_is_missing(copy,
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("module", ["sentencepiece", pytest.param("google.protobuf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])
 def test_what_a_lone_spiece_model_needs_is_named_where_it_is_not_installed(copy, module):
     for name in ("spiece.model", "tokenizer_config.json"):
         shutil.copy(ROOT / "weights" / "tiny" / "tokenizer_2" / name, copy / "tokenizer_2")
