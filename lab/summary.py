@@ -110,7 +110,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "knowledge": Row(
         "Does a LoRA preserve what the base knows?",
         Headline("one subject, 2x2", "LoRA of walk", "same subject", against="base"),
-        answer="UNO's but patterns; of twenty sets hardly any.",
+        answer="UNO: no loss seen; of twenty sets, little.",
         paper="In-Context LoRA: it does; no figures; does not agree",
         more=(
             Headline("one subject, 2x2", "base", "same subject"),
