@@ -103,8 +103,8 @@ class Work:
     activations: how many blocks are computed again -> bytes
     fixed: bytes of what is trained, with gradients, averages and moments
     steps: whose modulations are computed ahead, for each example
-    pixels: of the largest picture
-    merge: whether LoRAs are merged
+    pixels, encoded: of the largest picture, and of the largest one that is encoded
+    loras: bytes of the LoRAs that are merged into it
     """
 
     tokens: int
@@ -113,7 +113,8 @@ class Work:
     fixed: int
     steps: int
     pixels: int
-    merge: bool
+    encoded: int
+    loras: int
 
 
 def plan_for_sampling(plans: Sequence[Any], free: int) -> MemoryPlan:
@@ -132,12 +133,15 @@ def plan_for_sampling(plans: Sequence[Any], free: int) -> MemoryPlan:
         tokens = count_tokens(text, layout, plan.config.reference_attention)
         size = forward_bytes(flux, dtype, tokens, masked)
         flops = count_flops(flux, 1, tokens).forward
-        works.append((len(tokens), flops, size, plan.config.steps, layout.width * layout.height))
-    tokens, flops, sizes, steps, pixels = zip(*works, strict=True)
+        pixels, loras = layout.width * layout.height, sum(lora.path.stat().st_size for lora, _ in plan.loras)
+        pictures = [
+            layout.width * layout.height * bool(plan.kept or plan.drafts),
+            *(w * h for w, h in layout.references),
+        ]
+        works.append((len(tokens), flops, size, plan.config.steps, pixels, max(pictures), loras))
+    tokens, flops, sizes, steps, pixels, encoded, loras = zip(*works, strict=True)
     rows = max(max(steps), min(MOST_ROWS, sum(steps)))
-    work = Work(
-        max(tokens), min(flops), lambda again: max(sizes), 0, rows, max(pixels), any(plan.loras for plan in plans)
-    )
+    work = Work(max(tokens), min(flops), lambda again: max(sizes), 0, rows, max(pixels), max(encoded), max(loras))
     return plan_memory(config, flux, read_weights(files, dtype), work, free)
 
 
@@ -170,7 +174,7 @@ def plan_for_training(
     flops = count_flops(flux, share, sizes[0]).step
     pixels = max(layout.width * layout.height for layout in layouts)
     fixed = trained * (4 * COPIES + dtype.itemsize * (dtype is not torch.float32))  # adapters are cast to the base's
-    work = Work(len(sizes[-1]), flops, held, fixed, AHEAD * share * config.accumulate, pixels, False)
+    work = Work(len(sizes[-1]), flops, held, fixed, AHEAD * share * config.accumulate, pixels, pixels, 0)
     return plan_memory(config, flux, read_weights(files, dtype), work, free)
 
 
@@ -226,7 +230,7 @@ def settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterat
     streams = [False, True] if device == "cuda" else [False]
     bases = ([] if device == "cpu" else [tables]) if big else [plain, tables]  # others need the machine's memory too
     bases += [replace(full, offload=full.offload or stream) for stream in streams]
-    bases += [replace(base, quantize="fp8") for base in bases[-len(streams) :]]
+    bases += [replace(base, quantize="fp8") for base in bases[-len(streams) :] if device != "mps"]
     for base in bases:
         tiles = [False, True] if base.free_text and not isinstance(config, TrainConfig) else [False]  # the exact first
         for tile, number in product(tiles, again):
@@ -235,8 +239,8 @@ def settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterat
 
 def loading(choice: MemoryPlan, work: Work, weights: Weights, training: bool) -> float:
     """Give the peak while the transformer is read on the device: whole, or into fp8 block by block."""
-    whole = weights.standing(fp8=True) + weights.block if choice.quantize else weights.transformer
-    return beside(choice, weights, training) + whole + work.merge * weights.merged
+    whole = weights.standing(fp8=True) + weights.block if choice.quantize else weights.transformer + work.loras
+    return beside(choice, weights, training) + whole + bool(work.loras) * weights.merged
 
 
 def beside(choice: MemoryPlan, weights: Weights, training: bool) -> int:
@@ -253,12 +257,15 @@ def measured(choice: MemoryPlan, work: Work, weights: Weights, device: str, trai
     """Compute the parts and the peak of every phase of a setting."""
     rows, others = work.steps if choice.tables else None, beside(choice, weights, training)
     standing = weights.standing(rows, choice.offload, choice.quantize == "fp8")
+    standing += work.loras * bool(choice.quantize and weights.coded)  # LoRAs stay beside what a file has in fp8
     held, text = work.activations(choice.checkpointing), weights.text * (not choice.text_on_cpu)
     image = 4 * weights.channels  # bytes a pixel of all channels, float32
     step = "a training step" if training else "sampling"
+    # training encodes before the transformer comes; in a second picture it is there
+    there = weights.autoencoder + text * (not choice.free_text) if training else standing + others
     phases = {
         "text": text * (1 + TEXT_WORK),
-        "encoding": weights.autoencoder + text * (not choice.free_text) + ENCODE * image * work.pixels,
+        "encoding": there + ENCODE * image * work.encoded,
         "loading": standing + others if choice.load_on_cpu else loading(choice, work, weights, training),
         step: standing + others + work.fixed + held,
     }

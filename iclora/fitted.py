@@ -85,7 +85,7 @@ class Fitted:
         """Read captions, and let the encoders go where there is no room for them beside the transformer."""
         plans = add_memory_plans(list(plans)) if plans else []
         super().read_captions(plans)
-        if plans and plans[0].memory_plan.free_text:
+        if plans and plans[0].memory_plan.free_text and self.encoders is not None:
             self.encoders = None
             gc.collect()  # transformers' modules hold each other in cycles
             if plans[0].config.device == "cuda":

@@ -29,7 +29,8 @@ def make_share(pipeline: Pipeline, plans: Sequence[Plan]) -> list[Path]:
     """
     config, (rank, world_size) = pipeline.config, processes()
     folder, written = Path(config.out), []
-    requests = [replace(plan, config=replace(plan.config, seed=seed, num=1)) for plan in plans for seed in seeds(plan)]
+    seeds = [(plan, plan.config.seed + number) for plan in plans for number in range(plan.config.num)]
+    requests = [replace(plan, config=replace(plan.config, seed=seed, num=1)) for plan, seed in seeds]
     with lost_process_is_one_line():
         join_processes(plans[0].config.device)
         first = [next_number(folder) if rank == 0 else 0]
@@ -45,8 +46,3 @@ def make_share(pipeline: Pipeline, plans: Sequence[Plan]) -> list[Path]:
             written.append(save_sheet({stem: open_picture(folder / f"{stem}.png") for stem in stems}, folder))
         leave_processes(world_size)
     return written
-
-
-def seeds(plan: Plan) -> range:
-    """List the seeds of a request."""
-    return range(plan.config.seed, plan.config.seed + plan.config.num)

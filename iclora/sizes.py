@@ -11,7 +11,7 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.flux import FluxConfig
-from model.quantize import becomes_codes
+from model.quantize import becomes_codes, has_codes
 from model.tables import is_modulation
 from model.weights import ModelFiles, open_checkpoint
 
@@ -50,6 +50,7 @@ class Weights:
     text: int
     autoencoder: int
     channels: int  # of the autoencoder, at full resolution
+    coded: bool  # whether the file has some of it in fp8
 
     @property
     def transformer(self) -> int:
@@ -86,7 +87,8 @@ def weigh(flux: Checkpoint, autoencoder: Checkpoint, text: int, dtype: torch.dty
     plain, fp8 = zip(*blocks.values(), strict=True)
     of_blocks = {"block": max(plain), "fp8": sum(fp8), "block_fp8": max(fp8), "merged": 8 * largest}
     of_autoencoder = {"autoencoder": stored_bytes(autoencoder, torch.float32), "channels": autoencoder.config.ch}
-    return Weights(**sums, **of_blocks, **of_autoencoder, row=dtype.itemsize * rows, text=text)
+    more = {"row": dtype.itemsize * rows, "text": text, "coded": any(map(has_codes, flux.tensors.values()))}
+    return Weights(**sums, **of_blocks, **of_autoencoder, **more)
 
 
 def stored_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

@@ -81,14 +81,16 @@ class Stream:
         if following == len(self.rows):
             following = index - 1 if torch.is_grad_enabled() else 0
         following = 1 if following < 0 else following
-        self.current, wanted = index, dict.fromkeys((index, following % len(self.rows)))
+        self.current, wanted = -1, dict.fromkeys((index, following % len(self.rows)))  # no memory, and it stays -1
         for gone in self.present - wanted.keys():
             self._wait(self.rows[gone])  # it may be on its way still
+            self.present.discard(gone)
             self.rows[gone].visit.untyped_storage().resize_(0)
         for number in wanted:
             if number not in self.present:
                 self._fetch(self.rows[number])
-        self.present = {*wanted}
+                self.present.add(number)
+        self.current = index
         self._wait(self.rows[index])
 
     def _wait(self, row: Row) -> None:
@@ -98,14 +100,11 @@ class Stream:
 
     def _fetch(self, row: Row) -> None:
         row.visit.untyped_storage().resize_(row.home.nbytes)
-        with torch.no_grad():
-            if self.copies is None:
-                row.visit.copy_(row.home)
-                return
+        if self.copies:
             self.copies.wait_stream(torch.cuda.current_stream())  # who had this memory before is at work until then
-            with torch.cuda.stream(self.copies):
-                row.visit.copy_(row.home, non_blocking=True)
-                row.ready = self.copies.record_event()
+        with torch.no_grad(), torch.cuda.stream(self.copies) if self.copies else nullcontext():
+            row.visit.copy_(row.home, non_blocking=True)
+        row.ready = self.copies and self.copies.record_event()
 
 
 def _run(stream: Stream, index: int, block: nn.Module, forward: Callable, *inputs: Any) -> Any:

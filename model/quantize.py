@@ -54,7 +54,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Returns (N, K)
     """
     if codes.is_cuda and not torch.compiler.is_compiling():
-        return codes.to(dtype).mul_(scale)
+        return codes.view(FP8).to(dtype).mul_(scale)
     # The same by whole numbers: the bits of a code are those of a float16 that is 256 times smaller. The CPU's own cast
     # takes twice as long, and the compiler does not know the type on cards before 8.9.
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)
@@ -109,8 +109,7 @@ class Fp8Linear(nn.Linear):
 
     def scaled(self, x: Tensor) -> bool:
         """Say whether codes are multiplied, and x is rounded for it."""
-        many = x.shape[:-1].numel() >= SCALED_ROWS
-        return self.native and many and x.is_cuda and x.dtype == torch.bfloat16
+        return self.native and x.is_cuda and x.dtype == torch.bfloat16 and x.shape[:-1].numel() >= SCALED_ROWS
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., N)"""

@@ -67,11 +67,6 @@ class Table(nn.Module):
         if self.live:
             self.vecs = torch.cat(vecs if self.vecs is None else (self.vecs, *vecs))
 
-    def pin(self) -> None:
-        """Lock the weights in the CPU's memory, from where a GPU copies them without a detour."""
-        for p in self.frozen[0].parameters():
-            p.data = p.data.pin_memory()
-
     def forward(self, rows: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Look rows up, and add what an adapter makes of their vecs.
 
@@ -86,10 +81,10 @@ class Table(nn.Module):
 
 def without_weights(linear: nn.Linear) -> nn.Linear:
     """Make a Linear that tells its name, shape and dtype, and has no parameters."""
-    shape = nn.Linear(*reversed(linear.weight.shape), device="meta", dtype=linear.weight.dtype)
-    for name, parameter in [*shape.named_parameters()]:
+    shape = nn.Linear(*reversed(linear.weight.shape), device="meta")
+    for name, _ in [*shape.named_parameters()]:
         delattr(shape, name)
-        setattr(shape, name, parameter.detach())
+        setattr(shape, name, getattr(linear, name).detach().to("meta"))  # codes of fp8 are no parameter of a Linear
     return shape
 
 
@@ -142,8 +137,9 @@ class Tables:
             return
         try:
             for table in self.tables:
-                if self.passes == 1 and self.asked[0].is_cuda:
-                    table.pin()  # locking takes time as well, so that who makes one picture does not wait for it
+                # who makes one picture does not wait until memory is locked, from where a GPU copies without a detour
+                for p in table.frozen[0].parameters() if self.passes == 1 and self.asked[0].is_cuda else ():
+                    p.data = p.data.pin_memory()
                 table.extend(self.asked)
         except BaseException:  # no memory, say: some tables have the rows now, others do not
             self.clear()

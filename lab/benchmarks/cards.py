@@ -16,6 +16,7 @@ import gc
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -314,7 +315,7 @@ def training_in(setting: Setting, side: int, vram: float, device: torch.device) 
     with torch.device("meta"):
         trained = sum(p.numel() for p in peers.attach(Flux(setting.flux), RANK))
     flops = count_flops(setting.flux, 1, tokens).step
-    work = Work(len(tokens), flops, held, trained * (4 * COPIES + 2), AHEAD, (16 * side) ** 2, False)
+    work = Work(len(tokens), flops, held, trained * (4 * COPIES + 2), AHEAD, (16 * side) ** 2, 0, 0)
     config = TrainConfig(vram=vram, device=device.type, dtype="bfloat16", checkpointing="auto")
     plan, names, on = planned(setting, config, work)
     with only(vram, device):
@@ -341,7 +342,7 @@ def picture(setting: Setting, side: int, count: int, vram: float, device: torch.
     """Make one picture as planned, while the allocator gives no more than the budget."""
     tokens = Tokens(setting.text, side**2)
     held, flops = forward_bytes(setting.flux, torch.bfloat16, tokens), count_flops(setting.flux, 1, tokens).forward
-    work = Work(len(tokens), flops, lambda again: held, 0, count, (16 * side) ** 2, False)
+    work = Work(len(tokens), flops, lambda again: held, 0, count, (16 * side) ** 2, 0, 0)
     plan, names, on = planned(setting, SampleConfig(vram=vram, device=device.type, dtype="bfloat16"), work)
     with only(vram, device):
         flux = made(setting, names, device, on)
@@ -370,7 +371,8 @@ def picture(setting: Setting, side: int, count: int, vram: float, device: torch.
 def machine(device: torch.device) -> dict:
     """Say what the figures hold for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "rev-parse", "--short", "HEAD"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
     return {"card": name, **versions, "commit": commit}
 
@@ -400,7 +402,7 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
             figures = measure()
         except Missing as reason:
             figures = {"not available": str(reason)}
-        except RuntimeError as error:  # no memory, or a compiler that is not there
+        except (RuntimeError, ValueError) as error:  # no memory, none that can be locked, or no compiler
             figures = {"not available": str(error).strip().partition("\n")[0][:160]}
         gc.collect()
         if "compiled" in key["way"]:

@@ -74,17 +74,18 @@ def new_flux(shape: Shape, device: torch.device, dtype: torch.dtype) -> Flux:
     """Make this project's transformer, frozen: the tiny one, or one with random weights of a sensible size."""
     if shape.config is None:
         return load_flux(TINY, device, dtype)
-    generator = torch.Generator(device).manual_seed(0)
+    fast = torch.device("cuda") if torch.cuda.is_available() else device  # 12 billion draws of a CPU take an hour
+    generator = torch.Generator(fast).manual_seed(0)
     with torch.device("meta"):
         flux = Flux(shape.config)
     state = {}
     for name, p in flux.named_parameters():
-        drawn = torch.empty(p.shape, dtype=dtype, device=device).normal_(generator=generator)
+        drawn = torch.empty(p.shape, dtype=dtype, device=fast).normal_(generator=generator)
         if p.ndim == 2:
             drawn *= p.shape[1] ** -0.5
         else:
             drawn = 0.1 * drawn + name.endswith(".scale")
-        state[name] = drawn
+        state[name] = drawn.to(device)
     flux.load_state_dict(state, assign=True)
     return flux.requires_grad_(False).eval()
 

@@ -165,7 +165,7 @@ def kernels(call: Callable[[], object], device: torch.device) -> dict[str, Opera
     return {
         event.key: Operator(event.self_device_time_total / REPEATS / 1e6, event.count / REPEATS)
         for event in events(call, device)
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation  # of a whole compiled graph
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from iclora.pipeline import Pipeline
+from model.loading import move
 from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux
 
@@ -38,8 +39,8 @@ def loading(model: str | None, device: torch.device) -> Iterator[Row]:
         for _ in range(2):
             start = time.perf_counter()
             if name == "text encoders":
-                encoders = load_text_encoders(files, device, torch.bfloat16)
-                networks: list[Any] = [encoders.t5, encoders.clip]
+                encoders = load_text_encoders(files, "cpu", torch.bfloat16)
+                networks: list[Any] = [move(encoders.t5, device), move(encoders.clip, device)]  # as iclora/fitted.py
             else:
                 networks = [
                     load_flux(files.flux, device)

@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +16,7 @@ import iclora.monitor
 import sample
 import train
 from iclora import sizes
-from iclora.cards import MemoryPlan, plan_for_sampling, plan_for_training, share_plan
+from iclora.cards import MemoryPlan, Work, plan_for_sampling, plan_for_training, plan_memory, settings, share_plan
 from iclora.cli import parse
 from iclora.config import SampleConfig, TrainConfig, model_defaults, resolve_training_defaults, saved
 from iclora.flops import Tokens, count_flops
@@ -225,6 +227,40 @@ def test_requests_of_one_list_keep_their_own_tiles_and_all_loras_count():
         assert plans[0].memory_plan.phases["loading"] == plans[1].memory_plan.phases["loading"]
         loading = plans[0].memory_plan.phases["loading"]
         assert loading > plan_for_sampling([plans["lora" in rows[0]]], int(8e9)).phases["loading"]
+
+
+def test_what_is_encoded_beside_the_transformer_counts(dev, tmp_path):
+    Image.new("RGB", (1024, 1024)).save(tmp_path / "ref.png")
+    plain, small, large = (
+        sampled(dev, *flags, "--vram", "80").memory_plan
+        for flags in ((), *(("--ref", str(tmp_path / "ref.png"), "--ref-size", size) for size in ("512", "1024")))
+    )
+    beside = small.phases["encoding"] - plain.phases["encoding"]
+    assert plain.phases["encoding"] > plain.parts["of it on the device"] and beside == pytest.approx(
+        sizes.ENCODE * 4 * 128 * 512**2
+    )
+    assert large.phases["encoding"] - plain.phases["encoding"] == pytest.approx(4 * beside)
+
+
+def test_loras_count_while_they_are_merged_and_beside_fp8_codes_for_good(dev):
+    (plan,), extra = [sampled(dev, "--vram", "80")], 2 * 10**9
+    files, weights = plan.files, sizes.read_weights(plan.files, torch.bfloat16)
+    work = Work(4608, 1e12, lambda again: 1e9, 0, 20, 1024**2, 0, 0)
+    for coded in (False, True):
+        own = replace(weights, coded=coded)
+        for quantize, phase, grows in ((None, "loading", True), (None, "sampling", False), ("fp8", "sampling", coded)):
+            config = replace(plan.config, vram=80, quantize=quantize)
+            without, with_loras = (
+                plan_memory(config, files.flux.config, own, one, 0).phases[phase]
+                for one in (work, replace(work, loras=extra))
+            )
+            assert (with_loras - without >= extra) == grows
+
+
+def test_fp8_does_not_come_by_itself_where_there_is_none():
+    config = SampleConfig(device="mps")
+    assert {plan.quantize for plan in settings(config, DEV, True, "mps")} == {None}
+    assert {plan.quantize for plan in settings(config, DEV, True, "cuda")} == {None, "fp8"}
 
 
 def test_on_a_cpu_encoders_leave_and_fp8_is_loaded_block_by_block(dev):

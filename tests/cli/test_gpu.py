@@ -10,7 +10,7 @@ from iclora.pipeline import Pipeline
 from iclora.plan import make_plan
 from model.compiled import compile_blocks
 from model.flux import Flux, FluxConfig
-from model.quantize import SCALED, SCALED_ROWS, Fp8Linear, dequantize, load_quantized, quantize_rows, scaled_product
+from model.quantize import SCALED, SCALED_ROWS, Fp8Linear, dequantize, load_quantized, quantize_rows
 from model.tables import is_modulation, make_tables
 from model.weights import examples_folder, load_flux, open_checkpoint
 from sampling.denoise import denoise
@@ -83,15 +83,22 @@ def test_a_card_multiplies_codes_as_the_cpu_does_compiled_too(rows):
     linear = Fp8Linear(codes, scale, torch.randn(512, device="cuda").bfloat16())
     x = torch.randn(2, rows // 2, 256, device="cuda").bfloat16().requires_grad_()
     assert linear.scaled(x)
-    want = scaled_product(*(t.cpu() for t in (x.detach().flatten(0, 1), codes, scale, linear.bias))).view(
-        *x.shape[:2], -1
-    )
+    x_codes, x_scale = quantize_rows(x.detach().flatten(0, 1).cpu())
+    want = (x_codes.double() * x_scale) @ (codes.cpu().double() * scale.cpu()).t() + linear.bias.cpu().double()
+    want = want.view(*x.shape[:2], -1)
     compiled = torch.compile(linear, fullgraph=True)  # which does not round the rows to bfloat16 before float8
     for call, tolerance in ((linear, 5e-3), (compiled, 3e-2)):
         out = call(x)
         assert (out.cpu() - want).float().norm() / want.float().norm() < tolerance
         (grad,) = torch.autograd.grad(out.sum(), x)
         assert far(grad, dequantize(codes, scale, torch.float32).sum(0)) < 2**-6 * 512**0.5
+
+
+def test_codes_that_stand_as_whole_numbers_are_widened_as_codes():  # on cards before 8.9 they do
+    codes, scale = quantize_rows(torch.randn(64, 48, device="cuda"))
+    want = dequantize(codes.cpu(), scale.cpu(), torch.bfloat16)
+    for held in (codes, codes.view(torch.int8)):
+        assert torch.equal(dequantize(held, scale, torch.bfloat16).cpu(), want)
 
 
 def test_a_model_in_fp8_on_the_card_is_near_that_on_the_cpu():

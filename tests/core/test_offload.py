@@ -65,6 +65,21 @@ def test_sampling_is_equal_to_the_bit_with_two_blocks_there(dtype):
     assert watch.fetched == 2 * 3 * BLOCKS + 1  # each once in a pass, and the first of the next one ahead
 
 
+def test_a_block_that_found_no_memory_is_not_taken_for_there(monkeypatch):
+    flux, fixed = load_flux(FLUX["dev"], dtype=torch.float32), inputs()
+    with torch.inference_mode():
+        plain = flux(**fixed)
+        stream = offload(flux, "cpu")
+        fetch = stream._fetch
+        for fails in range(1, BLOCKS):
+            calls = iter(range(1, 9))
+            monkeypatch.setattr(stream, "_fetch", lambda row, c=calls, f=fails: 1 / (next(c, 0) - f) and fetch(row))
+            with pytest.raises(ZeroDivisionError):
+                flux(**fixed)
+            monkeypatch.setattr(stream, "_fetch", fetch)
+            assert torch.equal(flux(**fixed), plain)
+
+
 def step(flux, fixed, again, isolate):
     """Gradients of two steps of training, after which the adapters are no longer zero."""
     for index, block in enumerate(blocks(flux)):

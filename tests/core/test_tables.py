@@ -5,6 +5,7 @@ import torch
 
 from model.flux import Flux, FluxConfig
 from model.lora import attach, merge, shapes
+from model.quantize import Fp8Linear, quantize_rows
 from model.tables import MOST_ROWS, is_modulation, make_tables
 from sampling.denoise import denoise
 
@@ -70,6 +71,19 @@ def test_so_it_is_without_guidance_and_with_loras_merged_or_live(dtype):
         make_tables(tabled)
         assert torch.equal(sample(tabled), sample(plain)), live
         assert not torch.equal(sample(plain), sample(network(dtype=dtype))), "else the LoRA did nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])  # as cards before 8.9 hold codes
+def test_so_it_is_of_modulations_that_a_file_has_in_fp8(dtype):
+    plain, tabled = network(), network()
+    for flux in (plain, tabled):
+        for name, module in [*flux.named_modules()]:
+            if is_modulation(name) and isinstance(module, torch.nn.Linear):
+                coded = Fp8Linear(*quantize_rows(module.weight), module.bias)
+                coded.weight.data = coded.weight.data.view(dtype)
+                flux.set_submodule(name, coded)
+    make_tables(tabled)
+    assert torch.equal(sample(tabled), sample(plain)) and not torch.equal(sample(plain), sample(network()))
 
 
 def test_the_weights_of_modulations_are_out_of_the_tree_and_their_names_are_not():
