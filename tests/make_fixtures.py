@@ -16,11 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "cli"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_blackbox_loras import CAPTIONS  # noqa: E402
-from test_blackbox_sample import COMMANDS, RECORDS  # noqa: E402
-from test_blackbox_train import OLD, OLD_RUNS, ONE_LINEAR  # noqa: E402
-
 from blackbox import FIXTURES, ROOT, metrics  # noqa: E402
+from test_stored import CAPTIONS, COMMANDS, OLD, OLD_RUNS, ONE_LINEAR, RECORDS  # noqa: E402
 
 CODE = "edc2ca6"  # the last commit before the redesign
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}

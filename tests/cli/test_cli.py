@@ -21,6 +21,8 @@ from iclora.config import (
     resolve_defaults,
     saved,
 )
+from iclora.convert import ConvertConfig
+from iclora.data import DataConfig
 from iclora.prompts import TASKS, preset
 from model.lora import INITS
 from model.position import MODES
@@ -46,8 +48,15 @@ def recorded(tmp_path, **values):
 # flags
 
 
-def test_the_flags_are_frozen_so_that_a_new_one_is_a_decision():
-    assert [flag(field.name) for field in fields(SampleConfig)] == FLAGS.split()
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        (SampleConfig, FLAGS), (DataConfig, "--data --grid --panel-size --ref-size --model --method"),
+        (ConvertConfig, "--to --model --dtype"),
+    ],
+)  # fmt: skip
+def test_the_flags_are_frozen_so_that_a_new_one_is_a_decision(config, flags):
+    assert [flag(field.name) for field in fields(config)] == flags.split()
 
 
 def test_no_flags_give_the_defaults():
@@ -129,8 +138,9 @@ def test_help_shows_every_flag_and_its_default(capsys):
     )
 
 
-def test_a_typo_is_answered_without_waiting_for_torch():
-    code = "import sys, sample; status = sample.main(['--stpes']); print(status, 'torch' in sys.modules)"
+@pytest.mark.parametrize("script", ["sample", "train"])
+def test_a_typo_is_answered_without_waiting_for_torch(script):
+    code = f"import sys, {script}; status = {script}.main(['--stpes']); print(status, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "2 False\n"
     assert done.stderr == "error: --stpes is unknown; did you mean --steps? see --help for all flags\n"

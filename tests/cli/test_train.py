@@ -206,13 +206,6 @@ def test_help_lists_every_knob_once(capsys):
     assert listed == FLAGS.replace("--checkpointing", "--checkpointing --no-checkpointing").split()
 
 
-def test_a_typo_is_answered_without_waiting_for_torch():
-    code = "import sys, train; status = train.main(['--stpes']); print(status, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "2 False\n"
-    assert done.stderr == "error: --stpes is unknown; did you mean --steps? see --help for all flags\n"
-
-
 @pytest.mark.parametrize(("flags", "message"), [
     (["--lr", "nan"], "--lr nan is out of range; use 0 to 1"),
     (["--lr", "fast"], "--lr 'fast' is not a number"),
