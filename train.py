@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iclora.cli import check_folder, guard, parse, plain, tell
+from iclora.cli import check_folder, guard, parse, tell
 from iclora.config import TrainConfig
 
 if TYPE_CHECKING:  # torch loads after the command line was found to be right
@@ -49,7 +49,7 @@ def run(config: TrainConfig) -> None:
     from iclora.training import plan_training, start_training, try_command
 
     rank, world_size = processes()
-    say = print_line if rank == 0 else lambda line: None
+    say = tell if rank == 0 else lambda line: None
     plan = plan_training(config, world_size, say)
     if config.dry_run:  # which always makes a memory plan
         return print(plan.memory_plan) if rank == 0 else None
@@ -144,11 +144,6 @@ def stop_between_steps() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def print_line(line: str) -> None:
-    """Tell the user something that is no mistake."""
-    tell(plain(line))
 
 
 if __name__ == "__main__":

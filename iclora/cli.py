@@ -45,7 +45,7 @@ def guard(work: Callable[[], int | None], memory_advice: str = "use a machine wi
 def _explain(error: BaseException, memory_advice: str) -> int:
     """Write one line about what ended a command, and give its exit status; bugs are raised again."""
     if isinstance(error, KeyboardInterrupt):
-        tell(plain(str(error)) or "interrupted; what was finished is saved")
+        tell(str(error) or "interrupted; what was finished is saved")
         return 130
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
@@ -59,19 +59,19 @@ def _explain(error: BaseException, memory_advice: str) -> int:
 
 def complain(line: str) -> int:
     """Write one line about a mistake. Returns exit status 2"""
-    tell(f"error: {plain(line)}")
+    tell(f"error: {line}")
     return 2
 
 
 def note(line: str) -> None:
     """Tell the user something that is no mistake, once where torchrun has started several processes."""
     if os.environ.get("RANK", "0") == "0":
-        tell(f"note: {plain(line)}")
+        tell(f"note: {line}")
 
 
 def tell(line: str) -> None:
-    """Write a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Write a plain line to stderr."""
+    print(plain(line), file=sys.stderr, flush=True)
 
 
 def plain(text: str) -> str:

@@ -4,8 +4,8 @@ Source: arXiv:2504.02160, supplement F: the filter of UNO's data. The prompts ar
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from PIL import Image
 
@@ -48,11 +48,7 @@ class Verdict:
     said: tuple[str, ...] = ()
 
 
-class Judge(Protocol):
-    """Whatever compares two pictures."""
-
-    def __call__(self, first: Image.Image, second: Image.Image) -> Verdict:
-        """Judge a pair. Errors: ValueError if this pair cannot be judged"""
+Judge = Callable[[Image.Image, Image.Image], Verdict]  # ValueError for two pictures that cannot be judged
 
 
 @dataclass(frozen=True)

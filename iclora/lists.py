@@ -8,11 +8,12 @@ Three forms are read:
 Source: bytedance/UNO@d305981 inference.py --eval_json_path, uno/dataset/uno.py
 """
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
+
+from .data_forms import parse_json
 
 DREAMBENCH = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes that get the prompts of live subjects
@@ -45,16 +46,8 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
 
 
-def _parse(text: str) -> Any:
-    """Read JSON; None for what is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _read_lines(path: Path, text: str) -> Rows:
-    rows = {f"{path} line {i}": _parse(line) for i, line in enumerate(text.splitlines(), 1) if line.strip()}
+    rows = {f"{path} line {i}": parse_json(line) for i, line in enumerate(text.splitlines(), 1) if line.strip()}
     for source, row in rows.items():
         if not isinstance(row, dict):
             raise ValueError(f'{source} is no JSON object of options; write {{"prompt": ..., "seed": ...}} on one line')
@@ -62,7 +55,7 @@ def _read_lines(path: Path, text: str) -> Rows:
 
 
 def _read_uno(path: Path, text: str) -> Rows:
-    items, rows = _parse(text) if text else [], {}
+    items, rows = parse_json(text) if text else [], {}
     if not isinstance(items, list):
         raise ValueError(f'{path} is no list as UNO has it; write [{{"prompt": ..., "image_paths": [...]}}]')
     for number, item in enumerate(items, 1):

@@ -167,11 +167,8 @@ def texts_of(prompt: str, rows: int, cols: int, text_mode: str) -> list[str]:
     Returns the caption alone; or what stands before its first marker, then for each panel the same and its own part
     Errors: ValueError if panels read their own parts, but the markers are not those of the grid, each once and in order
     """
-    return [prompt] if text_mode == "joint" else _panel_texts(prompt, rows, cols)
-
-
-def _panel_texts(prompt: str, rows: int, cols: int) -> list[str]:
-    """Give what stands before the first marker, then for each panel the same and its own part."""
+    if text_mode == "joint":
+        return [prompt]
     if not prompt:  # left out, as training does now and then
         return [""] * (1 + rows * cols)
     if findings := lint(prompt, rows, cols):

@@ -1,8 +1,7 @@
 """What looks at pictures: DINOv2, CLIP as a judge and OWLv2 as a detector, through transformers from local folders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +18,7 @@ from ..judge import Verdict
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SURE = 0.2  # OWLv2's score from which a thing counts as found
-
-
-class Locator(Protocol):
-    """Finds what words name in a picture."""
-
-    def __call__(self, picture: Image.Image, words: str) -> Box | None: ...
+Locator = Callable[[Image.Image, str], Box | None]  # finds what words name in a picture
 
 
 def mark(folder: Path) -> str:
