@@ -100,10 +100,10 @@ def on_sets(task: str, name: str, flags: tuple[str, ...] = (), count: int = COUN
 
 
 def knowledge() -> tuple[Arm, ...]:
-    """Sets from text by the base, and with the LoRA of each task and of all of them; as if there were none."""
+    """Sets from text by the base, and with the LoRA of each task and of all of them; in two of the report's cases."""
     loras = {"base": BASE} | {f"LoRA of {task}": Training(((task, COUNT),)) for task in GRIDS}
     loras |= {"LoRA of all tasks": Training(), "UNO": "loras/uno.safetensors"}
-    return tuple(Arm(case, name, lora) for case in TEXT_CASES for name, lora in loras.items())
+    return tuple(Arm(case, name, lora) for case in list(TEXT_CASES)[:2] for name, lora in loras.items())
 
 
 # UNO
