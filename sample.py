@@ -34,6 +34,7 @@ def run(config: SampleConfig) -> None:
     from iclora.pipeline import pipeline_for
     from iclora.plan import Plan, make_plan
     from iclora.record import compare, describe, save, save_sheet
+    from sampling.inpaint import steps_left
 
     notes: list[str] = []
     plans: list[Plan] = []
@@ -61,8 +62,8 @@ def run(config: SampleConfig) -> None:
         record = describe(plan)
         if config.config:
             compare(record, read_record(config.config), config.config, note)
-        steps = int(plan.config.steps * plan.config.strength + 1e-9)
-        with tqdm(total=steps * plan.config.num, unit="step", disable=None) as bar:
+        steps = plan.config.num * steps_left(plan.config.steps, plan.config.strength)
+        with tqdm(total=steps, unit="step", disable=None) as bar:
             for result in pipeline.run(plan, bar.update):
                 paths = save(result, record, folder)
                 print(*paths, sep="\n")

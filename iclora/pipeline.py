@@ -29,7 +29,7 @@ from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
 from sampling.flow import interpolate, times
 from sampling.images import to_picture, to_tensor
-from sampling.inpaint import drafted_start, keep_clean, keep_known
+from sampling.inpaint import keep_clean, keep_known, steps_left
 from sampling.latents import noise, pack, unpack
 
 from .cli import typed
@@ -265,7 +265,7 @@ def start(
     dtype = getattr(torch, config.dtype)  # rounds the noise as the official sampler does; x itself is float32
     x = pack(noise(layout.height, layout.width, seed, dtype).float()).to(config.device)
     ts = times(config.steps, tokens=x.shape[1], shift=plan.defaults.shift, schedule=config.schedule)
-    ts = drafted_start(ts, config.strength) if config.strength < 1 else ts
+    ts = ts[-1 - steps_left(config.steps, config.strength) :]
     keep = keep_clean(known, mask) if plan.condition == "clean" else keep_known(known, x, mask)
 
     def after_step(x: Tensor, t_next: float) -> Tensor:

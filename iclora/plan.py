@@ -14,9 +14,8 @@ from model.flux import Flux
 from model.lora import shapes
 from model.lora_formats import LoraFile, check_shapes, read_lora
 from model.weights import ModelFiles, examples_folder, find_model
-from sampling.flow import times
 from sampling.images import fit, open_picture, picture_size, to_rgb
-from sampling.inpaint import drafted_start
+from sampling.inpaint import steps_left
 
 from .config import UNO, UNO_RELEASE, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
 from .layout import Layout, parse_grid, parse_mask, parse_size
@@ -81,7 +80,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
     if config.strength < 1:
-        drafted_start(times(config.steps, tokens=1), config.strength)  # refuses one that leaves no step
+        steps_left(config.steps, config.strength)  # refuses one that leaves none
     if defaults.name == "tiny":
         note_unknown_shapes(layout, files.name, defaults.panel, note)
 

@@ -3,7 +3,6 @@
 Letters: B batch, I image tokens.
 """
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -46,18 +45,14 @@ def keep_clean(known: Tensor, mask: Tensor) -> Callable[[Tensor, float], Tensor]
     return after_step
 
 
-def drafted_start(times: list[float], strength: float) -> list[float]:
-    """Cut the schedule to its last floor(steps x strength) steps: SDEdit proper, which starts from a draft.
+def steps_left(steps: int, strength: float) -> int:
+    """Count the steps that a draft leaves, the last ones: floor(steps x strength). SDEdit proper starts from a draft.
 
-    times: the full schedule of steps + 1 entries
-    strength: in 0..1; 1 keeps every step and the draft is forgotten
-    Errors: ValueError if strength is outside 0..1 or leaves no step
+    strength: 1 leaves every step, and the draft is forgotten
+    Errors: ValueError if strength leaves no step, or is above 1
     Source: arXiv:2108.01073 (SDEdit)
     """
-    steps = len(times) - 1
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength {strength} is outside 0 to 1; 1 ignores the drafts, 0.5 keeps half of them")
-    left = math.floor(steps * strength + 1e-9)  # 10 x 0.3 is a little less than 3 in binary
-    if left < 1:
-        raise ValueError(f"strength {strength} leaves 0 of {steps} steps; use at least {1 / steps:.3g}, or more steps")
-    return times[steps - left :]
+    left = steps * strength + 1e-9  # 10 x 0.3 is a little less than 3 in binary
+    if not 1 <= left < steps + 1:
+        raise ValueError(f"strength {strength} leaves no step of {steps}; use {1 / steps:.3g} to 1, or more steps")
+    return int(left)

@@ -8,8 +8,13 @@ from golden import FLUX, case, far
 from iclora.config import SampleConfig
 from iclora.pipeline import Pipeline
 from iclora.plan import make_plan
+from iclora.training import checkpoint_blocks
+from model import checkpoint, loading
 from model.compiled import compile_blocks
 from model.flux import Flux, FluxConfig
+from model.loading import move
+from model.lora import attach, trainable
+from model.offload import offload
 from model.quantize import SCALED, SCALED_ROWS, Fp8Linear, dequantize, load_quantized, quantize_rows
 from model.tables import is_modulation, make_tables
 from model.weights import examples_folder, load_flux, open_checkpoint
@@ -64,6 +69,48 @@ def test_modulations_computed_ahead_are_off_the_gpu_and_the_same_to_the_bit():
     assert torch.equal(sample(flux), want) and torch.equal(sample(flux), want) and flux.tables.passes == 1
     assert torch.equal(sample(flux, guidance=2.0), sample(network(), guidance=2.0)), "now from locked memory"
     assert before - torch.cuda.memory_allocated() > 0.9 * modulations
+
+
+def gradients(flux):
+    """Of adapters, with one block of each kind computed again."""
+    checkpoint_blocks(flux, 3)
+    draw = torch.Generator().manual_seed(3)
+    img, txt, y = (torch.randn(2, *shape, generator=draw).cuda() for shape in ((64, 64), (16, 512), (256,)))
+    ids, t, guidance = torch.zeros(2, 64, 3).cuda(), torch.tensor([0.3, 0.9]).cuda(), torch.ones(2).cuda()
+    flux(img, ids, txt, torch.zeros(2, 16, 3).cuda(), t, y, guidance).float().square().mean().backward()
+    return [p.grad for p in trainable(flux)]
+
+
+def test_blocks_that_stream_from_locked_memory_give_the_bits_of_those_that_stay():
+    want, streamed = sample(network()), network().cpu()
+    offload(streamed, "cuda")
+    assert all(torch.equal(sample(streamed), want) for _ in range(2))
+    found = []
+    for device in ("cuda", "cpu"):
+        flux = network().to(device)
+        attach(flux, rank=4, generator=torch.Generator().manual_seed(0), init="uno")
+        for p in trainable(flux):
+            p.data += 0.01
+        found.append(gradients(flux if device == "cuda" else offload(flux, "cuda") and flux))
+    assert found[0] and all(torch.equal(stays, streams) for stays, streams in zip(*found, strict=True))
+
+
+def test_pieces_reach_the_card_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(checkpoint, "BIG", 0)
+    monkeypatch.setattr(loading, "BIG", 0)
+    monkeypatch.setattr(loading, "PIECE", 1000)
+    want = load_flux(FLUX["dev"], dtype=torch.bfloat16)
+    for flux in (load_flux(FLUX["dev"], "cuda", torch.bfloat16), move(load_flux(FLUX["dev"]).bfloat16(), "cuda")):
+        assert all(p.is_cuda for p in flux.parameters())
+        assert all(torch.equal(p.cpu(), want.get_parameter(name)) for name, p in flux.named_parameters())
+
+
+def test_a_picture_on_a_small_card_is_that_on_a_large_one_to_the_bit():
+    made = []
+    for budget in ({}, {"vram": 1.0}, {"vram": 1.0, "offload": True}):
+        pipeline = Pipeline.load("tiny", device="cuda", **budget)
+        made.append(pipeline(grid="1x2", prompt="a cat", steps=3).composite.tobytes())
+    assert made[0] == made[1] == made[2]
 
 
 @pytest.mark.slow

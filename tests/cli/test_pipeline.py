@@ -226,7 +226,7 @@ def test_a_prompt_without_markers_asks_for_one_picture_unless_more_is_said(tmp_p
         ({"grid": "99x99"}, "grid 99x99 has 9801 panels"),
         ({"panel_size": "33"}, "panel size 33x33 is not in multiples of 16 pixels; use 32x32 or"),
         ({"model": "flux-nowhere"}, "there is no model 'flux-nowhere'"),
-        ({"strength": 0.1}, "strength 0.1 leaves 0 of 3 steps"),
+        ({"strength": 0.1}, "strength 0.1 leaves no step of 3"),
         (
             {"grid": "5x1", "mask": "3"},
             r"give panels \(--panels or --set\) and a --prompt: there is no bundled example",
