@@ -72,6 +72,7 @@ class Experiment:
 SIZE = ("--targets", "uno", "--rank", "32")
 CLEAN = ("--condition", "clean")
 LEARNT = ("walk", "sparkle")  # of a task that no arm learns, arms cannot differ
+NOT_SKETCH = " (sketch is left out, as no arm learns it)"
 
 
 def filling_in(*flags: str) -> Training:
@@ -193,7 +194,7 @@ EXPERIMENTS = {
         KEPT, minutes=inf,
     ),
     "condition": Experiment(
-        "Given panels noised along (SDEdit) or clean, in training as in sampling",
+        f"Given panels noised along (SDEdit) or clean, in training as in sampling{NOT_SKETCH}",
         (
             *of_tasks(
                 lambda task: (Arm(task, "base"), on_sets(task, "SDEdit"), on_sets(task, "clean", CLEAN)), LEARNT
@@ -202,13 +203,14 @@ EXPERIMENTS = {
         ),
     ),
     "text": Experiment(
-        "One caption for all panels, or each reads its own part (the base was pretrained on joint captions only)",
+        "One caption for all panels, or each reads its own part (the base was pretrained on joint captions only; "
+        "sketch is left out, as no arm learns it)",
         of_tasks(
             lambda task: (on_sets(task, "joint"), on_sets(task, "panel", ("--text", "panel"))), LEARNT
         ),
     ),
     "concat": Experiment(
-        "Panels as one picture or as one row of tokens",
+        f"Panels as one picture or as one row of tokens{NOT_SKETCH}",
         of_tasks(
             lambda task: (on_sets(task, "pixels"), on_sets(task, "tokens", ("--concat", "tokens"))), LEARNT
         ),

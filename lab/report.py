@@ -57,7 +57,8 @@ SHEETS = {  # name -> what it shows
 COVER = (
     "{} sets or panels of held-out subjects, where a table does not have a half or a quarter of them. Intervals are "
     "95 %: Wilson's of what a set shows or does not, else bootstrapped over sets. They cover sampling, not training. A "
-    "ceiling is what the reader says of true panels after the autoencoder. Hidden traits are never named by captions."
+    "ceiling is what the reader says of true panels after the autoencoder. Hidden traits are never named by captions; "
+    "their differences are of the sets in which both can be told."
 )
 OWN, OTHER = "own kept panels", "another set's"
 KEPT_SCORES = {
