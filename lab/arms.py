@@ -156,8 +156,8 @@ STAGES = (
 )
 MADE = Training((("made-judge-3", 1000),), (), 1)  # on pairs that the base made itself, see lab.circle
 COLD = Training(pairs("two"), (), 2, length=2)
-# single references stay among the pairs of stage II: what is bundled must do both
-BUNDLED = Training(pairs("one", "two", count=2 * PAIRS), (), 2, one(), length=2.5)
+# at last a fifth of the pairs has one reference: what is bundled must do both, and many more cost two references much
+BUNDLED = Training(pairs("one", *["two"] * 4, count=2500), (), 2, replace(COLD, length=3.5), length=0.8)
 
 EXPERIMENTS = {
     "tasks": Experiment(
@@ -302,7 +302,7 @@ EXPERIMENTS = {
     ),
     "tiny-uno": uno(
         "UNO: the bundled LoRA",
-        *thrice(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two")),
+        *(Arm(case, "tiny UNO", BUNDLED, seeds=2) for case in ("one", "two")),
         judge=UNO_WITH_BARS,
         columns=(
             "traits", "look", "right", "all right", "swapped", "confused", "scene", "copied", "pasted", "DINO",
