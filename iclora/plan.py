@@ -79,8 +79,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     config = resolve_defaults(config, task, defaults, pick_device(config.device, defaults, note))
     layout = Layout(*parse_grid(config.grid), *parse_size(config.panel_size))
     generated = parse_mask(config.mask, layout.panels)
-    if config.strength < 1:
-        steps_left(config.steps, config.strength)  # refuses one that leaves none
+    steps_left(config.steps, config.strength)  # refuses a strength that leaves none
     if defaults.name == "tiny":
         note_unknown_shapes(layout, files.name, defaults.panel, note)
 

@@ -52,7 +52,6 @@ def steps_left(steps: int, strength: float) -> int:
     Errors: ValueError if strength leaves no step, or is above 1
     Source: arXiv:2108.01073 (SDEdit)
     """
-    left = steps * strength + 1e-9  # 10 x 0.3 is a little less than 3 in binary
-    if not 1 <= left < steps + 1:
+    if not 1 <= (left := steps * strength + 1e-9) < steps + 1:  # 10 x 0.3 is a little less than 3 in binary
         raise ValueError(f"strength {strength} leaves no step of {steps}; use {1 / steps:.3g} to 1, or more steps")
     return int(left)
