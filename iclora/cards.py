@@ -104,7 +104,7 @@ class Work:
     fixed: bytes of what is trained, with gradients, averages and moments
     steps: whose modulations are computed ahead, for each example
     pixels, encoded: of the largest picture, and of the largest one that is encoded
-    loras: bytes of the LoRAs that are merged into it
+    loras: bytes of the LoRAs' files, which are merged into the transformer
     """
 
     tokens: int
@@ -172,7 +172,7 @@ def plan_for_training(
     sizes = sorted((count_tokens(text, layout, config.reference_attention) for layout in layouts), key=len)
     held = partial(step_bytes, flux, dtype, share, sizes[-1], config.targets, config.rank or 0)
     flops = count_flops(flux, share, sizes[0]).step
-    pixels = max(layout.width * layout.height for layout in layouts)
+    pixels = max(w * h for layout in layouts for w, h in ((layout.width, layout.height), *layout.references))
     fixed = trained * (4 * COPIES + dtype.itemsize * (dtype is not torch.float32))  # adapters are cast to the base's
     work = Work(len(sizes[-1]), flops, held, fixed, AHEAD * share * config.accumulate, pixels, pixels, 0)
     return plan_memory(config, flux, read_weights(files, dtype), work, free)

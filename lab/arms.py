@@ -156,7 +156,7 @@ STAGES = (
 )
 MADE = Training((("made-judge-3", 1000),), (), 1)  # on pairs that the base made itself, see lab.circle
 COLD = Training(pairs("two"), (), 2, length=2)
-# at last a fifth of the pairs has one reference: what is bundled must do both, and many more cost two references much
+# what is bundled must do both: at last a fifth of the pairs has one reference; half costs two references 8 points
 BUNDLED = Training(pairs("one", *["two"] * 4, count=2500), (), 2, replace(COLD, length=3.5), length=0.8)
 
 EXPERIMENTS = {

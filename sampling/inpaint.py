@@ -3,6 +3,7 @@
 Letters: B batch, I image tokens.
 """
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -48,10 +49,12 @@ def keep_clean(known: Tensor, mask: Tensor) -> Callable[[Tensor, float], Tensor]
 def steps_left(steps: int, strength: float) -> int:
     """Count the steps that a draft leaves, the last ones: floor(steps x strength). SDEdit proper starts from a draft.
 
-    strength: 1 leaves every step, and the draft is forgotten
-    Errors: ValueError if strength leaves no step, or is above 1
+    strength: in 0..1; 1 leaves every step, and the draft is forgotten
+    Errors: ValueError if strength leaves no step
     Source: arXiv:2108.01073 (SDEdit)
     """
     if not 1 <= (left := steps * strength + 1e-9) < steps + 1:  # 10 x 0.3 is a little less than 3 in binary
-        raise ValueError(f"strength {strength} leaves no step of {steps}; use {1 / steps:.3g} to 1, or more steps")
+        raise ValueError(
+            f"strength {strength} leaves no step of {steps}; use {math.ceil(1e4 / steps) / 1e4:g} to 1, or more steps"
+        )
     return int(left)

@@ -109,7 +109,10 @@ SIZES = {  # a square of 96 has 2 % more tokens than a 2x2 grid of 1344x1728
 def apply(flux: Flux, techniques: tuple[str, ...], device: torch.device) -> None:
     """Prepare a transformer, in the order of iclora.fitted."""
     for name in techniques:
-        offload(flux, device) if name == "offload" else TECHNIQUES[name](flux)
+        try:
+            offload(flux, device) if name == "offload" else TECHNIQUES[name](flux)
+        except ValueError as error:  # no memory that can be locked
+            raise Missing(str(error)) from None
 
 
 def made(setting: Setting, techniques: tuple[str, ...], device: torch.device, on: torch.device | None = None) -> Flux:
@@ -402,7 +405,7 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
             figures = measure()
         except Missing as reason:
             figures = {"not available": str(reason)}
-        except (RuntimeError, ValueError) as error:  # no memory, none that can be locked, or no compiler
+        except RuntimeError as error:  # no memory, or a compiler that is not there
             figures = {"not available": str(error).strip().partition("\n")[0][:160]}
         gc.collect()
         if "compiled" in key["way"]:

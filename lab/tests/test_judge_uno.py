@@ -228,7 +228,7 @@ def test_every_training_is_a_command_that_parses_and_pairs_that_exist():
             assert {kind for kind, _ in training.data} <= {*pairs.KINDS, "redrawn", *made}
             enough = circle.COUNT if training.data[0][0] in made else 0.95 * 2000
             assert sum(count for _, count in training.data) >= enough
-            assert training.start is None or training.start.stage == 1 and training.stage == 2
+            assert training.start is None or training.stage == 2
 
 
 def test_arms_of_a_case_differ_and_what_they_share_is_one_training():

@@ -87,6 +87,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "isolate"), [*((case, False) for case in CASES), ("all Linears", True)])
 def test_a_training_with_tables_is_the_one_without_to_the_bit(case, isolate, monkeypatch):
     monkeypatch.setattr(ahead, "AHEAD", 4)

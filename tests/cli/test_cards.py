@@ -89,6 +89,7 @@ def near(estimate, measured):
 # estimates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [small(), small(512, 4, 2, 1, 24, 32)])
 def test_a_forward_holds_what_was_computed(shape, dtype):
@@ -167,6 +168,7 @@ def test_the_released_models_work_is_as_published():
 # recomputing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradients_are_the_same_however_many_blocks_are_computed_again(dtype):
     shape, gradients, peaks = small(128, 2, 2, 2, 4, 5), [], []

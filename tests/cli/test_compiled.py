@@ -57,6 +57,7 @@ def test_all_blocks_of_a_kind_share_one_graph_and_all_sizes_a_second_one():
     assert counter.frame_count == 4, "references are tokens like others"
 
 
+@pytest.mark.slow
 def test_masks_and_references_alone_are_graphs_too_and_the_latter_pass_as_written():
     plain, compiled, counter = network(blocks=1), network(blocks=1), graphs()
     compile_blocks(compiled, counter)

@@ -229,6 +229,7 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(tmp_path, capsys, argv, mes
     assert message in line and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module_and_explains_itself(tmp_path):
     done = subprocess.run([sys.executable, "-m", "iclora.convert", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("usage: python -m iclora.convert IN OUT [-h]")

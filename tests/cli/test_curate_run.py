@@ -194,6 +194,7 @@ def test_a_stage_is_forgotten_with_all_behind_it(tmp_path, drawn):
     assert all("ref" in request for request in drawn[count:])
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_rows_it_ends_in_the_same_catalogue(tmp_path, drawn, monkeypatch):
     run(tmp_path / "whole", lora=str(LORA), count=5)
     record = Catalogue.record
@@ -268,6 +269,7 @@ def test_a_language_model_is_asked_once_for_the_same_words(tmp_path, drawn):
 # refusals: one line, status 2, and nothing is lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, line",
     [

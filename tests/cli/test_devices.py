@@ -33,6 +33,7 @@ def lora(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -68,6 +69,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_all_that_training_computes_is_on_its_device(way):
     layout, more = WAYS[way]

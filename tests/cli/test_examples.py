@@ -24,6 +24,7 @@ def test_the_minimal_sample_is_bit_for_bit_the_commands(tmp_path):
         assert ImageChops.difference(mine, commands).getbbox() is None
 
 
+@pytest.mark.slow
 def test_the_minimal_training_learns_and_its_lora_is_used(tmp_path, capsys):
     path = tmp_path / "minimal.safetensors"
     minimal_train.main(str(path), steps=2)

@@ -608,6 +608,7 @@ def test_compile_is_that_of_all_requests_and_told_of(monkeypatch, tmp_path):
         read_jobs(SampleConfig(jobs=str(jobs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short", [True, False], ids=["short", "plenty"])
 def test_where_memory_is_short_encoders_and_transformer_are_never_there_together(monkeypatch, short):
     alive, seen, order = {"encoders": [], "flux": []}, [], []

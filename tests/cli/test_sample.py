@@ -88,6 +88,8 @@ def test_the_json_holds_the_resolved_configuration_hashes_and_timings(made):
     assert {"ae.safetensors", "text_encoder/model.safetensors"} <= {file["file"] for file in record["model"]["files"]}
     assert all(len(file["sha256"]) == 64 and file["bytes"] > 0 for file in record["model"]["files"])
     assert {"text", "transformer", "sampling", "decoding"} <= set(record["seconds"])
+    assert {"torch", "transformers", "pillow", "python", "threads"} <= set(record["versions"])
+    assert record["model"]["name"] == "tiny"
 
 
 def test_large_weight_files_are_recorded_by_name_and_size_only(monkeypatch):
@@ -433,6 +435,7 @@ def test_the_readmes_first_command_makes_its_picture_in_time(tmp_path):
     for panel, corner in ((1, (0, 0)), (2, (64, 0)), (4, (64, 64))):
         given = fit(open_picture(examples_folder() / "2x2" / f"{panel}.png"), 64, 64)
         assert composite.crop((*corner, corner[0] + 64, corner[1] + 64)).tobytes() == given.tobytes()
+    assert done.stdout.split() == [str(tmp_path / name) for name in ("0001.png", "0001-panel-3.png", "0001.json")]
     stored = ROOT / "tests" / "fixtures" / "pictures" / "first.png"
     assert levels_apart(tmp_path / "0001.png", stored) <= SAME
     shown = Image.open(stored)

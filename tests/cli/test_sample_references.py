@@ -199,6 +199,8 @@ def test_the_command_runs_records_its_references_and_replays_to_the_same_bytes(t
         (None, "reference", "robot.png"),
     ]
     assert record["config"]["guidance"] == 4.0 and record["config"]["grid"] == "1x1"
+    (used,) = [entry for entry in record["model"]["files"] if entry["file"] == "uno.safetensors"]
+    assert used["strength"] == 1 and len(used["sha256"]) == 64
     text = Image.open(tmp_path / "0001.png").text["config"]
     assert "cat.png" not in text and '"offset": "d"' in text
     assert sample.main(["--config", str(tmp_path / "0001.json"), "--out", str(tmp_path)]) == 0

@@ -24,6 +24,7 @@ def known():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_whole_ones_are_read(known):
     assert len(known) == KINDS and {kind.command for kind in known} == set(blackbox.MODULES)
     assert [kind.name for kind in known if try_one(kind, kind.document)] == []

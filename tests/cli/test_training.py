@@ -741,6 +741,7 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+@pytest.mark.slow
 def test_a_lock_dies_with_its_process(tmp_path):
     code = "import os, sys, pathlib; from iclora.checkpoint import only_run\n"
     code += "with only_run(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"

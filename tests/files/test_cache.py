@@ -90,6 +90,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_entry_is_made_anew(tmp_path, kind, autoencoder):
     layout, examples = data_set(tmp_path / "sets")

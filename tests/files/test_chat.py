@@ -148,6 +148,7 @@ def test_without_the_client_a_line_says_how_to_install_it(monkeypatch):
 # endpoints that are busy, slow, down
 
 
+@pytest.mark.slow
 @needs_openai
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_endpoint_is_asked_again_when_it_says_so(status):
@@ -204,6 +205,7 @@ def dripping(handler, body):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @needs_openai
 @pytest.mark.parametrize("slow", [sleepy, dripping])
 def test_a_slow_endpoint_is_given_up(slow):

@@ -371,6 +371,7 @@ def test_matching_takes_as_long_as_there_are_pictures():
 # with and without references
 
 
+@pytest.mark.slow
 def test_a_run_may_have_rows_with_and_without_references(tmp_path):
     path = pairs_of(tmp_path, PAIR, {"prompt": "a cat", "image_tgt_path": "p/c.png"}, {**PAIR, "image_path": "p/c.png"})
     examples, findings = scan(path, method=UNO)
