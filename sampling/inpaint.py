@@ -54,7 +54,5 @@ def steps_left(steps: int, strength: float) -> int:
     Source: arXiv:2108.01073 (SDEdit)
     """
     if not 1 <= (left := steps * strength + 1e-9) < steps + 1:  # 10 x 0.3 is a little less than 3 in binary
-        raise ValueError(
-            f"strength {strength} leaves no step of {steps}; use {math.ceil(1e4 / steps) / 1e4:g} to 1, or more steps"
-        )
+        raise ValueError(f"strength {strength} leaves no step of {steps}; use {math.ceil(1e4 / steps) / 1e4:g} or more")
     return int(left)
