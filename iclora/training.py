@@ -175,9 +175,8 @@ def add_adapters(flux: Flux, config: TrainConfig, init_lora: LoraFile | None) ->
 def checkpoint_blocks(flux: Flux, count: int | None = None) -> None:
     """Recompute the first blocks, or all, in the backward pass instead of keeping what they computed."""
     for block in [*flux.double_blocks, *flux.single_blocks][:count]:
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )  # no dropout
+        # there is no dropout, whose draws would have to be repeated
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def note_doubts(plan: TrainingPlan, layouts: Sequence[Layout], note: Note) -> None:
