@@ -39,10 +39,16 @@ def lost_process_is_one_line() -> Iterator[None]:
         raise
 
 
+def meet(world_size: int) -> None:
+    """Wait until all processes are here."""
+    if world_size > 1:
+        torch.distributed.barrier()
+
+
 def leave_processes(world_size: int) -> None:
     """Wait for what the first process writes, and part."""
     if world_size > 1:
-        torch.distributed.barrier()
+        meet(world_size)
         torch.distributed.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from sampling.images import open_picture
 
 from .pipeline import Pipeline
 from .plan import Plan
-from .processes import join_processes, leave_processes, lost_process_is_one_line, processes
+from .processes import join_processes, leave_processes, lost_process_is_one_line, meet, processes
 from .record import describe, next_number, save_as, save_sheet
 
 
@@ -41,7 +41,7 @@ def make_share(pipeline: Pipeline, plans: Sequence[Plan]) -> list[Path]:
         for stem, request in own:
             (result,) = pipeline.run(request)
             written += save_as(stem, result, {**describe(request), "seconds": dict(result.seconds)}, folder)
-        torch.distributed.barrier()
+        meet(world_size)
         if rank == 0 and config.jobs is not None:
             written.append(save_sheet({stem: open_picture(folder / f"{stem}.png") for stem in stems}, folder))
         leave_processes(world_size)

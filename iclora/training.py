@@ -35,7 +35,7 @@ from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
 from .plan import MODES, Note, note_other_modes, pick_device
-from .processes import join_processes
+from .processes import join_processes, meet
 from .prompts import clean
 from .references import follow_loras
 
@@ -119,12 +119,12 @@ def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -
     elif rank == 0 and path.exists():
         raise ValueError(f"another run has written {path} meanwhile; the same command goes on from it")
     if rank > 0:
-        torch.distributed.barrier()  # the first process encodes alone, and the others find its cache
+        meet(world_size)  # the first process encodes alone, and the others find its cache
     loader = Loader(config, plan.examples, plan.files)
     on_cpu = plan.memory_plan and plan.memory_plan.text_on_cpu
     loader.encode(note, config.sample_prompt, "cpu" if on_cpu else config.device)
-    if rank == 0 and world_size > 1:
-        torch.distributed.barrier()
+    if rank == 0:
+        meet(world_size)
     if plan.memory_plan:
         flux = load_fitted(plan.files.flux, config, plan.memory_plan, (), note)
     else:

@@ -6,7 +6,6 @@ python -m lab.export draws the bundled reference pictures again, which need no n
 import argparse
 import io
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from model.autoencoder import AutoEncoder
-from model.checkpoint import save_safetensors
+from model.checkpoint import save_safetensors, write_atomic
 from model.flux import Flux
 
 from . import entry
@@ -59,7 +58,7 @@ def write_model(
     write_config(t5.config, "T5EncoderModel", folder / "text_encoder_2")
     for source, name in ((clip_tokenizer, "tokenizer"), (t5_tokenizer, "tokenizer_2")):
         for file in sorted(source.iterdir()):
-            replace_file(folder / name / file.name, file.read_bytes())
+            write_atomic(folder / name / file.name, file.read_bytes())
     write_examples(folder / "examples")
     write_references(folder / "examples" / "references")
 
@@ -71,17 +70,10 @@ def copy_judges(source: Path, folder: Path) -> None:
             shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def write_config(config, architecture: str, folder: Path) -> None:
     settings = {**config.to_diff_dict(), "architectures": [architecture], "dtype": "bfloat16"}
     settings.pop("transformers_version", None)
-    replace_file(folder / "config.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    write_atomic(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def write_examples(folder: Path) -> None:
@@ -91,15 +83,15 @@ def write_examples(folder: Path) -> None:
         place = folder / f"{rows}x{cols}"
         place.mkdir(parents=True, exist_ok=True)
         for i, panel in enumerate(panels, 1):
-            replace_file(place / f"{i}.png", drawn(panel))
-        replace_file(place / "caption.txt", (joint_caption(panels, rows, cols) + "\n").encode())
+            write_atomic(place / f"{i}.png", drawn(panel))
+        write_atomic(place / "caption.txt", joint_caption(panels, rows, cols) + "\n")
 
 
 def write_references(folder: Path) -> None:
     """Draw each reference picture: cat.png, mushroom.png, robot.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (scene, subject) in REFERENCES.items():
-        replace_file(folder / f"{name}.png", drawn(Panel(scene, (Placed(subject, "middle", "big"),), seed=1)))
+        write_atomic(folder / f"{name}.png", drawn(Panel(scene, (Placed(subject, "middle", "big"),), seed=1)))
 
 
 def drawn(panel: Panel) -> bytes:

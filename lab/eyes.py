@@ -10,17 +10,15 @@ Letters: N pictures or captions, D width of the features, O options of a trait.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Model
 
+from iclora.backbones import load_network
 from model.autoencoder import AutoEncoder
-from model.checkpoint import read_header, read_json
 from model.weights import find_model
 
 from .captions import panel_prompt
@@ -61,27 +59,12 @@ def load_eyes(model: str) -> Eyes:
     """Load the eyes that lie in the folders clip/ and dinov2/ of a model.
 
     model: as in model.weights.find_model
-    Errors: ValueError for missing or damaged files, and for tensors that do not fit their config.json
+    Errors: ValueError for missing or damaged files
     """
     files = find_model(model)
-    clip = _load(CLIPModel, CLIPConfig, files.root / "clip")
-    dino = _load(Dinov2Model, Dinov2Config, files.root / "dinov2")
-    return Eyes(clip, CLIPTokenizer.from_pretrained(str(files.clip_tokenizer), local_files_only=True), dino)
-
-
-def _load(kind: type, config: type, folder: Path) -> nn.Module:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {path.name}; make it with python -m lab.train_eyes")
-    read_header(path)  # refuses a damaged file by name
-    module = kind(config.from_dict(read_json(folder / "config.json")))
-    names = {hub_name(name): name for name in module.state_dict()}
-    try:
-        tensors = {names.get(name, name): tensor.float() for name, tensor in load_file(path).items()}
-        module.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its config.json: {' '.join(str(error).split())[:200]}") from None
-    return module.requires_grad_(False).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(str(files.clip_tokenizer), local_files_only=True)
+    clip = load_network(CLIPModel, files.root / "clip", "cpu")
+    return Eyes(clip, tokenizer, load_network(Dinov2Model, files.root / "dinov2", "cpu"))
 
 
 def hub_name(name: str) -> str:

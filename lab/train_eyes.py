@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from model.autoencoder import AutoEncoder
-from model.checkpoint import read_json, save_safetensors
+from model.checkpoint import read_json, save_safetensors, write_atomic
 from model.weights import ModelFiles, find_model, load_autoencoder
 
 from . import entry
 from .captions import panel_prompt
-from .export import bfloat16, replace_file, write_config
+from .export import bfloat16, write_config
 from .eyes import OPTIONS, hub_name, text_tower, to_pictures, twin, with_subject, with_trait
 from .sets import PANEL
 from .train_truth import roughen, round_trip
@@ -290,8 +290,7 @@ def write_eye(module: nn.Module, folder: Path, processor: str, exact: dict[str, 
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    replace_file(folder / "preprocessor_config.json", text.encode())
+    write_atomic(folder / "preprocessor_config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def train_both(args: argparse.Namespace) -> None:

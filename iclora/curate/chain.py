@@ -8,13 +8,12 @@ import sqlite3
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..checkpoint import only_run
 from ..cli import check_folder
 from ..judge import ChatJudge
-from ..processes import join_processes, lost_process_is_one_line, processes
+from ..processes import join_processes, lost_process_is_one_line, meet, processes
 from ..records import Note
 from .catalogue import NAME, STAGES, Catalogue, crops_of, passed, reader, selected
 from .options import CHAIN, CurateConfig
@@ -110,9 +109,3 @@ def run_share(workshop: Workshop, stage: str, path: Path, rank: int, world_size:
     if rank == 0:
         with closing(Catalogue(path)) as catalogue:
             catalogue.merge_parts()
-
-
-def meet(world_size: int) -> None:
-    """Wait until all processes are here."""
-    if world_size > 1:
-        torch.distributed.barrier()

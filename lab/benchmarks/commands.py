@@ -37,6 +37,10 @@ COMMANDS = (  # OUT is a folder, see rows(); later ones read what earlier ones w
     "-m iclora.curate --count 10 --out OUT/factory",
     "-m lab.caption OUT/sets --overwrite",
     "-m iclora.evaluate --jobs OUT/jobs.jsonl --made OUT/reference",
+    "-m lab.sets --out OUT/demo",
+    "-m lab.panels --count 20 --out OUT/panels",
+    "-m lab.report --sets 4 --columns 2 --out OUT/report",
+    "-m lab.experiments bundled --count 4 --work OUT/work --out OUT/results",
 )  # fmt: skip
 
 
