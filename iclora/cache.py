@@ -72,9 +72,8 @@ class Cache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Write an entry. Errors: OSError if the disk is full or read-only"""
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self.path(key).parent.mkdir(parents=True, exist_ok=True)
-        save_safetensors(ready, self.path(key), {"sha256": hash_tensors(ready, key)})
+        save_safetensors(tensors, self.path(key), {"sha256": hash_tensors(tensors, key)})
 
     @torch.no_grad()
     def fill(self, entries: Iterable[Entry], load: Callable[[], Any], label: str) -> int:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 from tqdm import tqdm
@@ -33,18 +32,9 @@ from .records import PICTURES, Findings, Grid, Record, Settings, read_records, w
 TRIES = 3  # captions of a set before it counts as failed
 Refused = Sequence[tuple[str, str]]  # captions, and what is wrong with them
 
-
-class Teller(Protocol):
-    """Whatever can tell what panels show."""
-
-    def __call__(self, panels: Sequence[Image.Image], markers: Sequence[str], tag: str, refused: Refused) -> str:
-        """Write a joint caption.
-
-        markers: of the panels; none for a single one
-        tag: how the caption is to begin, if at all
-        refused: what was written of this set before
-        Errors: EndpointError if other sets would fail as well, else ValueError
-        """
+# Tells panels: them, their markers (none for one), how to begin, what was refused -> a joint caption.
+# Raises EndpointError if other sets would fail as well, else ValueError
+Teller = Callable[[Sequence[Image.Image], Sequence[str], str, Refused], str]
 
 
 def request(markers: Sequence[str], tag: str, words: int) -> str:
@@ -101,9 +91,7 @@ def find_sets(root: Path, grid: Grid | None, findings: Findings) -> dict[Path, R
         pictures = [file for file in files if file.suffix.lower() in PICTURES and file.resolve() not in listed]
         pictures.sort(key=lambda file: (len(file.stem), file.stem))  # 2 before 10
         rows, cols = settings.grid or (1, 1)
-        if len(pictures) == rows * cols > 1 and [file.stem for file in pictures] == [
-            str(i + 1) for i in range(rows * cols)
-        ]:
+        if rows * cols > 1 and [file.stem for file in pictures] == [str(i + 1) for i in range(rows * cols)]:
             sets[folder / "caption.txt"] = Record(str(folder), tuple(pictures), False, settings, None)
             continue
         for picture in pictures:

@@ -192,12 +192,12 @@ def plan_memory(config: Config, flux: FluxConfig, weights: Weights, work: Work, 
     own = torch.cuda.memory_reserved() if device == "cuda" and not config.vram else 0  # of networks that are there
     budget = (config.vram * 1e9 if config.vram else free + own) * (1 - RESERVE)
     text_on_cpu, best = weights.text * (1 + TEXT_WORK) > budget, None
-    for choice in settings(config, flux, weights.transformer > BIG, device):
+    for choice in list_settings(config, flux, weights.transformer > BIG, device):
         choice = replace(choice, text_on_cpu=text_on_cpu, budget=budget)
-        choice = replace(choice, load_on_cpu=device == "cuda" and loading(choice, work, weights, training) > budget)
-        choice = measured(choice, work, weights, device, training)
+        choice = replace(choice, load_on_cpu=device == "cuda" and load_bytes(choice, work, weights, training) > budget)
+        choice = add_phases(choice, work, weights, device, training)
         asked = choice.quantize or config.offload
-        if choice.peak <= budget and (asked or copies(choice, weights, training) <= SLOWER * work.flops / RATE):
+        if choice.peak <= budget and (asked or copy_seconds(choice, weights, training) <= SLOWER * work.flops / RATE):
             return choice
         best = choice if best is None or choice.peak < best.peak else best
     needed = math.ceil(10 * best.peak / (1 - RESERVE) / 1e9) / 10
@@ -220,7 +220,7 @@ def check_device(config: Config) -> None:
         check_compiler(config.device)
 
 
-def settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterator[MemoryPlan]:
+def list_settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterator[MemoryPlan]:
     """List settings, the fastest first; see the module. big: whether tables are on in any case"""
     blocks = flux.depth + flux.depth_single_blocks
     again = {"auto": range(blocks + 1), True: [blocks]}.get(getattr(config, "checkpointing", None), [0])
@@ -237,25 +237,25 @@ def settings(config: Config, flux: FluxConfig, big: bool, device: str) -> Iterat
             yield replace(base, tile=base.tile or tile, checkpointing=number)
 
 
-def loading(choice: MemoryPlan, work: Work, weights: Weights, training: bool) -> float:
+def load_bytes(choice: MemoryPlan, work: Work, weights: Weights, training: bool) -> float:
     """Give the peak while the transformer is read on the device: whole, or into fp8 block by block."""
     whole = weights.standing(fp8=True) + weights.block if choice.quantize else weights.transformer + work.loras
-    return beside(choice, weights, training) + whole + bool(work.loras) * weights.merged
+    return bytes_beside(choice, weights, training) + whole + bool(work.loras) * weights.merged
 
 
-def beside(choice: MemoryPlan, weights: Weights, training: bool) -> int:
+def bytes_beside(choice: MemoryPlan, weights: Weights, training: bool) -> int:
     """Give the bytes that stand beside the transformer; training has freed all else by then."""
     return 0 if training else weights.autoencoder + weights.text * (not choice.free_text and not choice.text_on_cpu)
 
 
-def copies(choice: MemoryPlan, weights: Weights, training: bool) -> float:
+def copy_seconds(choice: MemoryPlan, weights: Weights, training: bool) -> float:
     """Give the seconds that the copies of a step take; training needs every block twice."""
     return choice.offload * (1 + training) * (weights.fp8 if choice.quantize else weights.linears) / LINK
 
 
-def measured(choice: MemoryPlan, work: Work, weights: Weights, device: str, training: bool) -> MemoryPlan:
+def add_phases(choice: MemoryPlan, work: Work, weights: Weights, device: str, training: bool) -> MemoryPlan:
     """Compute the parts and the peak of every phase of a setting."""
-    rows, others = work.steps if choice.tables else None, beside(choice, weights, training)
+    rows, others = work.steps if choice.tables else None, bytes_beside(choice, weights, training)
     standing = weights.standing(rows, choice.offload, choice.quantize == "fp8")
     standing += work.loras * bool(choice.quantize and weights.coded)  # LoRAs stay beside what a file has in fp8
     held, text = work.activations(choice.checkpointing), weights.text * (not choice.text_on_cpu)
@@ -266,7 +266,7 @@ def measured(choice: MemoryPlan, work: Work, weights: Weights, device: str, trai
     phases = {
         "text": text * (1 + TEXT_WORK),
         "encoding": there + ENCODE * image * work.encoded,
-        "loading": standing + others if choice.load_on_cpu else loading(choice, work, weights, training),
+        "loading": standing + others if choice.load_on_cpu else load_bytes(choice, work, weights, training),
         step: standing + others + work.fixed + held,
     }
     if not training:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -89,7 +88,7 @@ def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerp
 
     config: the settings that make the result
     fingerprint: of what is learnt from, by name
-    Errors: OSError if the disk is full or read-only; an earlier checkpoint is still there then
+    Errors: OSError if the disk is full or read-only; last_good finds the earlier checkpoint then
     """
     tensors: dict[str, Tensor] = {}
     for i, (p, average) in enumerate(zip(state.parameters, state.average, strict=True)):
@@ -99,25 +98,10 @@ def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerp
     config, fingerprint = json.dumps(dict(config)), json.dumps(dict(fingerprint))
     metadata = {"step": str(state.step), "config": config, "origin": fingerprint}
     about = {"digest": digest(tensors, metadata), "cpu": torch.backends.cpu.get_cpu_capability()}
-    spare = path.with_name(f".{path.name}.spare.tmp")
-    spare.unlink(missing_ok=True)
-    try:
-        with contextlib.suppress(ValueError):  # what was damaged meanwhile is not worth keeping
-            if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its place
-                link(path, spare)
-        save_safetensors(tensors, path, metadata | about)
-        if spare.exists():
-            os.replace(spare, earlier(path))
-    finally:
-        spare.unlink(missing_ok=True)
-
-
-def link(path: Path, name: Path) -> None:
-    """Give a file another name as well, or a copy where the system, or the file system, has no links."""
-    try:
-        os.link(path, name)
-    except (AttributeError, OSError):
-        shutil.copyfile(path, name)
+    with contextlib.suppress(ValueError):  # what was damaged meanwhile is not worth keeping
+        if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its place
+            os.replace(path, earlier(path))
+    save_safetensors(tensors, path, metadata | about)
 
 
 def earlier(path: Path) -> Path:

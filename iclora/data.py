@@ -339,7 +339,7 @@ def _count_tokens(examples: Sequence[Example], files: ModelFiles, limit: int | N
     """Count the tokens of the captions with the model's T5 tokenizer; note lost ends and unknown words."""
     from transformers.models.t5.tokenization_t5 import T5Tokenizer  # takes seconds to import
 
-    from model.text import load_tokenizer, spelled
+    from model.text import load_tokenizer, unknown_words
 
     tokenizer = load_tokenizer(T5Tokenizer, files.t5_tokenizer)
     limit = limit or tokenizer.model_max_length
@@ -348,7 +348,7 @@ def _count_tokens(examples: Sequence[Example], files: ModelFiles, limit: int | N
         longest = examples[lengths.index(max(lengths))].name
         more = f"; it is the longest of {count} that are too long" if count > 1 else ""
         notes.append(f"{longest}: T5 reads {limit} of the caption's {max(lengths)} tokens; shorten it{more}")
-    if words := list(dict.fromkeys(word for example in examples for word in spelled(tokenizer, example.caption))):
+    if words := unknown_words(tokenizer, (example.caption for example in examples)):
         notes.append(f"{files.name} does not know {', '.join(words[:6])}; it learns nothing of what such words mean")
     return f"captions: {min(lengths)} to {max(lengths)} T5 tokens; {files.name} reads {limit}"
 

@@ -45,7 +45,7 @@ def is_list(path: Path) -> bool:
     return path.suffix.lower() == ".jsonl" or path.name.lower() == TABLE
 
 
-def spelled(name: str) -> str:
+def compose_accents(name: str) -> str:
     """Compose accents, which a Mac's archives decompose, so that names that look alike are alike."""
     return unicodedata.normalize("NFC", name)
 
@@ -63,7 +63,7 @@ def find(folder: Path, name: str) -> Path:
         return folder.joinpath(*parts.parts)
     path = folder
     for part in parts.parts:
-        spellings = [path / form for form in (part, spelled(part), unicodedata.normalize("NFD", part))]
+        spellings = [path / form for form in (part, compose_accents(part), unicodedata.normalize("NFD", part))]
         path = next(filter(os.path.lexists, spellings), spellings[0])
     return path
 
@@ -250,7 +250,7 @@ def match_controls(targets: Group, controls: Sequence[Group], broken: list[str],
 
 def _name(path: Path, folder: Path) -> str:
     """Name a picture for its partners in other folders."""
-    return spelled(path.relative_to(folder).with_suffix("").as_posix())
+    return compose_accents(path.relative_to(folder).with_suffix("").as_posix())
 
 
 # what there is

@@ -33,7 +33,7 @@ from .config import DEVICES, SampleConfig, check, choose_grid, model_defaults, o
 from .intervals import bonett_price, wilson
 from .layout import parse_grid
 from .plan import pick_device
-from .prompts import clean, lint, preset, texts_of
+from .prompts import TASKS, clean, lint, texts_of
 from .records import PICTURES
 
 Values = dict[str, list[float | None]]  # by score, a value an item; None where it has no such score
@@ -107,7 +107,7 @@ def read_items(config: EvaluateConfig) -> list[Item]:
     """Read what the requests of a list ask for. Errors: ValueError naming the line or item"""
     items = []
     for source, request in read_jobs(SampleConfig(jobs=config.jobs, num=config.num)).items():
-        prompt, task = request.prompt, preset(request.preset) if request.preset else None
+        prompt, task = request.prompt, TASKS.get(request.preset)
         try:
             grid = parse_grid(choose_grid(request, task))
             texts = request.panel_prompt

@@ -30,13 +30,12 @@ from model.text import load_text_encoders
 from model.weights import load_flux
 
 from .cache import Cache, hash_values, text_encoder_paths
-from .cards import MemoryPlan
-from .config import SampleConfig, TrainConfig
+from .cards import Config, MemoryPlan
 from .memory import add_memory_plans, stored_values
-from .plan import Note, Plan, text_key
+from .plan import Plan, text_key
+from .records import Note
 
 MOST = 200  # captions
-Config = SampleConfig | TrainConfig  # with all defaults resolved
 
 
 def load_fitted(
@@ -44,6 +43,7 @@ def load_fitted(
 ) -> Flux:
     """Load a transformer and merge LoRAs into it, on the CPU where blocks stay there, or all of it finds no room else.
 
+    config: with all defaults resolved
     loras: with their strengths
     note: is told what each is
     """

@@ -47,7 +47,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_lines(path: Path, text: str) -> Rows:
-    rows = {f"{path} line {i}": parse_json(line) for i, line in enumerate(text.splitlines(), 1) if line.strip()}
+    rows = {f"{path} line {i}": parse_json(line) for i, line in enumerate(text.split("\n"), 1) if line.strip()}
     for source, row in rows.items():
         if not isinstance(row, dict):
             raise ValueError(f'{source} is no JSON object of options; write {{"prompt": ..., "seed": ...}} on one line')

@@ -26,9 +26,10 @@ from model.weights import ModelFiles, load_autoencoder
 from .buckets import parse_sides
 from .cache import Cache, Entry, Panels, latent_entry, reference_entry, text_encoder_paths, text_entry
 from .config import ALONE, TrainConfig, model_defaults
-from .data import Buckets, Example, Note, bucket
+from .data import Buckets, Example, bucket
 from .layout import Layout, generate_mask, panel_attention_mask
 from .prompts import texts_of
+from .records import Note
 from .references import image_ids
 
 Examples = Sequence[Example]

@@ -27,7 +27,7 @@ from model.lora import load_lora, merge
 from model.text import TextEncoders, check_widths, load_text_encoders
 from model.weights import load_autoencoder, load_flux
 from sampling.denoise import denoise
-from sampling.flow import interpolate, times
+from sampling.flow import AfterStep, interpolate, times
 from sampling.images import to_picture, to_tensor
 from sampling.inpaint import keep_clean, keep_known, steps_left
 from sampling.latents import noise, pack, unpack
@@ -36,8 +36,9 @@ from .cli import typed
 from .config import ALONE, SHARED, SampleConfig
 from .layout import Layout, compose, encode_by_panel, generate_mask, panel_attention_mask, paste, split
 from .memory import planned
-from .plan import Note, Plan, Source, make_plan, text_key
+from .plan import Plan, Source, make_plan, text_key
 from .prompts import texts_of
+from .records import Note
 from .references import encode, image_ids
 
 FAMILIAR = 23.4  # dB; the worst of 114 pictures of its own world comes back with 23.5, 18 of 29 photos with less
@@ -254,7 +255,7 @@ def encode_references(autoencoder: AutoEncoder, plan: Plan, seed: int) -> Tensor
 
 def start(
     plan: Plan, seed: int, known: Tensor, mask: Tensor, progress: Callable[[], object]
-) -> tuple[Tensor, list[float], Callable[[Tensor, float], Tensor]]:
+) -> tuple[Tensor, list[float], AfterStep]:
     """Give where sampling starts, its times, and what holds the kept panels after every step.
 
     known: (1, I, 64) tokens of kept panels and drafts

@@ -20,7 +20,7 @@ from sampling.inpaint import steps_left
 from .config import UNO, UNO_RELEASE, ModelDefaults, SampleConfig, flag, model_defaults, resolve_defaults
 from .layout import Layout, parse_grid, parse_mask, parse_size
 from .memory import check_memory
-from .prompts import Task, build, clean, lint, markers_for, preset, texts_of
+from .prompts import TASKS, Task, build, clean, lint, markers_for, texts_of
 from .records import Note, PanelSet, read_set
 from .references import fit_reference, follow_loras, reference_size
 
@@ -64,7 +64,7 @@ def make_plan(config: SampleConfig, note: Note) -> Plan:
     note: is called with what is assumed, ignored or doubtful
     Errors: ValueError in one line for whatever cannot work
     """
-    task = preset(config.preset) if config.preset else None
+    task = TASKS.get(config.preset)
     files = find_model(config.model)
     defaults = model_defaults(files.flux.config)
     if config.guidance is not None and defaults.guidance is None:

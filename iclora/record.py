@@ -22,7 +22,8 @@ from sampling.images import to_png
 
 from .config import SampleConfig, saved
 from .pipeline import Result
-from .plan import Note, Plan
+from .plan import Plan
+from .records import Note
 
 LABEL = 14  # pixels above each picture of a contact sheet
 SHEET = 8_192  # pixels of a sheet's side, beyond which its pictures are shrunk

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import data_forms as forms
-from .data_forms import SETTINGS, Matches, find, spelled
+from .data_forms import SETTINGS, Matches, compose_accents, find
 from .layout import parse_grid
 from .prompts import MARKER_KINDS, MAX_CHARACTERS, clean, preset
 
@@ -136,9 +136,9 @@ def read_records(root: Path, grid: Grid | None, findings: Findings) -> list[Reco
     for folder, files, settings in folders:
         place = os.path.realpath(folder)
         rest = [file for file in files if os.path.join(place, file.name) not in listed]
-        pictures = {spelled(file.stem) for file in rest if file.suffix.lower() in PICTURES}
-        captioned = {spelled(file.stem) for file in set(files) - set(rest)} - pictures
-        void = {file for file in rest if forms.is_text(file) and spelled(file.stem) in captioned}
+        pictures = {compose_accents(file.stem) for file in rest if file.suffix.lower() in PICTURES}
+        captioned = {compose_accents(file.stem) for file in set(files) - set(rest)} - pictures
+        void = {file for file in rest if forms.is_text(file) and compose_accents(file.stem) in captioned}
         findings.notes += [f"{file} is passed over, as a row has the caption of its picture" for file in sorted(void)]
         records += _read_folder(folder, [file for file in rest if file not in void], settings, matches, findings)
     return records
@@ -269,11 +269,11 @@ def _match(folders: list[Folder], findings: Findings) -> Matches:
 def _read_folder(folder: Path, files: Paths, settings: Settings, matches: Matches, findings: Findings) -> list[Record]:
     """Sort the files of one folder into a set of panels, or into composites or targets."""
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    stems, panels = Counter(spelled(picture.stem) for picture in pictures), math.prod(settings.grid or (0,))
+    stems, panels = Counter(compose_accents(picture.stem) for picture in pictures), math.prod(settings.grid or (0,))
     texts: Texts = {}
     for file in files:
-        if forms.is_text(file) and (file.suffix.lower() != ".json" or spelled(file.stem) in stems):
-            texts.setdefault(spelled(file.stem), []).append(file)
+        if forms.is_text(file) and (file.suffix.lower() != ".json" or compose_accents(file.stem) in stems):
+            texts.setdefault(compose_accents(file.stem), []).append(file)
         elif not (file.suffix.lower() in PICTURES or forms.is_list(file) or file.name == SETTINGS):
             findings.notes.append(f"{file} is no picture or caption; passed over")
     numbered = len(pictures) == panels > 1 and stems == Counter(str(number) for number in range(1, panels + 1))
@@ -292,9 +292,9 @@ def _read_composites(
     """Read composites, or targets, and the texts of the same names."""
     records, names, form = [], {}, "targets with control pictures" if settings.root else "composites"
     for picture in pictures:
-        names.setdefault(spelled(picture.stem), []).append(picture.name)
+        names.setdefault(compose_accents(picture.stem), []).append(picture.name)
     for picture in pictures:
-        stem = spelled(picture.stem)
+        stem = compose_accents(picture.stem)
         if len(same := names[stem]) > 1:
             findings.broken.append(f"{picture} shares its caption with {' and '.join(same)}; rename or remove one")
         elif stem not in texts:

@@ -1,4 +1,4 @@
-"""What a step of training is made of: its noise and times, the loss, the average; train.py puts them together.
+"""From a configuration to a training: its plan and start, a step's noise and times, the loss; train.py runs them.
 
 Letters: B batch, I image tokens, R reference tokens, T text tokens, C and V their widths; h, w latent cells.
 
@@ -7,7 +7,6 @@ takes its share: a run gives the same on one process as on several, and goes on 
 """
 
 import functools
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,9 +33,10 @@ from .fitted import load_fitted, prepare
 from .layout import Layout, parse_grid
 from .loader import Batch, Loader, fingerprints
 from .memory import check_training_memory
-from .plan import MODES, Note, note_other_modes, pick_device
+from .plan import MODES, note_other_modes, pick_device
 from .processes import join_processes, meet
 from .prompts import clean
+from .records import Note
 from .references import follow_loras
 
 GUIDANCE = 1.0  # the guidance embedding that LoRAs of FLUX.1-dev are trained at
@@ -303,7 +303,7 @@ def validation_loss(flux: Flux, loader: Loader, condition: str, device: torch.de
             batch = loader.collate(layout, [example], [kept], [False]).to(device)
             noise = torch.randn(1, layout.tokens_high * layout.tokens_wide, 64, generator=generator).to(device)
             losses.append(flow_loss(flux, batch, noise, torch.full((1,), t, device=device)))
-    return float(torch.cat(losses).mean()) if losses else math.nan
+    return float(torch.cat(losses).mean())
 
 
 def micro_batches(count: int, rank: int, world_size: int, accumulate: int) -> list[slice]:

@@ -87,7 +87,7 @@ def _named(subject: Subject, wearing: int = 0, size: str = "") -> str:
     return " ".join(word for word in words if word)
 
 
-def _with_article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -106,7 +106,7 @@ def _who(placed: tuple[Placed, ...], telling: int, wearing: int, full: bool = Tr
     for one in placed:
         size = one.size if telling == POSITION_AND_SIZE else ""
         if full:
-            phrase = _with_article(_named(one.subject, wearing, size))
+            phrase = with_article(_named(one.subject, wearing, size))
         else:
             phrase = " ".join(("the", size, one.subject.shape))
         phrases.append(phrase + (" " + POSITION_WORDS[one.position] if telling else ""))
@@ -143,7 +143,7 @@ def panel_prompt(panel: Panel, rng: np.random.Generator | None = None) -> str:
 
 def _summary(panels: tuple[Panel, ...], template: str, wearing: int) -> str:
     cast = [_named(one.subject, wearing) for one in panels[0].placed]
-    articled = _join([_with_article(phrase) for phrase in cast])
+    articled = _join([with_article(phrase) for phrase in cast])
     return template.format(cast=articled, bare=_join(cast), number=NUMBERS.get(len(panels), "several"))
 
 

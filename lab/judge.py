@@ -12,7 +12,7 @@ from iclora.layout import Layout, compose
 
 from .eyes import Eyes
 from .generate import Networks, Options, generate
-from .scores import ALL, above_chance, interval, line, tiles, traits_shown, verdict
+from .scores import ALL, Figures, above_chance, interval, line, tiles, traits_shown, verdict
 from .sets import PANEL
 from .tasks import GRIDS, TaskSet, is_sketch, is_sparkled, is_walk, square, task_sets
 from .train_truth import tensors_after
@@ -25,7 +25,6 @@ FIGURES = (*SHOWN, ALL)  # of the subject that is given, one by one
 GIVEN = OWN, OTHERS, NONE = "own panel", "another's panel", "no panel"  # what pictures are made from
 ALL_TASKS = "one LoRA of all tasks"
 BASE_BAR, LORA_BAR, ALL_BAR, TRAITS_BAR = 0.2, 0.85, 0.7, 0.8  # at most, at least, and above chance
-Figures = dict[str, list[float]]  # name -> a value of each set
 Found = tuple[Figures, list[Tensor]]  # and rows of composites for a sheet
 
 

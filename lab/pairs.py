@@ -21,9 +21,9 @@ from model.checkpoint import write_atomic
 
 from . import entry
 from .captions import panel_prompt
+from .domains import with_pencil
 from .eyes import with_subject, with_trait
 from .sets import PANEL
-from .tasks import with_pencil
 from .world import COLOURS, SCENES, Panel, Subject, box, draw, random_set, random_subject
 
 

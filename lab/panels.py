@@ -49,12 +49,7 @@ def make_set(rng: np.random.Generator) -> tuple[tuple[int, int], tuple[Panel, ..
 
 
 def write_sets(folder: Path, count: int, seed: int = 0) -> Path:
-    """Write sets.jsonl, and a composite of every set beside it; the same arguments give the same bytes.
-
-    Errors: ValueError if count is below 1
-    """
-    if count < 1:
-        raise ValueError(f"{count} sets cannot be drawn; give --count 1 or more")
+    """Write sets.jsonl, and a composite of every set beside it; the same arguments give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sets.jsonl").unlink(missing_ok=True)  # it is true of the old pictures only
     rng, rows = np.random.default_rng(seed), []
@@ -67,17 +62,12 @@ def write_sets(folder: Path, count: int, seed: int = 0) -> Path:
     return folder / "sets.jsonl"
 
 
-def write(args: argparse.Namespace) -> None:
-    """Write the sets that the command line asks for."""
-    write_sets(args.out, args.count, args.seed)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.panels", description="Draw sets with few words.")
     parser.add_argument("--out", type=Path, default=Path("runs/panels"), help="folder that receives them")
-    parser.add_argument("--count", type=int, default=1200, help="sets")
+    parser.add_argument("--count", type=entry.positive, default=1200, help="sets")
     parser.add_argument("--seed", type=int, default=0)
-    return entry.run(parser, write, argv)
+    return entry.run(parser, lambda args: write_sets(args.out, args.count, args.seed), argv)
 
 
 if __name__ == "__main__":

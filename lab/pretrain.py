@@ -30,6 +30,7 @@ from model.weights import ModelFiles, find_model, load_autoencoder, load_flux
 from . import entry, train_autoencoder, train_clip, train_flow, train_text
 from .captions import vocabulary
 from .export import copy_judges, write_model
+from .scores import tiles
 from .sets import GRIDS, draw_sets, load_sets, plan_sets, sets_of
 from .tokenizers import make_clip_tokenizer, make_t5_tokenizer
 from .training import Stage, Work, finished, refuse_other_run
@@ -223,8 +224,7 @@ def origin(args: argparse.Namespace, files: ModelFiles | None) -> str:
 def panels_of(pictures: dict[tuple[int, int], Tensor]) -> Tensor:
     """The autoencoder's panels: all single ones, and those of a quarter of the 2x2 sets; (N, 3, 64, 64) uint8."""
     sets = pictures[2, 2][: max(1, len(pictures[2, 2]) // 4)]
-    tiles = sets.unflatten(2, (2, 64)).unflatten(4, (2, 64)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-    return torch.cat((pictures[1, 1], tiles)).contiguous()
+    return torch.cat((pictures[1, 1], tiles(sets)))
 
 
 def train_encoders(

@@ -80,7 +80,7 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "untuned": Row(
         "Does the base generate in context, without a LoRA?",
         Headline("nothing", "base", "all traits, own panel", none="all traits, no panel"),
-        answer="Colour, accessory and face yes; shape hardly.",
+        answer="Colour, accessory; face and pattern half; shape hardly.",
         paper="In-Context LoRA: its hypothesis; no figures; agrees in part",
     ),
     "condition": Row(

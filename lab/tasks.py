@@ -23,10 +23,10 @@ from iclora.layout import Layout, paste
 from iclora.prompts import markers_for
 from sampling.images import to_picture, to_tensor
 
-from .captions import NUMBERS, PANELS, POSITION_WORDS, SCENE_WORDS, name
+from .captions import NUMBERS, PANELS, POSITION_WORDS, SCENE_WORDS, name, with_article
 from .domains import DIM, PURPLE, VEIL, with_pencil, with_sparkles
 from .truth import Reading
-from .world import POSITIONS, SCENES, SIZES, Panel, Placed, Subject, box, draw, random_subject
+from .world import POSITIONS, SCENES, SIZES, Panel, Placed, box, draw, random_subject
 
 GRIDS = {"sparkle": (2, 1), "sketch": (1, 2), "walk": (3, 1)}
 WALK = ("left", "middle", "right")
@@ -101,12 +101,8 @@ def _captions(grid: tuple[int, int], first: Panel, rng: np.random.Generator) -> 
         return start + between.join(f"{marker} {phrase}" for marker, phrase in zip(markers, phrases, strict=True)) + "."
 
     it = "it" if "we see" in opening else "it is"
-    start = beginning.format(number=NUMBERS[len(markers)], who=_with_article(placed.subject)) + " "
+    start = beginning.format(number=NUMBERS[len(markers)], who=with_article(name(placed.subject))) + " "
     return caption(start, f"the {placed.size} {placed.subject.shape}"), caption("", it)
-
-
-def _with_article(subject: Subject) -> str:
-    return ("an " if name(subject)[0] in "aeiou" else "a ") + name(subject)
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

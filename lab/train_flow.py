@@ -212,10 +212,6 @@ def compile_blocks(flux: Flux, grid: tuple[int, int]) -> Callable:
     return lambda now: contextlib.nullcontext() if now == grid else torch.compiler.set_stance("force_eager")
 
 
-def as_written(grid: tuple[int, int]) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
 def keep_wide(flux: Flux) -> None:
     """Let the residual stream be float32 under autocast, whose Linears give bfloat16.
 
@@ -284,7 +280,7 @@ def train(
             keep_wide(one.to(work.device))
     grids = list(data.latents)
     chances = torch.tensor([often[grid] for grid in grids])
-    stance = compile_blocks(flux, max(often, key=often.get)) if fast else as_written
+    stance = compile_blocks(flux, max(often, key=often.get)) if fast else contextlib.nullcontext
     module = nn.ModuleDict({"flux": flux, "head": nn.Linear(flux.config.hidden_size, sum(CLASSES))}).to(work.device)
     reading = READING if teacher is None else 0.0  # what has been learned need not be read again by a new layer
     tap = {}

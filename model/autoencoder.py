@@ -15,7 +15,7 @@ CELL = 8  # pixels a latent cell covers
 
 @dataclass(frozen=True)
 class AutoEncoderConfig:
-    """The shape of an autoencoder; model.weights reads it off a checkpoint's tensors."""
+    """The shape of an autoencoder; model.infer reads it off a checkpoint's tensors."""
 
     ch: int  # channels at full resolution
     ch_mult: tuple[int, ...]  # times ch, at each resolution; four of them make 8x
@@ -93,9 +93,9 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        for change in (getattr(self, name, None) for name in ("downsample", "upsample")):
-            x = change(x) if change is not None else x
-        return x
+        if hasattr(self, "downsample"):
+            return self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
 
 
 class Middle(nn.Module):
@@ -215,15 +215,13 @@ def decode_tiled(autoencoder: AutoEncoder, z: Tensor, tile: int = 64, overlap: i
     if len(z) > 1:  # such as panels that are encoded apart
         return torch.cat([decode_tiled(autoencoder, one, tile, overlap) for one in z.split(1)])
     rows, columns = (_tile_spans(size, tile, overlap) for size in z.shape[2:])
-    image = weight = None
+    size = CELL * z.shape[2], CELL * z.shape[3]
+    image, weight = z.new_zeros(1, 3, *size), z.new_zeros(size)
     for top, bottom in rows:
         for left, right in columns:
             part = autoencoder.decode(z[:, :, top:bottom, left:right])
             fade = _fade(top, bottom, z.shape[2], overlap)[:, None] * _fade(left, right, z.shape[3], overlap)[None, :]
             fade = fade.to(part)
-            if image is None:
-                size = (CELL * z.shape[2], CELL * z.shape[3])
-                image, weight = part.new_zeros(*part.shape[:2], *size), part.new_zeros(size)
             y, x = slice(CELL * top, CELL * bottom), slice(CELL * left, CELL * right)
             image[:, :, y, x] += part * fade
             weight[y, x] += fade

@@ -25,7 +25,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # attention with everything
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """The shape of a FLUX.1 transformer; model.weights reads it off a checkpoint's tensors."""
+    """The shape of a FLUX.1 transformer; model.infer reads it off a checkpoint's tensors."""
 
     in_channels: int  # 64: 16 latent channels times a 2x2 patch
     out_channels: int

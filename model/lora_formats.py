@@ -449,11 +449,8 @@ def read_deltas(file: LoraFile, shapes: Shapes) -> list[Delta | Change]:
                 up = swap(tensors["up"]) if swapped else tensors["up"]
                 deltas.append(Delta(entry.module, rows, tensors["down"], up, entry.scale, bias))
             elif not factors:  # a bias alone, beside matrices of rank 1 that say nothing
-                down, up = (
-                    tensors["diff_b"].new_zeros(1, shapes[entry.module][1]),
-                    tensors["diff_b"].new_zeros(len(bias), 1),
-                )
-                deltas.append(Delta(entry.module, rows, down, up, entry.scale, bias))
+                zeros, inputs = tensors["diff_b"].new_zeros, shapes[entry.module][1]
+                deltas.append(Delta(entry.module, rows, zeros(1, inputs), zeros(len(bias), 1), entry.scale, bias))
     return deltas
 
 

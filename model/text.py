@@ -5,7 +5,7 @@ Letters: B batch, T text tokens, C width of the T5 tokens, V width of the CLIP v
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -63,7 +63,8 @@ class TextEncoders:
         """
         ids = self._ids("T5", self.t5_tokenizer, self.t5, prompts, self._t5_limit(max_length))  # (B, T)
         txt = self.t5(input_ids=ids, attention_mask=None).last_hidden_state  # (B, T, C)
-        ids = self._ids("CLIP", self.clip_tokenizer, self.clip, prompts, self._clip_limit())
+        limit = min(self.clip.config.max_position_embeddings, self.clip_tokenizer.model_max_length)
+        ids = self._ids("CLIP", self.clip_tokenizer, self.clip, prompts, limit)
         hidden = self.clip(input_ids=ids, attention_mask=None).last_hidden_state
         # The first end-of-text token has seen the whole prompt. It is found here, because transformers goes by the id
         # in the config, and a wrong id silently gives the first token, which has seen nothing.
@@ -77,7 +78,7 @@ class TextEncoders:
         for ids in _tokenize(self.t5_tokenizer, [*texts], verbose=False).input_ids:
             if len(ids) > limit:
                 lines.append(f"T5 reads {limit} of the prompt's {len(ids)} tokens; shorten it")
-        if words := list(dict.fromkeys(word for text in texts for word in spelled(self.t5_tokenizer, text))):
+        if words := unknown_words(self.t5_tokenizer, texts):
             lines.append(f"{name} does not know {', '.join(words[:6])}, so do not expect to see that")
         return list(dict.fromkeys(lines))
 
@@ -86,9 +87,6 @@ class TextEncoders:
         if limit > UNLIMITED:
             raise ValueError("the T5 tokenizer has no model_max_length; give the text length, e.g. 512")
         return limit
-
-    def _clip_limit(self) -> int:
-        return min(self.clip.config.max_position_embeddings, self.clip_tokenizer.model_max_length)
 
     def _ids(self, name: str, tokenizer, encoder: nn.Module, prompts: list[str], length: int) -> Tensor:
         padded = {"padding": "max_length", "truncation": True, "max_length": length}
@@ -101,9 +99,9 @@ class TextEncoders:
         return ids.to(next(encoder.parameters()).device)
 
 
-def spelled(t5_tokenizer, prompt: str) -> list[str]:
+def unknown_words(t5_tokenizer, texts: Iterable[str]) -> list[str]:
     """List the words that T5 does not know and reads letter by letter; real ones have none."""
-    words = dict.fromkeys(re.findall("[A-Za-z]{3,}", re.sub(r"\[[^]]*\]", " ", prompt)))
+    words = dict.fromkeys(re.findall("[A-Za-z]{3,}", re.sub(r"\[[^]]*\]", " ", " ".join(texts))))
     pieces = {word: t5_tokenizer.tokenize(word) for word in words}
     return [word for word in words if all(len(piece.lstrip("\u2581")) <= 1 for piece in pieces[word])]
 

@@ -4,14 +4,13 @@ Letters: B batch, I image tokens.
 """
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor
 
-from .flow import interpolate
+from .flow import AfterStep, interpolate
 
 
-def keep_known(known: Tensor, noise: Tensor, mask: Tensor) -> Callable[[Tensor, float], Tensor]:
+def keep_known(known: Tensor, noise: Tensor, mask: Tensor) -> AfterStep:
     """Make the after_step of euler that holds the kept tokens on their own path from noise to data.
 
     The noise is drawn once for the whole run, so the path is a straight line and ends exactly at `known`.
@@ -29,7 +28,7 @@ def keep_known(known: Tensor, noise: Tensor, mask: Tensor) -> Callable[[Tensor, 
     return after_step
 
 
-def keep_clean(known: Tensor, mask: Tensor) -> Callable[[Tensor, float], Tensor]:
+def keep_clean(known: Tensor, mask: Tensor) -> AfterStep:
     """Make the after_step of euler that holds the kept tokens clean at every time, for models trained to see them so.
 
     The run must start from after_step(noise, 1.0) too.

@@ -20,7 +20,8 @@ from ..config import model_defaults
 from ..judge import ChatJudge, Judge
 from ..layout import parse_size
 from ..pipeline import Pipeline
-from ..plan import Note, make_plan, parse_lora, pick_device
+from ..plan import make_plan, parse_lora, pick_device
+from ..records import Note
 from .catalogue import Catalogue, Item, Outcome, crops_of, passed, reader, selected
 from .eyes import Box, ClipJudge, Dino, Locator, Owl, mark
 from .options import CurateConfig

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from wrong import seen
 
 import train
 from iclora.checkpoint import CHECKPOINT, RESULT
@@ -21,13 +22,7 @@ from lab.judge import ALL_TASKS, FIGURES, IN_CONTEXT, IN_CONTEXT_WITH_BARS, NONE
 from lab.scores import ALL, traits_shown
 from lab.tables import training_time, what_intervals_cover
 from lab.tasks import COUNT, GRIDS, SEED, task_sets
-from lab.truth import Reading, Seen
-
-
-def seen(subject, **other):
-    traits = {name: getattr(subject, name) for name in ("shape", "colour", "pattern", "accessory", "face", "hue")}
-    traits |= {"position": "left", "size": "big", "angle": subject.angle, "spacing": subject.spacing}
-    return Seen(**{**traits, **other})
+from lab.truth import Reading
 
 
 def test_every_trait_counts_by_itself_whoever_has_it():

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from wrong import seen
 
 from iclora.cli import parse
 from iclora.config import TINY_TRAINING, TRAINING, SampleConfig, TrainConfig
@@ -18,19 +19,13 @@ from lab.arms import DEFAULTS, EXPERIMENTS
 from lab.generate import Options, generate, load_networks
 from lab.judge_uno import BARS, HEAD, NONE, UNO, UNO_WITH_BARS, controls, score
 from lab.tasks import GRIDS, task_sets
-from lab.truth import Reading, Seen
+from lab.truth import Reading
 from model.checkpoint import fingerprint
 from model.weights import find_model
 from sampling.images import to_picture
 
 ROOT = Path(__file__).parents[2]
 OURS = {name: one for name, one in EXPERIMENTS.items() if one.judge.name == UNO.name}
-
-
-def seen(subject, **other):
-    traits = {name: getattr(subject, name) for name in ("shape", "colour", "pattern", "accessory", "face", "hue")}
-    traits |= {"position": "left", "size": "big", "angle": subject.angle, "spacing": subject.spacing}
-    return Seen(**{**traits, **other})
 
 
 def of(kind, seed=0):

@@ -7,7 +7,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lab import world
-from lab.tasks import WALK, with_pencil, with_sparkles
+from lab.domains import with_pencil, with_sparkles
+from lab.tasks import WALK
+from lab.truth import Seen
 from lab.world import SCENES, Panel, draw, random_subject
 
 KINDS = ("subject removed", "somebody else", "another place", "another scene", "blurred")
@@ -41,3 +43,10 @@ def with_effect(task: str, panel: Panel, kind: str, rng: np.random.Generator) ->
     if kind == "blurred":
         return effect(draw(panel)).filter(ImageFilter.GaussianBlur(BLUR))
     return effect(wrong(panel, kind, rng))
+
+
+def seen(subject, **other):
+    """What a reader without mistakes sees of a subject; other: traits that are wrong."""
+    traits = {name: getattr(subject, name) for name in ("shape", "colour", "pattern", "accessory", "face", "hue")}
+    traits |= {"position": "left", "size": "big", "angle": subject.angle, "spacing": subject.spacing}
+    return Seen(**{**traits, **other})

@@ -16,7 +16,7 @@ import iclora.monitor
 import sample
 import train
 from iclora import sizes
-from iclora.cards import MemoryPlan, Work, plan_for_sampling, plan_for_training, plan_memory, settings, share_plan
+from iclora.cards import MemoryPlan, Work, list_settings, plan_for_sampling, plan_for_training, plan_memory, share_plan
 from iclora.cli import parse
 from iclora.config import SampleConfig, TrainConfig, model_defaults, resolve_training_defaults, saved
 from iclora.flops import Tokens, count_flops
@@ -261,8 +261,8 @@ def test_loras_count_while_they_are_merged_and_beside_fp8_codes_for_good(dev):
 
 def test_fp8_does_not_come_by_itself_where_there_is_none():
     config = SampleConfig(device="mps")
-    assert {plan.quantize for plan in settings(config, DEV, True, "mps")} == {None}
-    assert {plan.quantize for plan in settings(config, DEV, True, "cuda")} == {None, "fp8"}
+    assert {plan.quantize for plan in list_settings(config, DEV, True, "mps")} == {None}
+    assert {plan.quantize for plan in list_settings(config, DEV, True, "cuda")} == {None, "fp8"}
 
 
 def test_on_a_cpu_encoders_leave_and_fp8_is_loaded_block_by_block(dev):

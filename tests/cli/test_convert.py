@@ -10,16 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from golden import FLUX, GOLDEN, WHOLE, case, far
+from golden import FLUX, WHOLE, far
 from iclora.convert import main
+from lora_cases import EXPECTED, FILES, GIVEN
 from model.lora import attach, load_lora, merge, save_lora, trainable
 from model.weights import load_flux
 
 ROOT = Path(__file__).parents[2]
-FILES = GOLDEN / "lora"
-EXPECTED = load_file(FILES / "expected.safetensors")
-INPUTS = ("img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance")
-GIVEN = {name: case("dev")[name] for name in INPUTS}
 
 
 def output(path):

@@ -27,6 +27,7 @@ from blackbox import (
     record,
     refused,
 )
+from golden import far
 from model.lora import load_lora, merge
 from model.text import load_text_encoders
 from model.weights import find_model, load_flux
@@ -221,10 +222,6 @@ def test_the_settings_of_a_run_of_before_repeat_it(runs, name):
 
 
 # texts and LoRAs
-
-
-def far(a, b):
-    return float((a.float() - b.float()).abs().max())
 
 
 def effect(path):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
 
 import model.text
-from golden import AE, FLUX, WHOLE, case, far
+from golden import AE, FLUX, WHOLE, case, far, shard, write
 from model.text import load_text_encoders
 from model.weights import find_model, load_autoencoder, load_flux, weight_files
 
@@ -23,24 +23,6 @@ TINY = ROOT / "weights" / "tiny"
 DEV, SCHNELL, VAE = load_file(FLUX["dev"]), load_file(FLUX["schnell"]), load_file(AE)
 FP8, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ONE = torch.ones(1)
-
-
-def write(path: Path, tensors: dict[str, torch.Tensor], metadata=None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def shard(folder: Path, tensors: dict[str, torch.Tensor], stem: str, count: int = 3) -> Path:
-    """Shards in which the parts of a fused Linear lie apart, and their index."""
-    keys, where = sorted(tensors), {}
-    for i in range(count):
-        name = f"{stem}-{i + 1:05}-of-{count:05}.safetensors"
-        write(folder / name, {key: tensors[key] for key in keys[i::count]})
-        where |= dict.fromkeys(keys[i::count], name)
-    index = folder / f"{stem}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return index
 
 
 def same(network, tensors) -> bool:

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from golden import FLUX
+from golden import FLUX, write
 from model import checkpoint, loading
 from model.loading import Senders, read_pieces
 from model.quantize import load_quantized
@@ -19,11 +19,6 @@ def small(monkeypatch):
     monkeypatch.setattr(checkpoint, "BIG", 0)
     monkeypatch.setattr(loading, "PIECE", 1000)
     monkeypatch.setattr(loading, "THREADS", 4)
-
-
-def write(path, tensors):
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    return path
 
 
 @pytest.mark.parametrize("stored, dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])

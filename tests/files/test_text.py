@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import model.text
 from model.flux import FluxConfig
-from model.text import TextEncoders, check_widths, load_text_encoders, spelled
+from model.text import TextEncoders, check_widths, load_text_encoders, unknown_words
 from model.weights import ModelFiles, find_model
 
 PROMPTS = ["a red fox sits on a hill", ""]
@@ -297,13 +297,13 @@ def test_the_configurations_of_single_files_are_those_of_the_released_encoders()
 def test_words_that_are_read_letter_by_letter_are_told():
     encoders = load_text_encoders(find_model("tiny"), dtype=torch.float32)
     prompt = "[IMAGE1] an astronaut riding a red cat; A cat on a beach."
-    assert spelled(encoders.t5_tokenizer, prompt) == ["astronaut", "riding"]
+    assert unknown_words(encoders.t5_tokenizer, [prompt]) == ["astronaut", "riding"]
 
 
 def test_a_word_in_pieces_that_are_more_than_letters_is_known():
     pieces = {"fox": ["\u2581", "f", "o", "x"], "walks": ["\u2581wa", "lk", "s"], "cat": ["\u2581c", "a", "t"]}
     encoders = TextEncoders(None, None, SimpleNamespace(tokenize=pieces.get), None, torch.float32)
-    assert spelled(encoders.t5_tokenizer, "a fox walks, a fox or cat") == ["fox", "cat"]
+    assert unknown_words(encoders.t5_tokenizer, ["a fox walks, a fox", "or cat"]) == ["fox", "cat"]
 
 
 def test_encoders_of_another_model_are_told_with_both_widths():

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from golden import AE, FLUX, GOLDEN
+from golden import AE, FLUX, GOLDEN, shard, write
 from model.checkpoint import read_header, save_safetensors, write_atomic
 from model.infer import infer_autoencoder_config, infer_flux_config
 from model.weights import find_model, load_autoencoder, load_flux
@@ -23,24 +23,6 @@ DEV = load_file(FLUX["dev"])
 SHAPES = {key: tuple(tensor.shape) for key, tensor in DEV.items()}
 DIMS = dict(hidden_size=64, mlp_hidden=256, num_heads=2, depth=2, depth_single_blocks=3, axes_dim=(4, 14, 14))
 DIMS |= dict(in_channels=64, out_channels=64, vec_in_dim=24, context_in_dim=40)
-
-
-def write(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
-    return path
-
-
-def shard(folder: Path, tensors: dict[str, torch.Tensor], stem="flux1-dev") -> Path:
-    """Write three shards and their index."""
-    keys, where = sorted(tensors), {}
-    for i in range(3):
-        name = f"{stem}-{i + 1:05}-of-00003.safetensors"
-        part = keys[i::3]
-        write(folder / name, {key: tensors[key] for key in part})
-        where |= dict.fromkeys(part, name)
-    index = folder / f"{stem}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return index
 
 
 def same(model, tensors) -> bool:
