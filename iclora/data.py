@@ -326,7 +326,7 @@ def report(config: DataConfig) -> tuple[list[str], bool]:
 def _describe_bucket(layout: Layout, examples: Sequence[Example]) -> str:
     """Say what the examples of a bucket become."""
     panels = f"{layout.rows}x{layout.cols} panels of {layout.panel_width}x{layout.panel_height}"
-    tokens = f"{layout.tokens_wide * layout.tokens_high} tokens"
+    tokens = f"{layout.image_tokens} tokens"
     if layout.references:
         sizes = ", ".join(f"{width}x{height}" for width, height in layout.references)
         tokens += f", references of {sizes}, {layout.reference_tokens} tokens"

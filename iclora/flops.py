@@ -34,8 +34,7 @@ class Tokens:
 
 def count_tokens(text: int, layout: Layout, reference_attention: str | None = None) -> Tokens:
     """Count the tokens of an example. text: those of its texts"""
-    target = layout.tokens_high * layout.tokens_wide
-    return Tokens(text, target, layout.reference_tokens, reference_attention == ALONE)
+    return Tokens(text, layout.image_tokens, layout.reference_tokens, reference_attention == ALONE)
 
 
 @dataclass(frozen=True)

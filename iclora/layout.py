@@ -45,11 +45,10 @@ class Layout:
         if any(side < TOKEN or side % TOKEN for side in sides):
             nearest = " or ".join(f"{wide}x{high}" for wide, high in product(*map(_nearest, sides)))
             raise ValueError(f"panel size {sides[0]}x{sides[1]} is not in multiples of {TOKEN} pixels; use {nearest}")
-        if self.tokens_wide * self.tokens_high > MAX_TOKENS:
+        if self.image_tokens > MAX_TOKENS:
             raise ValueError(
                 f"{self.rows}x{self.cols} panels of {sides[0]}x{sides[1]} make {self.width}x{self.height} pixels, "
-                f"{self.tokens_wide * self.tokens_high} tokens; at most {MAX_TOKENS} are possible, so choose smaller "
-                "panels or a smaller grid"
+                f"{self.image_tokens} tokens; at most {MAX_TOKENS} are possible; use smaller panels or a smaller grid"
             )
 
     @property
@@ -78,8 +77,13 @@ class Layout:
         return self.height // TOKEN
 
     @property
+    def image_tokens(self) -> int:
+        """Number of tokens of the composite, I."""
+        return self.tokens_high * self.tokens_wide
+
+    @property
     def reference_tokens(self) -> int:
-        """Number of tokens of all references."""
+        """Number of tokens of all references, R."""
         return sum(width // TOKEN * (height // TOKEN) for width, height in self.references)
 
     def box(self, panel: int) -> tuple[int, int, int, int]:

@@ -203,12 +203,9 @@ class Batches:
 
     sizes: examples in each bucket
     batch: examples in a batch, of all processes together
-    Errors: ValueError if there is nothing to take from
     """
 
     def __init__(self, sizes: Sequence[int], batch: int, seed: int):
-        if not sizes or min(sizes) < 1 or batch < 1:
-            raise ValueError(f"batches of {batch} from buckets of {list(sizes)} examples are impossible; use 1 or more")
         self.sizes, self.batch, self.seed = tuple(sizes), batch, seed
 
     def before(self, epoch: int) -> int:

@@ -222,12 +222,11 @@ class StepNoise:
 
 def sample_step(config: TrainConfig, step: int, count: int, layout: Layout) -> StepNoise:
     """Draw everything random of a step, for all processes. count: examples in the batch"""
-    tokens = layout.tokens_high * layout.tokens_wide
     generator = torch.Generator("cpu").manual_seed((config.seed * 1_000_003 + step) % 2**63)
-    t = sample_times(config.times, count, tokens, generator)
+    t = sample_times(config.times, count, layout.image_tokens, generator)
     dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
     kept = [sample_kept(layout.panels, generator) if config.condition == "clean" else () for _ in range(count)]
-    noise, ref_noise, z_noise = torch.randn(count, tokens, 64, generator=generator), None, None
+    noise, ref_noise, z_noise = torch.randn(count, layout.image_tokens, 64, generator=generator), None, None
     if layout.references and config.posterior == "sample":
         ref_noise = torch.randn(count, layout.reference_tokens, 64, generator=generator)
     if config.target_posterior == "sample":
@@ -301,7 +300,7 @@ def validation_loss(flux: Flux, loader: Loader, condition: str, device: torch.de
         for example, t in product(examples, VALIDATION_TIMES):
             kept = sample_kept(layout.panels, generator) if condition == "clean" else ()
             batch = loader.collate(layout, [example], [kept], [False]).to(device)
-            noise = torch.randn(1, layout.tokens_high * layout.tokens_wide, 64, generator=generator).to(device)
+            noise = torch.randn(1, layout.image_tokens, 64, generator=generator).to(device)
             losses.append(flow_loss(flux, batch, noise, torch.full((1,), t, device=device)))
     return float(torch.cat(losses).mean())
 

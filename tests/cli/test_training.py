@@ -47,7 +47,7 @@ from sampling.latents import pack
 from train import train
 
 PAIR = Layout(1, 2, 32, 32)  # 8 tokens
-TOKENS = PAIR.tokens_high * PAIR.tokens_wide
+TOKENS = PAIR.image_tokens
 ORIGIN = {"data": "sets", "model": "base", "encoders": "T5", "init_lora": "one"}
 CONFIG = resolve_training_defaults(
     TrainConfig(rank=2, steps=6, batch=4, lr=0.01, warmup=2, decay=0.0, dropout=0.5), TINY, "cpu"

@@ -65,7 +65,7 @@ def test_the_token_mask_agrees_with_a_packed_pixel_mask(grid):
         left, top, right, bottom = (edge // 8 for edge in layout.box(panel))
         cells[:, :, top:bottom, left:right] = 1
     mask = generate_mask(masked, layout)
-    assert mask.shape == (1, layout.tokens_high * layout.tokens_wide, 1) and mask.dtype == torch.float32
+    assert mask.shape == (1, layout.image_tokens, 1) and mask.dtype == torch.float32
     assert torch.equal(mask.expand(-1, -1, 64), pack(cells))
 
 

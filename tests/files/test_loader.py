@@ -193,12 +193,6 @@ def test_the_order_changes_from_epoch_to_epoch_and_mixes_the_buckets():
         assert [which for which, _ in epoch] != sorted(which for which, _ in epoch)
 
 
-@pytest.mark.parametrize("sizes, batch", [([], 4), ([3, 0], 4), ([3], 0)])
-def test_impossible_batches_are_refused(sizes, batch):
-    with pytest.raises(ValueError, match="impossible"):
-        Batches(sizes, batch, 0)
-
-
 # held out
 
 
