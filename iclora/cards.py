@@ -239,7 +239,8 @@ def list_settings(config: Config, flux: FluxConfig, big: bool, device: str) -> I
 
 def load_bytes(choice: MemoryPlan, work: Work, weights: Weights, training: bool) -> float:
     """Give the peak while the transformer is read on the device: whole, or into fp8 block by block."""
-    whole = weights.standing(fp8=True) + weights.block if choice.quantize else weights.transformer + work.loras
+    whole = weights.standing(0 if choice.tables else None, fp8=bool(choice.quantize))  # modulations go elsewhere
+    whole += weights.block if choice.quantize else work.loras
     return bytes_beside(choice, weights, training) + whole + bool(work.loras) * weights.merged
 
 

@@ -25,9 +25,9 @@ from model.lora import load_lora, merge
 from model.lora_formats import LoraFile
 from model.offload import offload
 from model.quantize import load_quantized
-from model.tables import make_tables
+from model.tables import make_tables, read_apart
 from model.text import load_text_encoders
-from model.weights import load_flux
+from model.weights import empty_network
 
 from .cache import Cache, hash_values, text_encoder_paths
 from .cards import Config, MemoryPlan
@@ -49,8 +49,9 @@ def load_fitted(
     """
     device, dtype = "cpu" if plan.offload or plan.load_on_cpu else config.device, getattr(torch, config.dtype)
     if plan.quantize:
-        return load_quantized(flux, device, dtype, loras, note)
-    network = load_flux(flux, device, dtype)
+        return load_quantized(flux, device, dtype, loras, note, plan.tables)
+    network = empty_network(Flux, flux).requires_grad_(False).eval()
+    network.load_state_dict(read_apart(flux, flux.tensors, dtype, device, plan.tables), assign=True)
     for lora, strength in loras:
         note(str(load_lora(network, lora, strength)))
     merge(network)

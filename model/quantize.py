@@ -23,7 +23,7 @@ from .checkpoint_forms import Made
 from .flux import Flux
 from .lora import add, merge, shapes
 from .lora_formats import LoraFile, describe, read_deltas
-from .tables import is_modulation
+from .tables import is_modulation, read_apart
 from .weights import empty_network
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
@@ -117,22 +117,11 @@ class Fp8Linear(nn.Linear):
 
 
 @torch.no_grad()
-def quantize(flux: nn.Module) -> None:
-    """Put fp8 Linears in place of those of the blocks, modulation excepted, one by one; adapters stay beside them."""
-    for name, linear in list(flux.named_modules()):
-        wide = not name.startswith(BLOCKS) or is_modulation(name)
-        if type(linear) is nn.Linear and not wide:
-            flux.set_submodule(name, Fp8Linear(*quantize_rows(linear.weight.float()), linear.bias))
-
-
-@torch.no_grad()
 def load_quantized(
-    checkpoint: Checkpoint,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    loras: Iterable[tuple[LoraFile, float]] = (),
-    note: Callable[[str], object] = lambda line: None,
-) -> Flux:
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
+    loras: Iterable[tuple[LoraFile, float]] = (), note: Callable[[str], object] = lambda line: None,
+    tables: bool = False,
+) -> Flux:  # fmt: skip
     """Load a transformer into fp8 block by block, so that no more than one block is ever there in another form.
 
     What the file has in fp8 is kept bit for bit, modulation too, and LoRAs stay beside it, exact: rounded once more, a
@@ -142,6 +131,7 @@ def load_quantized(
     dtype: of what is not in fp8, and of the activations
     loras: with their strengths
     note: is told what each is
+    tables: whether make_tables comes next, which wants modulations on the CPU
     Errors: ValueError as load_flux and load_lora
     """
     flux, changes, tensors = empty_network(Flux, checkpoint), {}, checkpoint.tensors
@@ -157,7 +147,7 @@ def load_quantized(
         merge(flux)
 
     def read(keys: list[str]) -> None:
-        flux.load_state_dict(checkpoint.read(keys, dtype, device), strict=False, assign=True)
+        flux.load_state_dict(read_apart(checkpoint, keys, dtype, device, tables), strict=False, assign=True)
 
     coded = [key for key in flux.state_dict() if becomes_codes(key, tensors[key])]
     read([key for key in tensors if key not in {*coded}])
@@ -170,7 +160,7 @@ def load_quantized(
             name = key.removesuffix(".weight")
             linear = flux.get_submodule(name)
             rows = quantize_rows(linear.weight.float()) if key in wide else read_codes(tensors[key])
-            flux.set_submodule(name, Fp8Linear(*(part.to(device) for part in rows), linear.bias))
+            flux.set_submodule(name, Fp8Linear(*(part.to(linear.bias.device) for part in rows), linear.bias))
     merge_into(list(changes))
     return flux.requires_grad_(False).eval()
 

@@ -14,6 +14,7 @@ Letters: B batch, D width, N rows of a table, W their width, which is 2, 3 or 6 
 """
 
 import re
+from collections.abc import Collection
 from functools import partial
 from weakref import ref
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .checkpoint import Checkpoint
 from .flux import Flux
 from .lora import LoraLinear
 
@@ -32,6 +34,14 @@ MOST_ROWS = 128  # kept, in case a caption comes again; 2.1 MB each in FLUX.1-de
 def is_modulation(name: str) -> bool:
     """Tell whether a module or parameter is a modulation's."""
     return re.search(r"(_mod|\.modulation|\.adaLN_modulation)\b", name) is not None
+
+
+def read_apart(
+    checkpoint: Checkpoint, keys: Collection[str], dtype: torch.dtype, device: str | torch.device, tables: bool
+) -> dict[str, Tensor]:
+    """Read tensors as Checkpoint.read; if there will be tables, those of modulations onto the CPU."""
+    apart = [key for key in keys if tables and is_modulation(key)]
+    return checkpoint.read({*keys}.difference(apart), dtype, device) | checkpoint.read(apart, dtype)
 
 
 class Table(nn.Module):

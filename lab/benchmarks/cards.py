@@ -40,12 +40,12 @@ from model.checkpoint import Checkpoint, Stored
 from model.compiled import compile_blocks
 from model.flux import Flux, FluxConfig
 from model.offload import offload
-from model.quantize import quantize
 from model.tables import AHEAD, make_tables
 from sampling.denoise import denoise
 from sampling.flow import times
 
 from . import peers, speed, whole
+from .fp8 import quantize
 from .rounds import kernels, peak, spread, table, take_turns, times_as_fast, wait
 from .whole import Missing, Row
 

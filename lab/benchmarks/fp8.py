@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import train
 from iclora.config import SampleConfig
@@ -28,7 +28,8 @@ from iclora.plan import Plan, make_plan
 from lab import entry
 from model.checkpoint import write_atomic
 from model.flux import Flux
-from model.quantize import Fp8Linear, dequantize, load_quantized, quantize, quantize_rows
+from model.quantize import Fp8Linear, dequantize, load_quantized, quantize_rows
+from model.tables import is_modulation
 from model.weights import load_flux
 
 from . import peers
@@ -51,6 +52,14 @@ SHAPES = {  # random weights; the second has all the blocks of FLUX.1-dev
     "3072 wide, 1 + 1 blocks": peers.Shape(peers.flux_config(3072, 24, 1, 1, 4096, 768), 12, 128, 1, 1),
     "384 wide, 19 + 38 blocks": peers.Shape(peers.flux_config(384, 3, 19, 38, 256, 128), 12, 128, 1, 1),
 }
+
+
+@torch.no_grad()
+def quantize(flux: nn.Module) -> None:
+    """Put fp8 Linears in place of those of the blocks, modulation excepted, one by one; adapters stay beside them."""
+    for name, linear in list(flux.named_modules()):
+        if type(linear) is nn.Linear and "_blocks." in name and not is_modulation(name):
+            flux.set_submodule(name, Fp8Linear(*quantize_rows(linear.weight.float()), linear.bias))
 
 
 def multiply_codes(linear: Fp8Linear, x: Tensor) -> Tensor:

@@ -202,15 +202,15 @@ GRID = ("--grid", "2x2", "--prompt", "[IMAGE1] a [IMAGE2] b [IMAGE3] c [IMAGE4] 
     [
         (GRID, "80", MemoryPlan(tables=True)),
         (GRID, "32", MemoryPlan(tables=True, free_text=True)),
-        (GRID, "24", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, tile=True)),
+        (GRID, "24", MemoryPlan(tables=True, free_text=True, tile=True)),
         (GRID, "16", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, offload=True)),
         (
             GRID,
             "6",
             MemoryPlan(tables=True, free_text=True, load_on_cpu=True, text_on_cpu=True, tile=True, offload=True),
         ),
-        ((), "16", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, quantize="fp8")),
-        ((), "12", MemoryPlan(tables=True, free_text=True, load_on_cpu=True, quantize="fp8")),
+        ((), "16", MemoryPlan(tables=True, free_text=True, quantize="fp8")),
+        ((), "12", MemoryPlan(tables=True, free_text=True, quantize="fp8")),
     ],
 )
 def test_the_first_setting_that_fits_is_taken(dev, flags, vram, wanted):
@@ -313,7 +313,7 @@ def test_dry_run_prints_the_plan_and_stops(dev, tmp_path, capsys):
     assert sample.main(["--model", dev, *GRID, "--vram", "24", "--dry-run", "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["tokens", "4608"]
-    assert lines[-1] == "with modulation tables, text encoders freed first, loading through the CPU, tiles"
+    assert lines[-1] == "with modulation tables, text encoders freed first, tiles"
     flags = ["--data", str(ROOT / "sets" / "sketch"), "--out", str(tmp_path / "run"), "--dry-run"]
     assert train.main([*flags, "--checkpointing", "auto", "--vram", "0.25"]) == 0
     assert re.search(r"^with .*\d+ blocks computed again", capsys.readouterr().out, re.M)

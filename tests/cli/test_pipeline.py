@@ -6,6 +6,7 @@ import shutil
 import weakref
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from iclora.record import describe
 from iclora.records import read_set
 from model.autoencoder import AutoEncoder, decode_tiled
 from model.compiled import WAIT
-from model.tables import make_tables
+from model.tables import is_modulation, make_tables
 from model.text import TextEncoders
 from model.weights import examples_folder, find_model
 from sampling.flow import euler
@@ -572,6 +573,14 @@ def test_fp8_that_a_plan_chooses_is_what_is_loaded():
         find_model("tiny").flux, SampleConfig(device="cpu", dtype="float32"), MemoryPlan(quantize="fp8"), (), None
     )
     assert flux.double_blocks[0].img_attn.qkv.weight.itemsize == 1
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_modulations_that_become_tables_never_come_to_the_card(quantize):
+    config, plan = SimpleNamespace(device="meta", dtype="float32"), MemoryPlan(quantize=quantize, tables=True)
+    flux = fitting.load_fitted(find_model("tiny").flux, config, plan, (), None)  # no card, but another device
+    places = {(is_modulation(name), tensor.device.type) for name, tensor in flux.state_dict().items()}
+    assert places == {(True, "cpu"), (False, "meta")}
 
 
 def test_all_that_is_exact_gives_the_same_pixels_together(monkeypatch):
