@@ -67,10 +67,8 @@ def scaled_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor) -> Ten
     x: (M, K) bfloat16, codes: (N, K), scale: (N, 1), bias: (N,) bfloat16
     Returns (M, N)
     """
-    x_codes, x_scale = quantize_rows(x)
-    return torch._scaled_mm(
-        x_codes, codes.t(), x_scale, scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=x.is_cuda
-    )
+    rows, factors = quantize_rows(x)
+    return torch._scaled_mm(rows, codes.t(), factors, scale.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=x.is_cuda)
 
 
 class Product(torch.autograd.Function):
@@ -118,10 +116,13 @@ class Fp8Linear(nn.Linear):
 
 @torch.no_grad()
 def load_quantized(
-    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
-    loras: Iterable[tuple[LoraFile, float]] = (), note: Callable[[str], object] = lambda line: None,
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    loras: Iterable[tuple[LoraFile, float]] = (),
+    note: Callable[[str], object] = lambda line: None,
     tables: bool = False,
-) -> Flux:  # fmt: skip
+) -> Flux:
     """Load a transformer into fp8 block by block, so that no more than one block is ever there in another form.
 
     What the file has in fp8 is kept bit for bit, modulation too, and LoRAs stay beside it, exact: rounded once more, a
