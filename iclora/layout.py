@@ -46,10 +46,8 @@ class Layout:
             nearest = " or ".join(f"{wide}x{high}" for wide, high in product(*map(_nearest, sides)))
             raise ValueError(f"panel size {sides[0]}x{sides[1]} is not in multiples of {TOKEN} pixels; use {nearest}")
         if self.image_tokens > MAX_TOKENS:
-            raise ValueError(
-                f"{self.rows}x{self.cols} panels of {sides[0]}x{sides[1]} make {self.width}x{self.height} pixels, "
-                f"{self.image_tokens} tokens; at most {MAX_TOKENS} are possible; use smaller panels or a smaller grid"
-            )
+            size = f"{self.rows}x{self.cols} panels make {self.width}x{self.height} pixels, {self.image_tokens} tokens"
+            raise ValueError(f"{size}; at most {MAX_TOKENS} are possible, so use smaller panels or a smaller grid")
 
     @property
     def panels(self) -> int:
