@@ -101,10 +101,10 @@ def on_sets(task: str, name: str, flags: tuple[str, ...] = (), count: int = COUN
 
 
 def knowledge() -> tuple[Arm, ...]:
-    """Sets from text by the base, and with the LoRA of each task and of all of them; in two of the report's cases."""
+    """Sets from text by the base, and with the LoRA of each task and of all of them; in all of the report's cases."""
     loras = {"base": BASE} | {f"LoRA of {task}": Training(((task, COUNT),)) for task in GRIDS}
     loras |= {"LoRA of all tasks": Training(), "UNO": "loras/uno.safetensors"}
-    return tuple(Arm(case, name, lora) for case in list(TEXT_CASES)[:2] for name, lora in loras.items())
+    return tuple(Arm(case, name, lora) for case in TEXT_CASES for name, lora in loras.items())
 
 
 # UNO
@@ -302,7 +302,7 @@ EXPERIMENTS = {
     ),
     "tiny-uno": uno(
         "UNO: the bundled LoRA",
-        *(Arm(case, "tiny UNO", BUNDLED, seeds=2) for case in ("one", "two")),
+        *thrice(Arm(case, "tiny UNO", BUNDLED) for case in ("one", "two")),
         judge=UNO_WITH_BARS,
         columns=(
             "traits", "look", "right", "all right", "swapped", "confused", "scene", "copied", "pasted", "DINO",

@@ -75,7 +75,7 @@ def test_two_subjects_that_swap_colours_are_mixed(monkeypatch):
 
 
 def test_knowledge_is_asked_of_the_base_and_with_every_lora():
-    for case in ("one subject, 2x2", "two subjects, 1x1"):
+    for case in judge_text.TEXT_CASES:
         names = [arm.name for arm in EXPERIMENTS["knowledge"].arms if arm.task == case]
         assert names == ["base", *(f"LoRA of {task}" for task in ("sparkle", "sketch", "walk", "all tasks")), "UNO"]
     trained = {arm.training for arm in EXPERIMENTS["tasks"].arms} | {"loras/uno.safetensors"}
