@@ -293,7 +293,8 @@ def resolve_defaults(config: SampleConfig, task: Task | None, defaults: ModelDef
     """Decide what was left open: by the preset, else by the model, else plainly.
 
     device: cpu, cuda or mps
-    Returns a configuration in which only set, prompt, preset, config, jobs, and guidance of models without it are None
+    Returns a configuration in which only set, prompt, preset, config, jobs, quantize, vram, and guidance of models
+        without it are None
     """
     chosen = {
         "grid": choose_grid(config, task),
@@ -312,8 +313,8 @@ def resolve_training_defaults(config: TrainConfig, defaults: ModelDefaults, devi
     """Decide what was left open for training, by the method and the model.
 
     device: cpu, cuda or mps
-    Returns a configuration in which only grid, preset, init_lora, config, ref_size where it follows the number of
-        references, one of panel_size and composite_size, and what the method has no use for are None
+    Returns a configuration in which only grid, preset, init_lora, config, quantize, vram, ref_size where it follows the
+        number of references, one of panel_size and composite_size, and what the method has no use for are None
     Errors: ValueError for a setting of another method, or both of panel_size and composite_size
     """
     for name in NOT_FOR_METHOD[config.method]:

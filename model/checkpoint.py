@@ -1,6 +1,6 @@
 """Checkpoints on disk: read the header of a safetensors file, say what it holds, map its tensors; write files whole.
 
-Nothing is ever unpickled, and every header is read once: it is carried in a Checkpoint, which weights.py opens.
+Nothing is ever unpickled; what a header says is carried in a Checkpoint, which weights.py opens.
 """
 
 import hashlib
