@@ -110,11 +110,12 @@ ROWS = {  # in the order of the page; a name without values in lab/results is to
     "knowledge": Row(
         "Does a LoRA preserve what the base knows?",
         Headline("one subject, 2x2", "LoRA of walk", "same subject", against="base"),
-        answer="UNO: no loss seen; of twenty sets, little.",
+        answer="UNO loses little; of twenty sets much goes.",
         paper="In-Context LoRA: it does; no figures; does not agree",
         more=(
             Headline("one subject, 2x2", "base", "same subject"),
             Headline("two subjects, 1x1", "base", "colours unmixed"),
+            Headline("two subjects, 1x2", "UNO", "colours unmixed", against="base"),
         ),
     ),
     "bundled": Row(
