@@ -27,7 +27,7 @@ from .config import check, model_defaults, option
 from .data import Example, choose_layout, read_panels
 from .layout import Layout, parse_grid
 from .prompts import clean, lint, markers_for
-from .records import PICTURES, Findings, Grid, Record, Settings, read_records, walk
+from .records import Findings, Record, read_records
 
 TRIES = 3  # captions of a set before it counts as failed
 Refused = Sequence[tuple[str, str]]  # captions, and what is wrong with them
@@ -58,6 +58,8 @@ def write_caption(target: Path, record: Record, tell: Teller, tokenizer: T5Token
     Errors: EndpointError as the teller's, else ValueError; OSError if the file cannot be written
     """
     grid, tag, refused = record.settings.grid, record.settings.tag, []
+    if record.settings.root:  # a target with control pictures is one picture, unless something else is told
+        grid = grid or (1, 1)
     if grid is None:
         raise ValueError("nothing tells its grid; give --grid, or write a set.json into the folder")
     Layout(*grid, TOKEN, TOKEN)  # refuses absurd grids
@@ -78,30 +80,10 @@ def write_caption(target: Path, record: Record, tell: Teller, tokenizer: T5Token
     raise ValueError(f"no caption in {TRIES} tries; of the last one: {refused[-1][1]}")
 
 
-def find_sets(root: Path, grid: Grid | None, findings: Findings) -> dict[Path, Record]:
-    """Find all sets, captioned or not: the file of the caption, and what is in the set.
-
-    Pictures that a row of a .jsonl lists are left out, as their captions stand there.
-
-    findings: told of folders that cannot be read
-    """
-    rows = [record for record in read_records(root, grid, Findings()) if not Path(record.name).exists()]
-    listed, sets = {file.resolve() for record in rows for file in record.files}, {}
-    for folder, files, settings in walk(root, Settings(grid, forced=grid is not None), findings, set()):
-        pictures = [file for file in files if file.suffix.lower() in PICTURES and file.resolve() not in listed]
-        pictures.sort(key=lambda file: (len(file.stem), file.stem))  # 2 before 10
-        rows, cols = settings.grid or (1, 1)
-        if rows * cols > 1 and [file.stem for file in pictures] == [str(i + 1) for i in range(rows * cols)]:
-            sets[folder / "caption.txt"] = Record(str(folder), tuple(pictures), False, settings, None)
-            continue
-        for picture in pictures:
-            sets[picture.with_suffix(".txt")] = Record(str(picture), (picture,), True, settings, None)
-    return sets
-
-
-def has_caption(target: Path, record: Record) -> bool:
-    """Tell whether a set has its caption, or texts of its panels instead."""
-    return any(target.with_stem(stem).exists() for stem in (target.stem, "summary", *(f.stem for f in record.files)))
+def caption_file(record: Record) -> Path:
+    """Say where a set of pictures has its caption, or would have it."""
+    alone = record.composite or record.references
+    return record.files[0].with_suffix(".txt") if alone else Path(record.name, "caption.txt")
 
 
 @dataclass(frozen=True)
@@ -150,11 +132,13 @@ def main(argv: Sequence[str] | None = None, make_teller: Callable = chat_teller,
 def run(config: CaptionConfig, make_teller: Callable[..., Teller]) -> int:
     """Write the captions that are missing, each as soon as it is there. Returns 0, or 2 if any failed"""
     findings, answers, done = Findings(), [], 0
-    sets = find_sets(Path(config.data), config.grid and parse_grid(config.grid), findings)
-    if not sets:
+    records = read_records(Path(config.data), config.grid and parse_grid(config.grid), findings)
+    told = [record for record in records if Path(record.name).exists()]  # the others are rows, and have theirs there
+    if not told and not findings.bare:
         nothing = f"{config.data} is no folder with sets; it takes pictures, and a set.json with their grid"
         raise ValueError(next(iter(findings.broken if Path(config.data).is_dir() else ()), nothing))
-    todo = [one for one in sets.items() if not has_caption(*one) or config.overwrite and one[0].exists()]
+    again = [(caption_file(record), record) for record in told if config.overwrite and caption_file(record).exists()]
+    todo = [*findings.bare.items(), *again]
     tokenizer = load_tokenizer(T5Tokenizer, (files := find_model(config.model)).t5_tokenizer)
     tokenizer.model_max_length = model_defaults(files.flux.config).text_length or tokenizer.model_max_length
     tell, failed = make_teller(config, tokenizer.model_max_length, answers), findings.broken
@@ -165,7 +149,7 @@ def run(config: CaptionConfig, make_teller: Callable[..., Teller]) -> int:
             done += not error
     finally:
         sys.stderr.write("".join(f"failed: {plain(line)}\n" for line in failed))
-        sys.stdout.write(f"captions: {done} written, {len(sets) - len(todo)} skipped, {len(failed)} failed; ")
+        sys.stdout.write(f"captions: {done} written, {len(told) - len(again)} skipped, {len(failed)} failed; ")
         sys.stdout.write(f"tokens: {sum(a.tokens_in for a in answers)} in, {sum(a.tokens_out for a in answers)} out\n")
     return 2 if failed else 0
 

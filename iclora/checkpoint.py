@@ -31,7 +31,7 @@ CONFIG, CURVE = "config.json", "loss.png"
 SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp|\.tmp\w{6}")  # left by kills
 MAX_STEPS = 10**9
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # that AdamW keeps of a parameter; other optimizers say what they keep
-ANEW = "remove it to start anew, or give another --out"
+ANEW = "remove it, and the one before, to start anew, or give another --out"
 # Settings that may change from one run to the next
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing", "compile")
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
@@ -130,6 +130,21 @@ def last_good(path: Path, note: Callable[[str], None]) -> Path | None:
         return each
     if problem:
         raise ValueError(problem)
+
+
+def claim(folder: Path, planned: Path | None, rank: int) -> Path:
+    """Make sure, in the first process, that a run begins where it was planned to, and replace a damaged checkpoint.
+
+    planned: the checkpoint that it goes on from
+    Returns the place of the last checkpoint
+    Errors: ValueError if another run was here meanwhile
+    """
+    path = folder / CHECKPOINT
+    if rank == 0 and last_good(path, lambda line: None) != planned:
+        raise ValueError(f"another run has written {path} meanwhile; the same command goes on from it")
+    if rank == 0 and planned:
+        os.replace(planned, path)
+    return path
 
 
 def check_digest(path: Path) -> int:

@@ -57,7 +57,7 @@ def check(config: Any) -> None:
         value, metadata = getattr(config, item.name), item.metadata
         if value is None or value == item.default:
             continue
-        if value == "" and item.name != "prompt":
+        if value == "" and item.name != "prompt" or metadata.get("path") and isinstance(value, tuple) and "" in value:
             raise ValueError(f"{flag(item.name)} is empty; give it a value, or leave it out")
         if "choices" in metadata and value not in metadata["choices"]:
             choices = metadata["choices"]

@@ -130,10 +130,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> None:
     """Convert one file and print a line about it."""
-    files = [text for text in argv[:2] if not text.startswith("-")]
-    config = parse(ConvertConfig, argv[len(files) :], __doc__, "python -m iclora.convert IN OUT")
-    if len(files) < 2:
+    files = [text for text in argv[:2] if text and not text.startswith("-")]
+    if len(files) < 2 and not {"-h", "--help"} & {*argv}:
         raise ValueError("name two files before the flags: the LoRA to read and the one to write")
+    config = parse(ConvertConfig, argv[len(files) :], __doc__, "python -m iclora.convert IN OUT")
     print(plain(convert(*files, config)))
 
 

@@ -105,6 +105,9 @@ def scan(data: str | Path, grid: Grid | None = None, method: str | None = None) 
         raise ValueError(f"--data {quoted} is not for --method {method}, which takes sets; pairs are for --method uno")
     findings, examples = Findings(), []
     records = read_records(root, grid, findings)
+    for file, record in findings.bare.items():
+        place = "beside" if record.composite else "into"
+        findings.broken.append(f"{record.name} has no caption; write {file.name} {place} it")
     if method == UNO and records and not any(record.references for record in records):
         takes = (
             f"a .json of pairs or control pictures; {records[0].name} and all else has no references: add image_path"

@@ -75,7 +75,7 @@ class EvaluateConfig:
             raise ValueError("name a list with --jobs, and with --made folders of the pictures made of it")
         if missing := [name for name in self.made if not Path(name).is_dir()]:
             raise ValueError(f"--made {missing[0]!a:.80} is no folder; name one with pictures")
-        if len(set(self.made)) < len(self.made):
+        if len(set(map(os.path.realpath, self.made))) < len(self.made):
             raise ValueError("--made names a folder twice; name each once")
         if self.out is not None and (os.path.lexists(self.out) or not Path(self.out).parent.is_dir()):
             problem = "exists and is not overwritten" if os.path.lexists(self.out) else "has no folder to lie in"

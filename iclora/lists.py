@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .data_forms import parse_json
+from .records import MAX_LIST, read_text
 
 DREAMBENCH = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes that get the prompts of live subjects
@@ -30,20 +31,13 @@ def read_rows(path: Path) -> Rows:
     if (path / DREAMBENCH).is_file():
         return _read_dreambench(path)
     uno = path.suffix.lower() == ".json"
-    rows = (_read_uno if uno else _read_lines)(path, _read_text(path) if path.is_file() else "")
+    rows = (_read_uno if uno else _read_lines)(path, read_text(path, MAX_LIST) if path.is_file() else "")
     if not rows:
         advice = (
             f"write a JSON object of options a row into a .jsonl, or give UNO's .json or the folder of {DREAMBENCH}"
         )
         raise ValueError(f"--jobs {path} is no file with requests; {advice}")
     return rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
 
 
 def _read_lines(path: Path, text: str) -> Rows:
@@ -71,7 +65,7 @@ def _read_uno(path: Path, text: str) -> Rows:
 
 def _read_dreambench(folder: Path) -> Rows:
     path, rows = folder / DREAMBENCH, {}
-    classes, _, rest = _read_text(path).partition("Object Prompts")
+    classes, _, rest = read_text(path, MAX_LIST).partition("Object Prompts")
     subjects = re.findall(r"^(\w+),(?!class$)([\w ]+)$", classes, re.MULTILINE)
     objects, live = (re.findall(r"^'(.+)'\.format\(", part, re.MULTILINE) for part in rest.partition("Live")[::2])
     if not (subjects and objects and live):

@@ -6,6 +6,7 @@ cells.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -94,7 +95,8 @@ class Loader:
         trained, self.held_out = hold_out(self.buckets, config.holdout)
         self.layouts, self.trained = list(trained), list(trained.values())
         self.batches = Batches([len(members) for members in self.trained], config.batch, config.seed)
-        self.cache = Cache(Path(config.out).absolute().parent / ".cache")
+        beside = Path(config.out).absolute().parent  # so runs share it
+        self.cache = Cache((Path(config.out) if beside.is_dir() and not os.access(beside, os.W_OK) else beside) / ".cache")
         self.autoencoder_fingerprint = fingerprint(files.autoencoder.paths, dated=True)
         self.encoders_fingerprint = fingerprint(text_encoder_paths(files), dated=True)
         self.masks = {layout: every_mask(layout) if config.condition == "clean" else [()] for layout in self.buckets}

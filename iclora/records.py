@@ -42,10 +42,12 @@ class Findings:
     """What there is to say about a data set, a line each.
 
     broken: what cannot be used; notes: what is used, but doubtful, or is no part of a data set
+    bare: sets that are whole but for their caption, by the file that it would stand in
     """
 
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    bare: dict[Path, "Record"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,12 +193,10 @@ def collect(problems: list[str], prefix: str = "") -> Iterator[None]:
         problems.append(f"{prefix}{error}")
 
 
-def walk(
-    folder: Path, settings: Settings, findings: Findings, visited: set[tuple[int, int]], depth: int = 0
-) -> Iterator[Folder]:
+def walk(folder: Path, settings: Settings, findings: Findings, visited: set[str], depth: int = 0) -> Iterator[Folder]:
     """Go through a folder and all below it, junk left out.
 
-    visited: which folders, by the system's numbers, were read
+    visited: folders that were read, without links in their names
     depth: folders above that were read
     """
     try:
@@ -205,25 +205,19 @@ def walk(
             settings = _read_settings(folder / SETTINGS, settings)
         if folder in settings.control:
             settings = replace(settings, root=folder)
-        visited.add(_number(folder))
+        visited.add(os.path.realpath(folder))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None)
         findings.broken.append(f"{folder} cannot be read: {reason}; correct its permissions" if reason else str(error))
         return
     yield folder, [entry for entry in entries if not os.path.isdir(entry)], settings
     for entry in filter(os.path.isdir, entries):
-        if _number(entry) in visited:
+        if os.path.realpath(entry) in visited:
             findings.notes.append(f"{entry} leads to a folder that is read already; passed over")
         elif depth == MAX_DEPTH:
             findings.broken.append(f"{entry} lies more than {MAX_DEPTH} folders deep; move it up, or remove it")
         else:
             yield from walk(entry, settings, findings, visited, depth + 1)
-
-
-def _number(folder: Path) -> tuple[int, int]:
-    """Give the system's number of a folder, which a link to it has as well."""
-    status = folder.stat()
-    return status.st_dev, status.st_ino
 
 
 def _read_settings(path: Path, above: Settings) -> Settings:
@@ -281,6 +275,10 @@ def _read_folder(folder: Path, files: Paths, settings: Settings, matches: Matche
         return _read_composites(pictures, texts, settings, matches, findings)
     if texts.keys() == stems.keys() and folder / SETTINGS in files:  # elsewhere it is meant so
         findings.notes.append(f"{folder} is read as one set of {panels} panels; name composites 01, 02, ... instead")
+    if numbered and not texts:
+        ordered = tuple(sorted(pictures, key=lambda picture: int(picture.stem)))
+        findings.bare[folder / "caption.txt"] = Record(str(folder), ordered, False, settings, None)
+        return []
     with collect(findings.broken):
         return [_read_panels(folder, pictures, texts, settings, findings.broken)]
     return []
@@ -298,7 +296,7 @@ def _read_composites(
         if len(same := names[stem]) > 1:
             findings.broken.append(f"{picture} shares its caption with {' and '.join(same)}; rename or remove one")
         elif stem not in texts:
-            findings.broken.append(f"{picture} has no caption; write {picture.stem}.txt beside it")
+            findings.bare[picture.with_suffix(".txt")] = Record(str(picture), (picture,), True, settings, None)
         elif not settings.root or picture in matches:
             with collect(findings.broken):
                 references, caption = matches.get(picture, ()), _read_caption(texts[stem])

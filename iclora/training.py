@@ -7,7 +7,7 @@ takes its share: a run gives the same on one process as on several, and goes on 
 """
 
 import functools
-import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -26,7 +26,7 @@ from sampling.flow import interpolate, time_stretch
 from sampling.latents import pack
 
 from .buckets import parse_sides
-from .checkpoint import CHECKPOINT, RESULT, State, as_begun, load_checkpoint, new_state, refuse_other_run, train_command
+from .checkpoint import RESULT, State, as_begun, claim, load_checkpoint, new_state, refuse_other_run, train_command
 from .config import IN_CONTEXT, UNO, ModelDefaults, TrainConfig, model_defaults, resolve_training_defaults
 from .data import Example, bucket, load
 from .fitted import load_fitted, prepare
@@ -111,13 +111,10 @@ def board_writer() -> type:
 
 def start_training(plan: TrainingPlan, rank: int, world_size: int, note: Note) -> tuple[Loader, Flux, State]:
     """Encode the data and load the transformer with what is trained, new or from the run's checkpoint."""
-    config, path = plan.config, Path(plan.config.out) / CHECKPOINT
+    config = plan.config
     if world_size > 1:
         join_processes(config.device, "nccl" if config.device == "cuda" else "gloo")
-    if rank == 0 and plan.checkpoint:
-        os.replace(plan.checkpoint, path)  # a damaged one makes room for the one before
-    elif rank == 0 and path.exists():
-        raise ValueError(f"another run has written {path} meanwhile; the same command goes on from it")
+    path = claim(Path(config.out), plan.checkpoint, rank)
     if rank > 0:
         meet(world_size)  # the first process encodes alone, and the others find its cache
     loader = Loader(config, plan.examples, plan.files)
@@ -148,7 +145,7 @@ def try_command(config: TrainConfig, layout: Layout) -> str:
     """Say where the LoRA is, and how to try it. layout: of the first sets"""
     path, kept = Path(config.out) / RESULT, " --mask 2 --panels PICTURES" if config.condition == "clean" else ""
     more = "--ref PICTURE" if config.method == UNO else f"--grid {layout.rows}x{layout.cols}{kept}"
-    return f"wrote {path}; try it with `python sample.py --lora {path} {more} --prompt TEXT`"
+    return f"wrote {path}; try it with `python sample.py --lora {shlex.quote(str(path))} {more} --prompt TEXT`"
 
 
 def add_adapters(flux: Flux, config: TrainConfig, init_lora: LoraFile | None) -> str:

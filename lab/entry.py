@@ -1,9 +1,10 @@
 """What the lab's entry points do alike: flags in, one line on stderr and status 2 for a mistake."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
-from iclora.cli import guard
+from iclora.cli import check_folder, guard
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
@@ -15,8 +16,18 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     def fail(message: str) -> None:
         raise ValueError(f"{message}; see {parser.prog} --help")
 
+    def parse_and_work() -> None:
+        words = sys.argv[1:] if argv is None else argv
+        if "" in words:
+            fail("a value is empty; give one, or leave its option out")
+        args = parser.parse_args(words)
+        if out := getattr(args, "out", None):
+            default = parser.get_default("out")
+            check_folder(out if default and not default.suffix else out.parent)
+        work(args)
+
     parser.error = fail
-    return guard(lambda: work(parser.parse_args(argv)))
+    return guard(parse_and_work)
 
 
 def positive(text: str) -> int:

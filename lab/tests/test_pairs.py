@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab import pairs
+from lab import pairs, panels, report
 from lab.world import ACCESSORIES, COLOURS, PATTERNS, SCENES, draw, is_held_out
 
 WORN = {"hat": "hat", "scarf": "scarf", "glasses": "glasses"}
@@ -77,6 +77,15 @@ def test_mistakes_cost_one_line(tmp_path, capsys, flags):
     assert pairs.main(["--out", str(tmp_path / "out"), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out, line", [("", "a value is empty; give one"), ("taken", "taken is not a folder; choose")])
+def test_a_place_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, capsys, out, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    for command in (pairs, panels, report):
+        assert command.main(["--out", out]) == 2 and line in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_while_pictures_are_drawn_again_no_json_tells_of_the_old_ones(tmp_path, monkeypatch):

@@ -155,6 +155,30 @@ def test_with_overwrite_captions_are_written_anew(sets, capsys):
     assert captions(sets) == dict.fromkeys(TARGETS, GOOD + "\n")
 
 
+READ = {  # files, and what set.json says, if any
+    "an ending in capitals": (("a.png", "a.TXT"), None),
+    "kohya's": (("a.png", "a.caption"), None),
+    "accents in two forms": (("e\u0301.png", "\u00e9.txt"), None),
+    "panels and a caption": (("1.png", "2.png", "caption.TXT"), {"grid": "1x2"}),
+    "panels whose numbers begin with 0": (("01.png", "02.png", "caption.txt"), {"grid": "1x2"}),
+    "control pictures": (("images/a.png", "images/a.txt", "edges/a.png"), {"targets": "images", "control": ["edges"]}),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_the_reader_counts_as_captioned_is_passed_over(tmp_path, capsys, name):
+    files, settings = READ[name]
+    for file in map(tmp_path.joinpath, files):
+        file.parent.mkdir(exist_ok=True)
+        picture(file) if file.suffix == ".png" else file.write_text("a cat")
+    if settings:
+        (tmp_path / "set.json").write_text(json.dumps(settings))
+    before = sorted(tmp_path.rglob("*"))
+    status, line, errors = run(capsys, tmp_path, tell_by(AssertionError()))
+    assert (status, errors) == (0, []) and sorted(tmp_path.rglob("*")) == before
+    assert line.startswith("captions: 0 written, 1 skipped, 0 failed")
+
+
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
 def test_texts_of_panels_and_rows_are_captions_too(sets, capsys, flags):
     lay(sets, **{"a/1.txt": "one", "a/2.txt": "two"})

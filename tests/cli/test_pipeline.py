@@ -638,7 +638,7 @@ def test_where_memory_is_short_encoders_and_transformer_are_never_there_together
     monkeypatch.setattr(pipeline, "load_flux", watched("flux", load_flux))
     if short:
         monkeypatch.setattr(fitting, "load_text_encoders", watched("encoders", load_text))
-        monkeypatch.setattr(fitting, "load_flux", watched("flux", load_flux))
+        monkeypatch.setattr(fitting, "load_fitted", watched("flux", fitting.load_fitted))
     networks = make_fitted(monkeypatch, free_text=True) if short else Pipeline.load("tiny", device="cpu")
     gc.disable()  # so that nothing is freed by chance
     try:

@@ -739,6 +739,22 @@ def test_a_run_that_ended_while_another_one_was_planned_is_not_overwritten(world
     assert files(out) == files(whole)
 
 
+def test_so_is_one_whose_checkpoint_was_just_being_written(world, whole, out, tmp_path, capsys, monkeypatch):
+    shutil.copytree(whole, out)
+    last, real = out / "checkpoint.safetensors", iclora.training.plan_training
+
+    def slow(*args):
+        last.rename(tmp_path / "aside")  # the one before has its other name by now
+        plan = real(*args)
+        (tmp_path / "aside").rename(last)
+        return plan
+
+    monkeypatch.setattr(iclora.training, "plan_training", slow)
+    assert go(world, out) == 2
+    assert capsys.readouterr().err.endswith("checkpoint.safetensors meanwhile; the same command goes on from it\n")
+    assert files(out) == files(whole)
+
+
 def test_other_settings_in_the_folder_of_a_run_are_refused_by_name(world, whole, capsys):
     before = files(whole)
     for flags, message in {

@@ -191,7 +191,10 @@ BREAKAGES = {
     "a number twice": (lambda f: picture(f / "s" / "2.jpg"), "has the panels 1.png, 2.jpg, 2.png; number them"),
     "a picture besides": (lambda f: picture(f / "s" / "cover.png"), "cover.png is not numbered"),
     "two kinds of captions": (lambda f: write(f / "s" / "1.txt", "x"), "1.txt belongs to no panel; caption.txt is"),
-    "panels without words": (lambda f: (f / "s" / "caption.txt").unlink(), "s lacks 1.txt; write caption.txt"),
+    "panels without words": (
+        lambda f: (f / "s" / "caption.txt").unlink(),
+        "s has no caption; write caption.txt into it",
+    ),
     "a caption alone": (lambda f: write(f / "t" / "caption.txt", "x"), "has a caption, but no pictures named 1.png"),
     "a set.json of lists": (lambda f: write(f / "set.json", []), "set.json is not a JSON object"),
     "a set.json cut short": (lambda f: write(f / "set.json", '{"gr'), "set.json is not a JSON object"),
