@@ -95,8 +95,9 @@ class Loader:
         trained, self.held_out = hold_out(self.buckets, config.holdout)
         self.layouts, self.trained = list(trained), list(trained.values())
         self.batches = Batches([len(members) for members in self.trained], config.batch, config.seed)
-        beside = Path(config.out).absolute().parent  # so runs share it
-        self.cache = Cache((Path(config.out) if beside.is_dir() and not os.access(beside, os.W_OK) else beside) / ".cache")
+        out = Path(config.out).absolute()
+        alone = out.parent.is_dir() and not os.access(out.parent, os.W_OK)
+        self.cache = Cache((out if alone else out.parent) / ".cache")  # best beside runs, which share it
         self.autoencoder_fingerprint = fingerprint(files.autoencoder.paths, dated=True)
         self.encoders_fingerprint = fingerprint(text_encoder_paths(files), dated=True)
         self.masks = {layout: every_mask(layout) if config.condition == "clean" else [()] for layout in self.buckets}
