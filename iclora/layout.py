@@ -37,10 +37,8 @@ class Layout:
     references: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.cols < 1:
-            raise ValueError(f"grid {self.rows}x{self.cols} has no panels; rows and columns start at 1")
-        if self.panels > MAX_PANELS:
-            raise ValueError(f"grid {self.rows}x{self.cols} has {self.panels} panels; at most {MAX_PANELS} are fine")
+        if self.rows < 1 or not 1 <= self.panels <= MAX_PANELS:
+            raise ValueError(f"grid {self.rows}x{self.cols} has {self.panels} panels; 1 to {MAX_PANELS} are possible")
         sides = (self.panel_width, self.panel_height)
         if any(side < TOKEN or side % TOKEN for side in sides):
             nearest = " or ".join(f"{wide}x{high}" for wide, high in product(*map(_nearest, sides)))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from .data_forms import parse_json
-from .records import MAX_LIST, read_text
 
 DREAMBENCH = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes that get the prompts of live subjects
@@ -28,8 +27,10 @@ def read_rows(path: Path) -> Rows:
 
     Errors: ValueError naming the line or item
     """
-    if (path / DREAMBENCH).is_file():
-        return _read_dreambench(path)
+    from .records import MAX_LIST, read_text  # imports torch in the end, for which a typo does not wait
+
+    if (bench := path / DREAMBENCH).is_file():
+        return _read_dreambench(path, read_text(bench, MAX_LIST))
     uno = path.suffix.lower() == ".json"
     rows = (_read_uno if uno else _read_lines)(path, read_text(path, MAX_LIST) if path.is_file() else "")
     if not rows:
@@ -63,9 +64,9 @@ def _read_uno(path: Path, text: str) -> Rows:
     return rows
 
 
-def _read_dreambench(folder: Path) -> Rows:
+def _read_dreambench(folder: Path, text: str) -> Rows:
     path, rows = folder / DREAMBENCH, {}
-    classes, _, rest = read_text(path, MAX_LIST).partition("Object Prompts")
+    classes, _, rest = text.partition("Object Prompts")
     subjects = re.findall(r"^(\w+),(?!class$)([\w ]+)$", classes, re.MULTILINE)
     objects, live = (re.findall(r"^'(.+)'\.format\(", part, re.MULTILINE) for part in rest.partition("Live")[::2])
     if not (subjects and objects and live):
@@ -76,6 +77,6 @@ def _read_dreambench(folder: Path) -> Rows:
         if not pictures:
             raise ValueError(f"{place} has no pictures such as 00.jpg; take it from google/dreambooth again")
         for number, prompt in enumerate(live if kind in LIVE else objects, 1):
-            text = prompt.replace(TOKEN, "").replace("{1}", kind)
-            rows[f"{folder} {name} prompt {number}"] = {"prompt": text, "ref": [str(pictures[0])]}
+            words = prompt.replace(TOKEN, "").replace("{1}", kind)
+            rows[f"{folder} {name} prompt {number}"] = {"prompt": words, "ref": [str(pictures[0])]}
     return rows

@@ -1,8 +1,11 @@
-"""THE sampling loop: sample.py, the sheets of a training and the lab all make their pictures here.
+"""From noise to data: what the transformer computes once a run, and what in every step of flow.euler.
+
+sample.py, the sheets of a training and the lab all make their pictures here.
 
 Letters: B batch, T text, I target-image, R reference, L all tokens, C width of the T5 tokens, V of the CLIP vector.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,8 +43,9 @@ def denoise(
     """
     batch, text_length = txt.shape[:2]
     scale = None if guidance is None else torch.full((batch,), guidance, device=x.device)
-    # all times at once, as model/tables.py passes once over its weights for them
-    vecs = {t: flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale) for t in times[:-1]}  # (B, D)
+    conditioning = cache(lambda t: flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale))  # (B, D)
+    for t in times[:-1]:  # all at once, as model/tables.py passes once over its weights for them
+        conditioning(t)
     ids = torch.cat((ids.new_zeros(1, text_length, 3), ids), dim=1).expand(batch, -1, -1)  # (B, L, 3)
     cond = flux.prefill(ids, txt, refs, mask, isolate_refs)
-    return euler(lambda x, t: flux.velocity(x, cond, vecs[t]).float(), x, times, after_step)
+    return euler(lambda x, t: flux.velocity(x, cond, conditioning(t)).float(), x, times, after_step)

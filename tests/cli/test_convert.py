@@ -205,7 +205,8 @@ KOHYA = FILES / "kohya.safetensors"
         ((KOHYA, "OUT", "--to", "koya"), "--to 'koya' is unknown; did you mean kohya?"),
         ((KOHYA, "OUT", "--too", "kohya"), "--too is unknown; did you mean --to?"),
         ((KOHYA, "--to", "kohya"), "name two files before the flags"),
-        (("--to", "kohya", KOHYA, "OUT"), "follows no flag"),
+        (("--to", "kohya", KOHYA, "OUT"), "name two files before the flags"),
+        ((KOHYA, "", "--to", "kohya"), "name two files before the flags"),
         ((KOHYA, KOHYA, "--to", "kohya"), "exists and is not overwritten"),
         ((KOHYA, "OUT", "--to", "xlabs"), "xlabs dialect has no place for rows 0 to 256 of double_blocks.0.img_mlp.0"),
         (

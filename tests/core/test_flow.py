@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import sampling.denoise as loop
 from golden import EXACT, WHOLE, far, schedule
 from sampling.flow import euler, interpolate, times
 from sampling.inpaint import keep_known, steps_left
@@ -45,6 +48,25 @@ def test_euler_on_exponential_decay_equals_its_closed_form():
     ts = [1.0, 0.75, 0.5, 0.25, 0.0]
     x = euler(lambda x, t: x, torch.ones(1, dtype=torch.float64), ts)
     assert abs(float(x) - 0.75**4) < 1e-12
+
+
+def test_another_sampler_may_ask_for_the_velocity_at_any_time(monkeypatch):
+    asked = []
+    flux = SimpleNamespace(
+        conditioning=lambda t, vec, scale: asked.append(float(t)) or t,
+        prefill=lambda *given: None,
+        velocity=lambda x, cond, t: t * torch.ones_like(x),  # whose integral from 1 to 0 is -1/2
+    )
+
+    def midpoint(velocity, x, times, after_step=None):
+        for t, t_next in zip(times, times[1:], strict=False):
+            x = x + (t_next - t) * velocity(x, (t + t_next) / 2)
+        return x
+
+    monkeypatch.setattr(loop, "euler", midpoint)
+    start = torch.zeros(1, 4, 64)
+    made = loop.denoise(flux, start, [1.0, 0.5, 0.0], torch.zeros(1, 4, 3), torch.zeros(1, 2, 8), torch.zeros(1, 8))
+    assert made.mean() == -0.5 and asked == [1.0, 0.5, 0.75, 0.25], "known times first, each once"
 
 
 def test_after_step_sees_every_next_time_once():
