@@ -200,7 +200,7 @@ BREAKAGES = {
     "a set.json cut short": (lambda f: write(f / "set.json", '{"gr'), "set.json is not a JSON object"),
     "a misspelt key": (lambda f: write(f / "set.json", {"gird": "1x2"}), "set.json sets 'gird', which is unknown"),
     "a bad grid": (lambda f: write(f / "set.json", {"grid": "two"}), "set.json: grid 'two' is not ROWSxCOLS"),
-    "a huge grid": (lambda f: write(f / "set.json", {"grid": "99x99"}), "9801 panels; at most 64"),
+    "a huge grid": (lambda f: write(f / "set.json", {"grid": "99x99"}), "9801 panels; 1 to 64 are possible"),
     "an unknown preset": (lambda f: write(f / "set.json", {"preset": "sand"}), "set.json: preset 'sand' is unknown"),
     "bad markers": (lambda f: write(f / "set.json", {"markers": "x"}), "set.json: markers 'x' are not one of image"),
     "no grid at all": (lambda f: (f / "set.json").unlink(), "nothing tells the grid of the composites in"),
