@@ -6,6 +6,7 @@ The key of the endpoint comes from $ICLORA_API_KEY or $OPENAI_API_KEY. What has 
 run does the rest. Composites get a text of the same name, folders of panels a caption.txt.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -132,11 +133,13 @@ def main(argv: Sequence[str] | None = None, make_teller: Callable = chat_teller,
 def run(config: CaptionConfig, make_teller: Callable[..., Teller]) -> int:
     """Write the captions that are missing, each as soon as it is there. Returns 0, or 2 if any failed"""
     findings, answers, done = Findings(), [], 0
+    nothing = f"{config.data} is no folder with sets; it takes pictures, and a set.json with their grid"
+    if not os.path.isdir(config.data):
+        raise ValueError(nothing)
     records = read_records(Path(config.data), config.grid and parse_grid(config.grid), findings)
     told = [record for record in records if Path(record.name).exists()]  # the others are rows, and have theirs there
     if not told and not findings.bare:
-        nothing = f"{config.data} is no folder with sets; it takes pictures, and a set.json with their grid"
-        raise ValueError(next(iter(findings.broken if Path(config.data).is_dir() else ()), nothing))
+        raise ValueError(next(iter(findings.broken), nothing))
     again = [(caption_file(record), record) for record in told if config.overwrite and caption_file(record).exists()]
     todo = [*findings.bare.items(), *again]
     tokenizer = load_tokenizer(T5Tokenizer, (files := find_model(config.model)).t5_tokenizer)

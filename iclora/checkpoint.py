@@ -31,7 +31,7 @@ CONFIG, CURVE = "config.json", "loss.png"
 SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp|\.tmp\w{6}")  # left by kills
 MAX_STEPS = 10**9
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # that AdamW keeps of a parameter; other optimizers say what they keep
-ANEW = "remove it, and the one before, to start anew, or give another --out"
+ANEW = "remove it, and any beside it, to start anew, or give another --out"
 # Settings that may change from one run to the next
 FREE = ("steps", "save_every", "sample_every", "sample_prompt", "device", "accumulate", "checkpointing", "compile")
 # Fingerprints by the option that names them: what may be called otherwise, but must hold the same
@@ -98,10 +98,15 @@ def save_checkpoint(path: Path, state: State, config: Mapping[str, Any], fingerp
     config, fingerprint = json.dumps(dict(config)), json.dumps(dict(fingerprint))
     metadata = {"step": str(state.step), "config": config, "origin": fingerprint}
     about = {"digest": digest(tensors, metadata), "cpu": torch.backends.cpu.get_cpu_capability()}
-    with contextlib.suppress(ValueError):  # what was damaged meanwhile is not worth keeping
-        if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its place
-            os.replace(path, earlier(path))
-    save_safetensors(tensors, path, metadata | about)
+    fresh = path.with_name(f".{path.name}.fresh.tmp")
+    try:
+        save_safetensors(tensors, fresh, metadata | about)
+        with contextlib.suppress(ValueError):  # what was damaged meanwhile is not worth keeping
+            if path.exists() and read_checkpoint(path)[2] < state.step:  # the same step, saved again, takes its place
+                os.replace(path, earlier(path))
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def earlier(path: Path) -> Path:
@@ -140,7 +145,7 @@ def claim(folder: Path, planned: Path | None, rank: int) -> Path:
     Errors: ValueError if another run was here meanwhile
     """
     path = folder / CHECKPOINT
-    if rank == 0 and last_good(path, lambda line: None) != planned:
+    if rank == 0 and planned != path and last_good(path, lambda line: None) != planned:
         raise ValueError(f"another run has written {path} meanwhile; the same command goes on from it")
     if rank == 0 and planned:
         os.replace(planned, path)

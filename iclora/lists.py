@@ -27,12 +27,12 @@ def read_rows(path: Path) -> Rows:
 
     Errors: ValueError naming the line or item
     """
-    from .records import MAX_LIST, read_text  # imports torch in the end, for which a typo does not wait
+    from .records import read_text  # imports torch in the end, for which a typo does not wait
 
     if (bench := path / DREAMBENCH).is_file():
-        return _read_dreambench(path, read_text(bench, MAX_LIST))
+        return _read_dreambench(path, read_text(bench, -1))
     uno = path.suffix.lower() == ".json"
-    rows = (_read_uno if uno else _read_lines)(path, read_text(path, MAX_LIST) if path.is_file() else "")
+    rows = (_read_uno if uno else _read_lines)(path, read_text(path, -1) if path.is_file() else "")
     if not rows:
         advice = (
             f"write a JSON object of options a row into a .jsonl, or give UNO's .json or the folder of {DREAMBENCH}"

@@ -95,9 +95,9 @@ class Loader:
         trained, self.held_out = hold_out(self.buckets, config.holdout)
         self.layouts, self.trained = list(trained), list(trained.values())
         self.batches = Batches([len(members) for members in self.trained], config.batch, config.seed)
-        out = Path(config.out).absolute()
-        alone = out.parent.is_dir() and not os.access(out.parent, os.W_OK)
-        self.cache = Cache((out if alone else out.parent) / ".cache")  # best beside runs, which share it
+        shared = Path(config.out).absolute().parent / ".cache"  # by runs that lie beside each other
+        place = shared if shared.exists() else shared.parent
+        self.cache = Cache(shared if os.access(place, os.W_OK) or not place.exists() else Path(config.out, ".cache"))
         self.autoencoder_fingerprint = fingerprint(files.autoencoder.paths, dated=True)
         self.encoders_fingerprint = fingerprint(text_encoder_paths(files), dated=True)
         self.masks = {layout: every_mask(layout) if config.condition == "clean" else [()] for layout in self.buckets}

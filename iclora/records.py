@@ -171,7 +171,7 @@ def read_set(folder: Path) -> PanelSet:
 def read_text(path: Path, limit: int = MAX_CHARACTERS + 1) -> str:
     """Read a text file; of a caption that is too long, enough for clean to refuse it.
 
-    limit: characters
+    limit: characters; -1 is none
     Errors: ValueError in one line if it cannot be read or is no UTF-8
     """
     try:
@@ -275,7 +275,7 @@ def _read_folder(folder: Path, files: Paths, settings: Settings, matches: Matche
         return _read_composites(pictures, texts, settings, matches, findings)
     if texts.keys() == stems.keys() and folder / SETTINGS in files:  # elsewhere it is meant so
         findings.notes.append(f"{folder} is read as one set of {panels} panels; name composites 01, 02, ... instead")
-    if numbered and not texts:
+    if numbered and not texts.keys() & {*stems, "caption", "summary"}:
         ordered = tuple(sorted(pictures, key=lambda picture: int(picture.stem)))
         findings.bare[folder / "caption.txt"] = Record(str(folder), ordered, False, settings, None)
         return []

@@ -23,7 +23,10 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         args = parser.parse_args(words)
         if out := getattr(args, "out", None):
             default = parser.get_default("out")
-            check_folder(out if default and not default.suffix else out.parent)
+            folder = out if default and not default.suffix else out.parent
+            if folder != out and out.is_dir():
+                fail(f"--out {out} is a folder; name a file")
+            check_folder(folder)
         work(args)
 
     parser.error = fail

@@ -8,8 +8,9 @@ Linear comes to the GPU once, alone, is applied to all of them, and a step looks
     flux.velocity(img, cond, rows)               before the first block, what is on the list is computed
 
 The result is the same to the bit: every vec is computed and multiplied as it is without tables, in the same shape, only
-earlier. Callers that know later times ask for their rows early: sampling/denoise.py for all steps, iclora/ahead.py for
-the next ones of a training. What is asked for late costs one more pass over the weights.
+earlier. (LoRAs on modulations are merged on the CPU, where the weights lie, which may round another way than a GPU.)
+Callers that know later times ask for their rows early: sampling/denoise.py for all steps, iclora/ahead.py for the next
+ones of a training. What is asked for late costs one more pass over the weights.
 Letters: B batch, D width, N rows of a table, W their width, which is 2, 3 or 6 D.
 """
 
@@ -129,11 +130,11 @@ class Tables:
         """
         if vec.requires_grad:  # a table would keep its gradient from it
             raise ValueError("a model this large trains no LoRA on time_in, guidance_in or vector_in; leave them out")
-        if self.ran and self.count > self.most:
-            self.clear()
-        self.ran = False
         key = vec.contiguous().view(torch.uint8).cpu().numpy().tobytes()
         if key not in self.known:
+            if self.ran and self.count > self.most:
+                self.clear()
+            self.ran = False
             self.known[key] = torch.arange(self.count, self.count + len(vec), device=vec.device)
             self.asked.append(vec)
             self.count += len(vec)

@@ -101,7 +101,7 @@ class TextEncoders:
 
 def unknown_words(t5_tokenizer, texts: Iterable[str]) -> list[str]:
     """List the words that T5 does not know and reads letter by letter; real ones have none."""
-    words = dict.fromkeys(re.findall("[A-Za-z]{3,}", re.sub(r"\[[^]]*\]", " ", " ".join(texts))))
+    words = dict.fromkeys(re.findall("[A-Za-z]{3,}", " ".join(re.sub(r"\[[^]]*\]", " ", text) for text in texts)))
     pieces = {word: t5_tokenizer.tokenize(word) for word in words}
     return [word for word in words if all(len(piece.lstrip("\u2581")) <= 1 for piece in pieces[word])]
 

@@ -5,7 +5,6 @@ sample.py, the sheets of a training and the lab all make their pictures here.
 Letters: B batch, T text, I target-image, R reference, L all tokens, C width of the T5 tokens, V of the CLIP vector.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -43,8 +42,11 @@ def denoise(
     """
     batch, text_length = txt.shape[:2]
     scale = None if guidance is None else torch.full((batch,), guidance, device=x.device)
-    conditioning = cache(lambda t: flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale))  # (B, D)
-    for t in times[:-1]:  # all at once, as model/tables.py passes once over its weights for them
+
+    def conditioning(t: float) -> Tensor:  # (B, D)
+        return flux.conditioning(torch.full((batch,), t, device=x.device), vec, scale)
+
+    for t in times[:-1]:  # asked for early, as model/tables.py passes once over its weights for all
         conditioning(t)
     ids = torch.cat((ids.new_zeros(1, text_length, 3), ids), dim=1).expand(batch, -1, -1)  # (B, L, 3)
     cond = flux.prefill(ids, txt, refs, mask, isolate_refs)

@@ -155,6 +155,13 @@ def test_with_overwrite_captions_are_written_anew(sets, capsys):
     assert captions(sets) == dict.fromkeys(TARGETS, GOOD + "\n")
 
 
+@pytest.mark.parametrize("name", ["a.png", "missing.png"])
+def test_what_is_no_folder_costs_a_line(tmp_path, capsys, name):
+    picture(tmp_path / "a.png")
+    status, _, errors = run(capsys, tmp_path / name, tell_by(GOOD), "--grid", "1x1")
+    assert status == 2 and len(errors) == 1 and "is no folder with sets" in errors[0]
+
+
 READ = {  # files, and what set.json says, if any
     "an ending in capitals": (("a.png", "a.TXT"), None),
     "kohya's": (("a.png", "a.caption"), None),

@@ -879,7 +879,7 @@ def hit(place, when, number=signal.SIGKILL):
 def test_killed_processes_end_in_the_same_bytes_and_one_that_is_stopped_too(world, out):
     assert go(world, beside(out, "whole"), *LONG, steps=40) == 0
     folder = beside(out, "killed")
-    codes = [hit("os.replace", 7), hit("iclora.training.flow_loss", 17), hit("iclora.training.flow_loss", 4, 2)]
+    codes = [hit("os.replace", 9), hit("iclora.training.flow_loss", 17), hit("iclora.training.flow_loss", 4, 2)]
     steps, said = [], []
     for code in codes:
         process = start(world, folder, *LONG, steps=40, code=code)

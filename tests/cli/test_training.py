@@ -690,7 +690,7 @@ def test_damage_costs_one_interval_and_not_the_run(tmp_path, kind):
     assert last_good(path, said.append) == earlier
     assert len(said) == 1 and said[0].endswith("; going on from the one before it, step 1") and "\n" not in said[0]
     earlier.write_bytes(earlier.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="; remove it, and the one before, to start anew"):
+    with pytest.raises(ValueError, match="; remove it, and any beside it, to start anew"):
         last_good(path, said.append)
     assert len(said) == 1
 

@@ -303,7 +303,7 @@ def test_words_that_are_read_letter_by_letter_are_told():
 def test_a_word_in_pieces_that_are_more_than_letters_is_known():
     pieces = {"fox": ["\u2581", "f", "o", "x"], "walks": ["\u2581wa", "lk", "s"], "cat": ["\u2581c", "a", "t"]}
     encoders = TextEncoders(None, None, SimpleNamespace(tokenize=pieces.get), None, torch.float32)
-    assert unknown_words(encoders.t5_tokenizer, ["a fox walks, a fox", "or cat"]) == ["fox", "cat"]
+    assert unknown_words(encoders.t5_tokenizer, ["a fox walks, [a fox", "or] cat"]) == ["fox", "cat"]
 
 
 def test_encoders_of_another_model_are_told_with_both_widths():
