@@ -28,7 +28,7 @@ from .locks import lock
 
 CHECKPOINT, RESULT, METRICS = "checkpoint.safetensors", "lora.safetensors", "metrics.jsonl"  # in the folder of a run
 CONFIG, CURVE = "config.json", "loss.png"
-SCRAP = re.compile(r"\.(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp|\.tmp\w{6}")  # left by kills
+SCRAP = re.compile(r"\.+(checkpoint|lora|metrics|config|loss|sheet)\b.*\.tmp|\.tmp\w{6}")  # left by kills
 MAX_STEPS = 10**9
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # that AdamW keeps of a parameter; other optimizers say what they keep
 ANEW = "remove it, and any beside it, to start anew, or give another --out"

@@ -830,7 +830,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_scraps(checkpoint, tmp
 
 
 def test_a_new_start_clears_away_what_a_kill_left(tmp_path):
-    scraps = [".checkpoint.safetensors.77.tmp", ".checkpoint.safetensors.spare.tmp", ".loss.png.0f.tmp", ".tmpN61V6g"]
+    fresh = ".checkpoint.safetensors.fresh.tmp"
+    scraps = [".checkpoint.safetensors.77.tmp", fresh, f".{fresh}.9a.tmp", ".loss.png.0f.tmp", ".tmpN61V6g"]
     mine = [".mine.tmp", "checkpoint.safetensors", "notes.tmp"]
     for name in (*scraps, *mine):
         (tmp_path / name).write_text("")
